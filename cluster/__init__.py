@@ -1,0 +1,1 @@
+"""Where things run: placement, launch, the PPO driver, stages and the command line."""

@@ -1,0 +1,1 @@
+"""Step 1: sub-sentences, atomic facts, verdicts and labels."""

@@ -1,0 +1,1 @@
+"""Loading LVLMs, prompts, token log-probabilities, LoRA and export."""

@@ -1,0 +1,1 @@
+"""Step 3: the maths of PPO with per-token rewards."""

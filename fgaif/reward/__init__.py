@@ -1,0 +1,1 @@
+"""Step 2: reward models and dense rewards."""

@@ -1,0 +1,228 @@
+"""The nouns of FGAIF: what travels between stages and between actors.
+
+Letters for axes: ``B`` response in a batch, ``T`` token of a response, ``S`` segment (sub-sentence)
+of a response, ``K`` feedback kind (object, attribute, relation), ``C`` class (NONE, OK, HALLU),
+``V`` vocabulary. Ragged things are tuples of arrays, padded things are 2-D arrays; a name never
+changes layout. Messages hold numpy arrays: tensors are made at the edge, on the right device.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fgaif.errors import DataError
+
+Kind = Literal["object", "attribute", "relation"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FinishReason = Literal["stop", "length"]
+Answer = Literal["yes", "no", "unknown"]
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+class SegmentClass(IntEnum):
+    """Label of a segment for one kind (method: three classes per sub-sentence and kind)."""
+
+    NONE = 0
+    """No fact of this kind in the segment."""
+    OK = 1
+    """Facts of this kind exist and all agree with the image."""
+    HALLU = 2
+    """At least one fact of this kind contradicts the image."""
+
+
+UNKNOWN = -1
+"""Label of a segment whose facts could not all be judged: left out of training, and counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRef:
+    """An image by path and content hash; pixels never travel inside records."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A question about an image. ``text`` is the user's text without template and image token."""
+
+    id: str
+    image: ImageRef
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One response to sample. ``seed`` makes it independent of batching; temperature 0 is greedy."""
+
+    prompt: Prompt
+    sample: int = 0
+    seed: int = 0
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """A sampled response with the ids the policy really produced.
+
+    ``token_ids`` (T,) end with EOS if ``finish == "stop"``; ``rollout_logprobs`` (T,) are the engine's,
+    EOS included; ``text`` is the decoding of the ids without special tokens.
+    """
+
+    prompt: Prompt
+    sample: int
+    text: str
+    token_ids: IntArray
+    rollout_logprobs: FloatArray
+    finish: FinishReason
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        if self.token_ids.shape != self.rollout_logprobs.shape:
+            raise DataError(
+                f"response {self.id}: {self.token_ids.shape[0]} token ids but "
+                f"{self.rollout_logprobs.shape[0]} log-probabilities; both must be (T,)"
+            )
+
+    @property
+    def id(self) -> str:
+        """Key of the response within a run: prompt id and sample index."""
+        return f"{self.prompt.id}#{self.sample}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A sub-sentence: ``text[char_start:char_end]`` and ``token_ids[token_start:token_end]``.
+
+    The spans of a response partition its text and its tokens (EOS belongs to no segment).
+    ``token_end - 1`` is T_i, the token on which the segment's reward lands.
+    """
+
+    index: int
+    char_start: int
+    char_end: int
+    token_start: int
+    token_end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """An atomic fact stated by segment ``segment``, as a short English statement.
+
+    ``requires`` holds the texts of facts it presupposes ("There is a red moon." requires "There is
+    a moon."): when one of them is judged false, this fact is void and counts for no label.
+    """
+
+    kind: Kind
+    text: str
+    segment: int
+    requires: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactQuery:
+    """A distinct fact of an image to be checked once."""
+
+    image: ImageRef
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The verifier's answer to one query. ``p_yes`` in [0, 1] where the model gives it."""
+
+    query: FactQuery
+    answer: Answer
+    p_yes: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabeledResponse:
+    """A response, its segments, facts, verdicts by fact text, and labels (S, K) with UNKNOWN = -1."""
+
+    response: Response
+    segments: tuple[Segment, ...]
+    facts: tuple[Fact, ...]
+    verdicts: dict[str, Verdict]
+    labels: IntArray
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.labels.shape != (len(self.segments), len(KINDS)):
+            raise DataError(
+                f"response {self.response.id}: labels {self.labels.shape} for "
+                f"{len(self.segments)} segments and {len(KINDS)} kinds"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentScores:
+    """Class probabilities of one response: ``probs`` (S, K, C), each row summing to one."""
+
+    probs: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Reference log-probs and values of one response: both (T,); values[t] = V(prefix before t)."""
+
+    reference_logprobs: FloatArray
+    values: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """Rollouts ready for PPO. All arrays (B, T), right-padded with zeros where ``mask`` is 0.
+
+    ``task_rewards`` are the per-token rewards before the KL term; ``rewards`` include it.
+    ``advantages`` are whitened over valid tokens, ``returns`` = unwhitened advantages + values.
+    """
+
+    responses: tuple[Response, ...]
+    mask: FloatArray
+    old_logprobs: FloatArray
+    reference_logprobs: FloatArray
+    values: FloatArray
+    task_rewards: FloatArray
+    rewards: FloatArray
+    advantages: FloatArray
+    returns: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsManifest:
+    """A published version of the policy: LoRA factors by HF module name, as float32 arrays.
+
+    ``tensors`` maps ``"<module>.lora_A"`` (r, in) and ``"<module>.lora_B"`` (out, r); the update of a
+    module's weight is ``scaling * B @ A`` on the base. ``digest`` is over names, shapes and bytes.
+    """
+
+    version: int
+    digest: str
+    scaling: float
+    tensors: dict[str, FloatArray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """What an update of the policy or of the value model did; scalars by metric name."""
+
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One PPO step as logged: step, policy version trained on, scalar metrics by dotted name."""
+
+    step: int
+    version: int
+    metrics: dict[str, float]
+
+
+Json = dict[str, Any]
