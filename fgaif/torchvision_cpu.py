@@ -1,10 +1,10 @@
 """Make a CUDA build of torchvision importable beside a CPU build of torch.
 
-PyPI carries only the CUDA build of torchvision. Beside a CPU torch its compiled operators cannot load,
-and ``import torchvision`` fails while it registers fake kernels for two operators that do not exist
-("operator torchvision::nms does not exist"). Declaring the two schemas is enough: nothing here calls
-them. Registered in the entry-point group ``torch.backends``, so it runs at the end of ``import torch``
-in every process, vLLM's own subprocesses included.
+PyPI carries only the CUDA build of torchvision. Beside a CPU torch its compiled operators cannot
+load, and ``import torchvision`` fails while it registers fake kernels for two operators that do not
+exist ("operator torchvision::nms does not exist"). Declaring the two schemas is enough: nothing here
+calls them. Registered in the entry-point group ``torch.backends``, so it runs at the end of
+``import torch`` in every process, vLLM's own subprocesses included.
 """
 
 from importlib import metadata
@@ -16,7 +16,7 @@ _SCHEMAS = {
 
 
 def define_missing_operators() -> None:
-    """Declare torchvision's operators when torch is a CPU build and torchvision is not; else do nothing."""
+    """Declare the operators when torch is a CPU build and torchvision is not; else do nothing."""
     import torch
 
     if torch.version.cuda is not None or torch.version.hip is not None:

@@ -58,7 +58,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One response to sample. ``seed`` makes it independent of batching; temperature 0 is greedy."""
+    """One response to sample: ``seed`` makes it independent of batching; temperature 0 is greedy."""
 
     prompt: Prompt
     sample: int = 0
@@ -71,8 +71,8 @@ class GenerationRequest:
 class Response:
     """A sampled response with the ids the policy really produced.
 
-    ``token_ids`` (T,) end with EOS if ``finish == "stop"``; ``rollout_logprobs`` (T,) are the engine's,
-    EOS included; ``text`` is the decoding of the ids without special tokens.
+    ``token_ids`` (T,) end with EOS if ``finish == "stop"``; ``rollout_logprobs`` (T,) are the
+    engine's, EOS included; ``text`` is the decoding of the ids without special tokens.
     """
 
     prompt: Prompt
@@ -144,7 +144,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabeledResponse:
-    """A response, its segments, facts, verdicts by fact text, and labels (S, K) with UNKNOWN = -1."""
+    """A response with its segments, facts, verdicts by fact text, and labels (S, K)."""
 
     response: Response
     segments: tuple[Segment, ...]
@@ -199,8 +199,8 @@ class TrainBatch:
 class WeightsManifest:
     """A published version of the policy: LoRA factors by HF module name, as float32 arrays.
 
-    ``tensors`` maps ``"<module>.lora_A"`` (r, in) and ``"<module>.lora_B"`` (out, r); the update of a
-    module's weight is ``scaling * B @ A`` on the base. ``digest`` is over names, shapes and bytes.
+    ``tensors`` maps ``"<module>.lora_A"`` (r, in) and ``"<module>.lora_B"`` (out, r); the update of
+    a module's weight is ``scaling * B @ A`` on the base. ``digest`` covers names, shapes, bytes.
     """
 
     version: int

@@ -1,0 +1,389 @@
+"""One frozen configuration tree: YAML file first, dotted overrides last, unknown keys refused."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fgaif.errors import ConfigError
+from fgaif.types import KINDS, Kind
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class DataConfig(_Section):
+    """Images and prompts."""
+
+    train: str = "scenes:train"
+    """Prompts of steps 1 and 3: `scenes:SPLIT` (embedded world) or a .jsonl/.parquet file of rows
+    with `image`, `prompt` and optionally `id`."""
+    held_out: str = "scenes:test"
+    """Prompts of the evaluation and of the reward models' final check, never trained on."""
+    image_root: Path | None = None
+    """Folder that relative image paths start from; default: the folder of the prompts file."""
+    feedback_prompts: int = Field(2000, ge=1)
+    """Prompts sampled for AI feedback (the paper: 3,500 images)."""
+    ppo_prompts: int = Field(2000, ge=1)
+    """Prompts for PPO, disjoint from the feedback prompts where the data set is large enough
+    (the paper: 14,000 images)."""
+    eval_prompts: int = Field(300, ge=1)
+    """Held-out prompts of the evaluation."""
+    max_image_pixels: int = Field(50_000_000, ge=1)
+    """Larger images are refused before they are decoded."""
+
+
+class LoraConfig(_Section):
+    """Low-rank adapter, anchored to the language model's linear layers."""
+
+    r: int = Field(64, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B @ A."""
+        return self.alpha / self.r
+
+
+class PolicyConfig(_Section):
+    """The LVLM to align."""
+
+    model: str = "scenes:policy"
+    """A LLaVA checkpoint directory, or `scenes:policy`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Training and sampling precision."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Responses are cut here (the reference: 896)."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of rollouts; the loss uses the same."""
+    lora: LoraConfig = LoraConfig()
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class SegmentConfig(_Section):
+    """Sub-sentence splitting."""
+
+    min_words: int = Field(5, ge=1)
+    """A break character ends a sub-sentence only if the piece has at least this many words."""
+
+
+class FeedbackConfig(_Section):
+    """Step 1: facts, verdicts, labels."""
+
+    extractor: Literal["scenes"] = "scenes"
+    """Who splits segments into atomic facts; `scenes` parses the embedded world's English."""
+    verifier: str = "scenes:verifier"
+    """LLaVA checkpoint that answers yes or no for each fact."""
+    prompt: str = "statement"
+    """Verification prompt: a file name in fgaif/feedback/prompts, or a path."""
+    abstain: float = Field(0.0, ge=0, lt=0.5)
+    """Half-width around p(yes) = 0.5 within which the verdict is `unknown`."""
+    samples_per_prompt: int = Field(1, ge=1)
+
+
+class RewardConfig(_Section):
+    """Step 2: one reward model per kind."""
+
+    backbone: str | None = None
+    """LLaVA checkpoint of the reward models; default: the policy's."""
+    lora: LoraConfig = LoraConfig()
+    lr: float = Field(2e-5, gt=0)
+    batch_size: int = Field(32, ge=1)
+    """Responses per optimiser step."""
+    epochs: float = Field(4.0, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the images held out for early stopping."""
+    patience: int = Field(5, ge=1)
+    """Evaluations without a better validation loss before training stops."""
+    evals: int = Field(6, ge=1)
+    """Validation passes over the planned training."""
+    class_balance: bool = True
+    """Weigh classes by the inverse square root of their frequency."""
+    head: Literal["linear", "mlp"] = "linear"
+    """`linear` is the paper's; `mlp` adds one hidden layer."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    workers: int = Field(1, ge=1)
+    """Ray Train workers per reward model."""
+    parallel: int = Field(1, ge=1)
+    """Reward models trained at the same time."""
+
+
+class RewardShapeConfig(_Section):
+    """From class probabilities to per-token rewards; see docs in fgaif/reward/dense.py."""
+
+    weights: dict[Kind, float] = dict.fromkeys(KINDS, 1.0)
+    """Weight of each kind; 0 leaves the kind out."""
+    values: Literal["hard", "soft"] = "soft"
+    """`hard`: the value of the most likely class; `soft`: the expected value."""
+    value_ok: float = 1.0
+    value_hallu: float = -1.0
+    value_none: float = 0.0
+    center: bool = True
+    """Subtract from each segment with facts the kind's running mean reward."""
+    center_offset: float = -0.2
+    """Added to the mean that is subtracted: negative values pay a little for every fact stated."""
+    center_momentum: float = Field(0.8, ge=0, lt=1)
+    repeat_penalty: float = Field(0.5, ge=0)
+    """Subtracted at the end of a segment that repeats an earlier one of the same response, or
+    that is malformed where the extractor can tell."""
+    no_stop_penalty: float = Field(1.0, ge=0)
+    """Subtracted at the last token of a response that never ended."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Subtracted per token beyond `length_target`, at the last token."""
+    length_target: int = Field(0, ge=0)
+    placement: Literal["segment", "last"] = "segment"
+    """`segment`: at each segment's last token (the method); `last`: the same sum on the last
+    token of the response (the coarse control)."""
+
+    @model_validator(mode="after")
+    def _weights_make_sense(self) -> Self:
+        if sum(self.weights.values()) <= 0 or min(self.weights.values()) < 0:
+            raise ValueError(
+                f"ppo.shape.weights = {self.weights}: weights must be >= 0 and one must be > 0"
+            )
+        return self
+
+
+class AnchorConfig(_Section):
+    """KL to the reference on question prompts, so that captioning does not erase answering."""
+
+    weight: float = Field(0.0, ge=0)
+    """0 turns the term off."""
+    prompts: str = "scenes:questions"
+    """`scenes:questions` or a .jsonl/.parquet file of rows with `image` and `prompt`."""
+    batch_size: int = Field(32, ge=1)
+    """Questions per minibatch."""
+
+
+class KlConfig(_Section):
+    """KL of the policy to the reference, inside the reward."""
+
+    coef: float = Field(0.1, ge=0)
+    target: float | None = Field(None, gt=0)
+    """Summed KL per response that an adaptive coefficient steers to; default: fixed coefficient."""
+    horizon: int = Field(10_000, ge=1)
+    """Responses over which the adaptive coefficient reacts."""
+
+
+class PpoConfig(_Section):
+    """Step 3: PPO with per-token rewards."""
+
+    steps: int = Field(54, ge=1)
+    rollout_batch: int = Field(512, ge=1)
+    """Responses per step."""
+    minibatch: int = Field(256, ge=1)
+    """Responses per optimiser step, over all learner ranks."""
+    micro_batch: int = Field(16, ge=1)
+    """Responses per forward pass of a rank."""
+    epochs: int = Field(2, ge=1)
+    """Passes over each rollout batch."""
+    lr: float = Field(1e-7, gt=0)
+    value_lr: float = Field(1e-5, gt=0)
+    value_lora: LoraConfig = LoraConfig()
+    value_init: Literal["policy", "object", "attribute", "relation"] = "policy"
+    """Backbone of the value model: the policy's, or the reward model of a kind with its adapter."""
+    weight_decay: float = Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    clip: float = Field(0.2, gt=0)
+    value_clip: float | None = Field(0.2, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    kl: KlConfig = KlConfig()
+    shape: RewardShapeConfig = RewardShapeConfig()
+    anchor: AnchorConfig = AnchorConfig()
+    checkpoint_every: int = Field(10, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    resume: str | None = None
+    """`latest`, or a checkpoint directory."""
+    probe_tolerance: float = Field(1e-3, gt=0)
+    """Largest |log-prob difference| of the probe prompt between learner and engine after a sync."""
+
+    @model_validator(mode="after")
+    def _batches_nest(self) -> Self:
+        if self.minibatch > self.rollout_batch:
+            raise ValueError(
+                f"ppo.minibatch = {self.minibatch} is larger than ppo.rollout_batch = "
+                f"{self.rollout_batch}: lower the first or raise the second"
+            )
+        return self
+
+
+class EvalConfig(_Section):
+    """Before and after."""
+
+    batch_size: int = Field(256, ge=1)
+    pope_questions_per_image: int = Field(6, ge=2)
+    """Half yes, half no."""
+    seed: int = 123
+
+
+class RoleConfig(_Section):
+    """Resources of one role."""
+
+    replicas: int = Field(1, ge=1)
+    cpus: float = Field(1.0, ge=0)
+    gpus: float = Field(0.0, ge=0)
+
+
+class EngineConfig(_Section):
+    """vLLM settings."""
+
+    max_num_seqs: int = Field(64, ge=1)
+    max_model_len: int = Field(2048, ge=16)
+    kv_cache_mib: int = Field(64, ge=1)
+    """KV cache on CPU engines; on GPU, `gpu_memory_utilization` rules."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    tensor_parallel: int = Field(1, ge=1)
+    enforce_eager: bool = True
+
+
+class ClusterConfig(_Section):
+    """Roles and where they run."""
+
+    address: str | None = None
+    """Ray address; default: the cluster this process belongs to, else a local one."""
+    local_cpus: int | None = Field(None, ge=1)
+    """CPUs of a local Ray; default: all."""
+    rollout: RoleConfig = RoleConfig()
+    reward: RoleConfig = RoleConfig()
+    """Resources of each of the three reward actors."""
+    reference: RoleConfig = RoleConfig()
+    learner: RoleConfig = RoleConfig()
+    """`replicas` is the number of DeepSpeed ranks."""
+    judge: RoleConfig = RoleConfig()
+    engine: EngineConfig = EngineConfig()
+    threads: int = Field(1, ge=1)
+    """OMP threads of each actor on CPU."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    call_timeout_s: float = Field(3600.0, gt=0)
+
+
+class TrackingConfig(_Section):
+    """Where metrics go besides console and JSONL."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "fgaif"
+
+
+class Config(_Section):
+    """The whole run."""
+
+    name: str = Field("scenes", pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the run: its folder is `dir/name`."""
+    dir: Path = Path("runs")
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    policy: PolicyConfig = PolicyConfig()
+    segment: SegmentConfig = SegmentConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PpoConfig = PpoConfig()
+    eval: EvalConfig = EvalConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of everything this run writes."""
+        return self.dir / self.name
+
+    @property
+    def reward_backbone(self) -> str:
+        """Checkpoint of the reward models."""
+        return self.reward.backbone or self.policy.model
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (or the defaults) and apply overrides such as ``ppo.lr=1e-5``.
+
+    Raises:
+        ConfigError: unknown key (with the nearest name), bad value, unreadable file.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"--config {path}: {error.strerror}; give an existing file"
+            ) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"--config {path}: expected keys and values at the top level")
+        tree = loaded or {}
+    for item in overrides:
+        _apply_override(tree, item)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a nested dict; errors name the dotted key, the value and the nearest known key."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], item: str) -> None:
+    key, separator, value = item.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {item!r}: expected KEY=VALUE, for example ppo.lr=1e-5")
+    node = tree
+    *parents, leaf = key.split(".")
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {item!r}: {part!r} holds a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is not valid YAML") from error
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        *parents, leaf = [str(part) for part in item["loc"]]
+        near = difflib.get_close_matches(leaf, _keys_at(parents), n=1, cutoff=0.5)
+        hint = f"; did you mean {'.'.join([*parents, near[0]])}?" if near else ""
+        return f"{key} = {item['input']!r}: unknown key{hint}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{key} = {item['input']!r}: {message}" if key else message
+
+
+def _keys_at(parents: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in parents:
+        field = section.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type):
+            return []
+        if not issubclass(field.annotation, BaseModel):
+            return []
+        section = field.annotation
+    return list(section.model_fields)
