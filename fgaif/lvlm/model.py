@@ -1,0 +1,172 @@
+"""Load a LLaVA checkpoint, attach LoRA to its language model, run its hidden states."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from fgaif.config import LoraConfig
+from fgaif.errors import CheckpointError
+
+# Anchored: short names such as "q_proj" also match CLIP, where vLLM would silently ignore them.
+LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+_SCENES = "scenes:"
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """Turn ``scenes:policy``, ``scenes:verifier`` or a directory into a checked checkpoint path.
+
+    Raises:
+        CheckpointError: not a directory, no config.json, or not a LLaVA architecture.
+    """
+    if name.startswith(_SCENES):
+        path = Path(__file__).parents[1] / "data" / "scenes" / "models" / name.removeprefix(_SCENES)
+    else:
+        path = Path(name).expanduser()
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(
+            f"model {name!r}: {config_file} does not exist; give a directory with a LLaVA "
+            "checkpoint (config.json, *.safetensors, tokenizer and processor files)"
+        )
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config.get("model_type") != "llava":
+        raise CheckpointError(
+            f"model {name!r}: model_type is {config.get('model_type')!r}, expected 'llava' "
+            "(LlavaForConditionalGeneration); other architectures are not supported"
+        )
+    return path
+
+
+def load_processor(path: Path) -> Any:
+    """Load tokenizer, image processor and chat template, and check that they fit together.
+
+    Raises:
+        CheckpointError: a file is missing, the tokenizer lacks the image token, or there is no
+            chat template.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot load the processor: {error}") from error
+    image_token = getattr(processor, "image_token", "<image>")
+    vocabulary = processor.tokenizer.get_vocab()
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    expected = config.get("image_token_id", config.get("image_token_index"))
+    if vocabulary.get(image_token) != expected:
+        raise CheckpointError(
+            f"{path}: image token {image_token!r} has id {vocabulary.get(image_token)} in the "
+            f"tokenizer but config.json says {expected}; add the token or correct the config"
+        )
+    if not processor.chat_template:
+        raise CheckpointError(
+            f"{path}: no chat template; save one with the processor (chat_template.jinja)"
+        )
+    return processor
+
+
+def load_lvlm(
+    path: Path, *, dtype: str, device: str = "cpu", attention: str = "sdpa"
+) -> LlavaForConditionalGeneration:
+    """Load the checkpoint in evaluation mode with every parameter frozen.
+
+    Raises:
+        CheckpointError: weights are missing or of the wrong shape.
+    """
+    try:
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot load the model: {error}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"{path}: {len(missing)} weights are missing, first {missing[0]}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def attach_lora(model: LlavaForConditionalGeneration, lora: LoraConfig, seed: int) -> PeftModel:
+    """Add a fresh LoRA adapter on the language model's linear layers; only it is trainable.
+
+    The adapter's B starts at zero, so the model's function is unchanged. ``seed`` fixes A.
+    """
+    settings = PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=LORA_TARGETS,
+        bias="none",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, settings)
+    check_adapter_anchored(peft_model)
+    return peft_model
+
+
+def load_adapter(
+    model: LlavaForConditionalGeneration, adapter: Path, *, trainable: bool = False
+) -> PeftModel:
+    """Load a saved adapter directory onto its backbone.
+
+    Raises:
+        CheckpointError: the directory is no adapter, or does not fit the backbone.
+    """
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise CheckpointError(f"{adapter}: no adapter_model.safetensors; is this an adapter?")
+    try:
+        peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{adapter}: does not fit the backbone: {error}") from error
+    check_adapter_anchored(peft_model)
+    return peft_model
+
+
+def check_adapter_anchored(model: PeftModel) -> None:
+    """Raise CheckpointError if adapter weights sit outside the language model, or none exist."""
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    outside = [name for name in names if ".language_model." not in name]
+    if outside or not names:
+        raise CheckpointError(
+            f"LoRA weights outside the language model: {outside[:3]} (of {len(names)}); the "
+            "rollout engine would ignore them"
+        )
+
+
+def base_of(model: nn.Module) -> LlavaForConditionalGeneration:
+    """The LLaVA model inside an optional PEFT wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@torch.no_grad()
+def image_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Project images into the language model's space: (B, 3, H, W) -> (B, image tokens, D).
+
+    Vision tower and projector are frozen, so no graph is kept.
+    """
+    output = base_of(model).get_image_features(pixel_values=pixel_values, return_dict=True)
+    return torch.stack(list(output.pooler_output))
+
+
+def last_hidden(model: nn.Module, input_ids: Tensor, features: Tensor) -> Tensor:
+    """Last hidden state (B, L, D) of right-padded ``input_ids`` (B, L) with images placed.
+
+    Padding is on the right and attention is causal, so no mask is needed: padded positions see
+    the text, never the other way round.
+    """
+    base = base_of(model)
+    embeddings = base.get_input_embeddings()(input_ids)
+    placeholders = (input_ids == base.config.image_token_id).unsqueeze(-1)
+    embeddings = embeddings.masked_scatter(placeholders, features.to(embeddings.dtype))
+    language_model = base.model.language_model
+    return language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
