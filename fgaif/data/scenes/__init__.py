@@ -1,0 +1,1 @@
+"""The embedded world: drawn scenes, their English, their truth, and two tiny LLaVA models."""
