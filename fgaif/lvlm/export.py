@@ -1,0 +1,106 @@
+"""Write LLaVA checkpoints that both transformers and vLLM load."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from fgaif.errors import CheckpointError
+from fgaif.lvlm.model import load_adapter, load_lvlm, load_processor
+
+# In-memory prefix (transformers 5) -> prefix in the public llava-1.5 checkpoints. vLLM refuses a
+# CLIP tower without `vision_model.`, which transformers 5 drops when it saves.
+_PUBLIC_PREFIXES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+)
+
+_CARD = """---
+base_model: {base}
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [fgaif, llava]
+---
+# {name}
+
+A LLaVA policy aligned by fine-grained AI feedback (FGAIF, arXiv 2404.05046) and exported with its
+LoRA adapter merged into the weights.
+
+- base checkpoint: `{base}`
+- adapter: `{adapter}` (r = {r}, alpha = {alpha})
+- dtype: {dtype}
+
+It loads with `transformers.LlavaForConditionalGeneration.from_pretrained` and with vLLM. Licence and
+limits are those of the base checkpoint.
+"""
+
+
+def public_name(name: str) -> str:
+    """The public llava-1.5 name of a parameter of ``LlavaForConditionalGeneration``.
+
+    Raises:
+        CheckpointError: the name belongs to no part of LLaVA.
+    """
+    for prefix, public in _PUBLIC_PREFIXES:
+        if name.startswith(prefix):
+            return public + name.removeprefix(prefix)
+    raise CheckpointError(f"weight {name!r} belongs to no part of a LLaVA model")
+
+
+def save_llava(model: LlavaForConditionalGeneration, processor: Any, directory: Path) -> None:
+    """Save weights (safetensors, public names), config, tokenizer, processor, chat template."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    save_torch_state_dict(_public_weights(model), directory, metadata={"format": "pt"})
+
+
+def export_merged(base_dir: Path, adapter_dir: Path, out_dir: Path, *, dtype: str) -> None:
+    """Merge an adapter into its base and write a checkpoint for transformers and vLLM.
+
+    The checkpoint is written beside ``out_dir`` and renamed when it is complete, so an
+    interrupted export leaves nothing that looks finished.
+
+    Raises:
+        CheckpointError: the adapter does not fit, or ``out_dir`` exists and is not empty.
+    """
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise CheckpointError(f"export to {out_dir}: the folder is not empty; give a new one")
+    processor = load_processor(base_dir)
+    adapted = load_adapter(load_lvlm(base_dir, dtype=dtype), adapter_dir)
+    settings = adapted.peft_config["default"]
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_llava(adapted.merge_and_unload(), processor, partial)
+    card = _CARD.format(
+        name=out_dir.name,
+        base=base_dir.name,
+        adapter=adapter_dir.name,
+        r=settings.r,
+        alpha=settings.lora_alpha,
+        dtype=dtype,
+    )
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if out_dir.exists():
+        out_dir.rmdir()
+    partial.rename(out_dir)
+
+
+def _public_weights(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    tied = model.config.tie_word_embeddings or model.config.text_config.tie_word_embeddings
+    return {
+        public_name(name): tensor
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
