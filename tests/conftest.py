@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests, and the environment that every test process starts from."""
+
+import os
+from pathlib import Path
+
+# Before torch, transformers, vllm or ray are imported; worker processes inherit it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import pytest
+import tiny
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint directory of a random LLaVA of 4 image tokens; do not write into it."""
+    return tiny.build_tiny_llava(tmp_path_factory.mktemp("tiny_llava"))
+
+
+@pytest.fixture(scope="session")
+def llava15_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint directory of a narrow random LLaVA-1.5 (576 image tokens); do not write into it."""
+    return tiny.build_llava15(tmp_path_factory.mktemp("llava15"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of real photographs with ``prompts.jsonl``; do not write into it."""
+    return tiny.write_photos(tmp_path_factory.mktemp("photos"))
