@@ -1,0 +1,207 @@
+"""The ``fgaif`` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import click
+import typer
+from rich.console import Console
+
+from cluster.ledger import ORDER, Stage
+from cluster.stages import print_plan, run_stages
+from fgaif import __version__
+from fgaif.config import Config, dump_config, load_config
+from fgaif.errors import CheckpointError, ConfigError, DataError, FgaifError
+
+_SCENES_CONFIG = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+
+app = typer.Typer(
+    name="fgaif",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Align vision-language models against hallucination with fine-grained AI feedback.\n\n"
+    "[bold]fgaif demo[/bold] runs everything on the embedded world. Your own data: "
+    "[bold]fgaif run --config configs/my_images.yaml[/bold]. Every stage can be run alone and "
+    "resumes where it stopped.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong configuration or data, 130 interrupted.",
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file; see configs/. Default: configs/scenes.yaml."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. ppo.lr=1e-5."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print configuration, plan and stages; start nothing.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Redo stages that are up to date.")]
+
+
+@app.command()
+def demo(overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Align the embedded policy end to end, on two CPU cores, in a few minutes."""
+    _run(None, overrides, dry_run, force)
+
+
+@app.command()
+def run(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Run all stages: sample, annotate, train-reward, eval, train, eval, report."""
+    _run(config, overrides, dry_run, force)
+
+
+@app.command()
+def sample(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Step 1a: sample responses from the policy -> RUN/responses."""
+    _run(config, overrides, dry_run, force, "sample")
+
+
+@app.command()
+def annotate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Step 1b: split, extract facts, verify, label -> RUN/feedback."""
+    _run(config, overrides, dry_run, force, "annotate")
+
+
+@app.command("train-reward")
+def train_reward(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Step 2: train one reward model per kind -> RUN/rewards/KIND."""
+    _run(config, overrides, dry_run, force, "train-reward")
+
+
+@app.command()
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    resume: Annotated[
+        str | None, typer.Option(help="'latest' or a checkpoint directory: go on from there.")
+    ] = None,
+) -> None:
+    """Step 3: PPO with per-token rewards -> RUN/policy."""
+    extra = [f"ppo.resume={resume}"] if resume else []
+    _run(config, [*(overrides or []), *extra], dry_run, force, "train")
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Evaluate the policy before and after training on held-out images -> RUN/eval."""
+    _run(config, overrides, dry_run, force, "eval-before", "eval-after")
+
+
+@app.command()
+def report(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Write RUN/report/report.json, report.html and plots from what the stages left."""
+    _run(config, overrides, False, True, "report")
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter directory; default: RUN/policy/adapter.")
+    ] = None,
+) -> None:
+    """Merge the adapter into the policy: a checkpoint that transformers and vLLM load."""
+    from fgaif.lvlm.export import export_merged
+    from fgaif.lvlm.model import resolve_checkpoint
+
+    settings = _load(config, overrides)
+    source = adapter or settings.run_dir / "policy" / "adapter"
+    export_merged(resolve_checkpoint(settings.policy.model), source, output)
+    out.print(f"wrote {output}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, devices, memory, disk and ports, and say what to do."""
+    from cluster.doctor import run as examine
+
+    raise typer.Exit(examine(out))
+
+
+@app.command()
+def scenes(
+    output: Annotated[Path, typer.Argument(help="Directory to write images and JSONL to.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 8,
+) -> None:
+    """Draw scenes of the embedded world with their scene graphs, to look at."""
+    from fgaif.data.scenes.world import write_split
+
+    write_split(output, split, count)
+    out.print(f"wrote {count} scenes of split {split} to {output}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    out.print(__version__)
+
+
+def main() -> None:
+    """Entry point: one clear message per failure, and exit codes that scripts can use."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted: what was finished is kept; run the same command to go on", 130)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (ConfigError, DataError, CheckpointError) as error:
+        _fail(str(error), 2)
+    except (FgaifError, OSError) as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print("[red]error:[/red]", message, highlight=False, markup=True, soft_wrap=True)
+    sys.exit(code)
+
+
+def _load(config: Path | None, overrides: list[str] | None) -> Config:
+    return load_config(config or _SCENES_CONFIG, overrides or [])
+
+
+def _run(
+    config: Path | None, overrides: list[str] | None, dry_run: bool, force: bool, *stages: Stage
+) -> None:
+    settings = _load(config, overrides)
+    if dry_run:
+        out.print(dump_config(settings), highlight=False)
+        print_plan(settings, stages or ORDER, force, out)
+    else:
+        run_stages(settings, stages or ORDER, force, out)

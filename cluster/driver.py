@@ -1,0 +1,135 @@
+"""The PPO loop. It talks to roles through protocols, so it imports no Ray and runs with fakes.
+
+    prompts -> rollout -> segments -> rewards, reference, learner log-probs -> batch
+                  ^                                                              |
+                  +------- sync of version v+1 <------ learner, values <---------+
+
+Order is the contract: nothing is sampled between an update and the sync that follows it, and the
+next step starts only after every replica has confirmed the new version.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.roles import Roles
+from cluster.weight_sync import SyncReport, sync
+from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint
+from fgaif.config import Config
+from fgaif.data.order import batch_indexes, draw, request_seed
+from fgaif.errors import ConfigError
+from fgaif.feedback.facts import FactExtractor
+from fgaif.feedback.segment import Segmenter
+from fgaif.pending import gather
+from fgaif.ppo.batch import make_batch
+from fgaif.ppo.kl import KlState, update_kl
+from fgaif.ppo.metrics import rollout_metrics
+from fgaif.reward.dense import RewardCenters, dense_rewards
+from fgaif.types import GenerationRequest, Prompt, Response, StepReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PpoData:
+    """What the loop reads: prompts to answer, and questions whose answers must not drift."""
+
+    prompts: Sequence[Prompt]
+    anchors: Sequence[Prompt]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopState:
+    """Everything of the driver that a checkpoint holds; the actors write their own parts."""
+
+    step: int
+    kl: KlState
+    centers: RewardCenters
+
+
+class PpoDriver:
+    """Runs PPO steps over the roles and keeps checkpoints."""
+
+    def __init__(
+        self,
+        config: Config,
+        roles: Roles,
+        data: PpoData,
+        segmenter: Segmenter,
+        extractor: FactExtractor,
+    ) -> None:
+        self._config = config
+        self._roles = roles
+        self._data = data
+        self._segmenter = segmenter
+        self._extractor = extractor
+        self._root = config.run_dir / "policy"
+        self._state = LoopState(
+            step=0, kl=KlState.from_config(config.ppo.kl), centers=RewardCenters.empty()
+        )
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def step(self) -> int:
+        """Number of finished steps."""
+        return self._state.step
+
+    def run(self) -> Iterator[StepReport]:
+        """Yield a report after each step until ``ppo.steps`` are done; resume if configured."""
+        self._resume()
+        self._sync(self._probe_requests())
+        while self._state.step < self._config.ppo.steps:
+            report = self._step()
+            done = self._state.step
+            if done % self._config.ppo.checkpoint_every == 0 or done == self._config.ppo.steps:
+                self._checkpoint()
+            yield report
+
+    def _step(self) -> StepReport:
+        config, roles, state = self._config.ppo, self._roles, self._state
+        self._seconds = {}
+        with self._timed("total"):
+            with self._timed("rollout"):
+                responses = roles.rollouts.generate(self._requests(state.step)).result()
+                segments = [self._segmenter(response) for response in responses]
+                malformed = [
+                    self._extractor.extract(r, s).malformed
+                    for r, s in zip(responses, segments, strict=True)
+                ]
+            with self._timed("score"):
+                scores, evaluations, old_logprobs = gather(
+                    roles.rewards.score(responses, segments),
+                    roles.reference.evaluate(responses),
+                    roles.learner.logprobs(responses),
+                )
+            rewards = dense_rewards(
+                responses, segments, scores, malformed, config.shape, state.centers
+            )
+            batch = make_batch(
+                responses, old_logprobs, evaluations, rewards.tokens,
+                kl_coef=state.kl.coef, gamma=config.gamma, lam=config.lam,
+            )  # fmt: skip
+            with self._timed("update"):
+                update = roles.learner.update(batch, self._anchors(state.step))
+                value_report = roles.reference.update_values(batch).result()
+                policy_report = update.result()
+            version = state.step + 1
+            with self._timed("sync"):
+                sync_report = self._sync(responses[:1], version)
+        metrics = rollout_metrics(batch, segments, scores, rewards, state.kl.coef)
+        self._state = LoopState(
+            step=version,
+            kl=update_kl(state.kl, metrics["kl/response"], len(responses), config.kl),
+            centers=rewards.centers,
+        )
+        return StepReport(
+            step=version,
+            version=version,
+            metrics=metrics
+            | policy_report.metrics
+            | value_report.metrics
+            | sync_report.metrics()
+            | self._timings(batch.mask.sum()),
+        )

@@ -1,0 +1,327 @@
+"""From the plan to running actors: the only place where a class is made remote."""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.pool import merge_in_order, split_by_cost
+from cluster.failures import translate
+from cluster.placement import Bundle, check_fits, plan_roles
+from fgaif.config import Config
+from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.pending import Pending, Then
+from fgaif.types import (
+    KINDS,
+    Evaluation,
+    FloatArray,
+    GenerationRequest,
+    Kind,
+    Prompt,
+    Response,
+    Segment,
+    SegmentScores,
+    TrainBatch,
+    UpdateReport,
+    WeightsManifest,
+)
+
+
+class Handle:
+    """A named actor in its own placement group."""
+
+    def __init__(self, name: str, actor: Any, group: PlacementGroup, timeout_s: float) -> None:
+        self.name = name
+        self.actor = actor
+        self._group = group
+        self._timeout_s = timeout_s
+
+    def call(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
+        """Start ``method(actor).remote(*arguments)``; ``result`` names the actor if it fails."""
+        reference = method(self.actor).remote(*arguments)
+
+        def finish() -> Any:
+            try:
+                return ray.get(reference, timeout=self._timeout_s)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                raise translate(error, self.name) from error
+
+        return Then(finish)
+
+    def stop(self) -> None:
+        """Kill the actor and free its resources."""
+        ray.kill(self.actor)
+        remove_placement_group(self._group)
+
+
+class Pool:
+    """Replicas of one actor class: split work or ask everyone."""
+
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        self.handles = handles
+
+    def spread(
+        self, method: Callable[[Any], Any], items: Sequence[Any], costs: Sequence[float]
+    ) -> Pending[Any]:
+        """Split the items by cost, call every replica with its share, merge in order."""
+        return self.share(method, items, split_by_cost(costs, len(self.handles)))
+
+    def share(
+        self, method: Callable[[Any], Any], items: Sequence[Any], shares: Sequence[Sequence[int]]
+    ) -> Pending[Any]:
+        """Call each replica with the items of its share of indexes, merge in order."""
+        calls = [
+            handle.call(method, [items[index] for index in indexes])
+            for handle, indexes in zip(self.handles, shares, strict=True)
+        ]
+        return Then(lambda: merge_in_order(shares, [call.result() for call in calls]))
+
+    def everywhere(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[list[Any]]:
+        """Call every replica with the same arguments."""
+        calls = [handle.call(method, *arguments) for handle in self.handles]
+        return Then(lambda: [call.result() for call in calls])
+
+    def stop(self) -> None:
+        """Stop every replica."""
+        for handle in self.handles:
+            handle.stop()
+
+
+class RolloutGroup(Pool):
+    """All rollout engines as one."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Pending[list[Response]]:
+        """Split by expected length, sample everywhere, return in order."""
+        costs = [float(request.max_new_tokens) for request in requests]
+        return self.spread(lambda actor: actor.generate, requests, costs)
+
+    def p_yes(self, prompts: Sequence[Prompt]) -> Pending[list[float]]:
+        """Split evenly, ask everywhere, return in order."""
+        return self.spread(lambda actor: actor.p_yes, prompts, [1.0] * len(prompts))
+
+    def load_weights(self, manifest: WeightsManifest) -> Pending[list[int]]:
+        """Send one copy to the object store; every replica loads it."""
+        return self.everywhere(lambda actor: actor.load_weights, ray.put(manifest))
+
+    def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
+        """Score the same responses on every replica."""
+        return self.everywhere(lambda actor: actor.probe_logprobs, responses)
+
+
+class RewardGroup:
+    """One actor (or several) per kind; scores of the kinds are stacked to (S, K, C)."""
+
+    def __init__(self, handles: Sequence[Sequence[Handle]]) -> None:
+        self._kinds = [Pool(replicas) for replicas in handles]
+
+    def score(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> Pending[list[SegmentScores]]:
+        """Score every kind at the same time."""
+        items = list(zip(responses, segments, strict=True))
+        costs = [float(len(response.token_ids)) for response in responses]
+        calls = [
+            group.spread(lambda actor: actor.score_pairs, items, costs) for group in self._kinds
+        ]
+
+        def finish() -> list[SegmentScores]:
+            kinds = [call.result() for call in calls]
+            return [
+                SegmentScores(probs=np.stack(rows, axis=1)) for rows in zip(*kinds, strict=True)
+            ]
+
+        return Then(finish)
+
+    def stop(self) -> None:
+        """Stop every scorer."""
+        for group in self._kinds:
+            group.stop()
+
+
+class ReferenceClient:
+    """The reference and value actor."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
+        """Reference log-probs and values."""
+        return self._handle.call(lambda actor: actor.evaluate, responses)
+
+    def update_values(self, batch: TrainBatch) -> Pending[UpdateReport]:
+        """Train the value model."""
+        return self._handle.call(lambda actor: actor.update_values, batch)
+
+    def save(self, path: Path) -> Pending[None]:
+        """Write its state."""
+        return self._handle.call(lambda actor: actor.save, path)
+
+    def restore(self, path: Path) -> Pending[None]:
+        """Read its state."""
+        return self._handle.call(lambda actor: actor.restore, path)
+
+    def stop(self) -> None:
+        """Stop the actor."""
+        self._handle.stop()
+
+
+class LearnerGroup(Pool):
+    """All DeepSpeed ranks as one. Every rank takes part in every call; rank 0 answers for all."""
+
+    def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
+        """Equal counts per rank: under ZeRO-3 every forward pass is a collective."""
+        ranks = len(self.handles)
+        shares = [list(range(rank, len(responses), ranks)) for rank in range(ranks)]
+        return self.share(lambda actor: actor.logprobs, responses, shares)
+
+    def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Pending[UpdateReport]:
+        """Every rank takes its share of each minibatch."""
+        return self._first(lambda actor: actor.update, ray.put(batch), anchors)
+
+    def publish(self, version: int) -> Pending[WeightsManifest]:
+        """Gather the adapter (a collective under ZeRO-3) and number it."""
+        return self._first(lambda actor: actor.publish, version)
+
+    def save(self, path: Path) -> Pending[None]:
+        """Every rank writes its part."""
+        return self._first(lambda actor: actor.save, path)
+
+    def restore(self, path: Path) -> Pending[None]:
+        """Every rank reads its part."""
+        return self._first(lambda actor: actor.restore, path)
+
+    def save_adapter(self, path: Path) -> Pending[None]:
+        """Write the adapter as a PEFT directory."""
+        return self._first(lambda actor: actor.save_adapter, path)
+
+    def _first(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
+        everyone = self.everywhere(method, *arguments)
+        return Then(lambda: everyone.result()[0])
+
+
+class Cluster:
+    """Connects to Ray, starts roles when they are first asked for, stops them at the end.
+
+    Starting a role returns at once: actors load their models while others work, and calls queue.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._cluster = config.cluster
+        self._pools: dict[str, list[Handle]] = {}
+        self._owns_ray = False
+
+    def __enter__(self) -> Self:
+        if not ray.is_initialized():
+            self._owns_ray = True
+            connect(self._config)
+        self._bundles = plan_roles(self._config)
+        check_fits(self._bundles, ray.cluster_resources())
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handles in self._pools.values():
+            for handle in handles:
+                handle.stop()
+        self._pools.clear()
+        if self._owns_ray:
+            ray.shutdown()
+
+    def rollouts(self) -> RolloutGroup:
+        """The policy's engines."""
+        from actors.rollout import RolloutActor
+
+        model = resolve_checkpoint(self._config.policy.model)
+        return RolloutGroup(
+            self._start("rollout", "rollout", lambda _: (RolloutActor, (model, self._config)))
+        )
+
+    def judges(self) -> RolloutGroup:
+        """The verifier's engines."""
+        from actors.judge import JudgeActor
+
+        model = resolve_checkpoint(self._config.feedback.verifier)
+        return RolloutGroup(
+            self._start("judge", "judge", lambda _: (JudgeActor, (model, self._config)))
+        )
+
+    def rewards(self, directory: Path) -> RewardGroup:
+        """The scorers of the trained reward models in ``directory/KIND``."""
+        from actors.reward import RewardActor
+
+        def start(kind: Kind) -> list[Handle]:
+            arguments = (directory / kind, self._config)
+            return self._start("reward", f"reward-{kind}", lambda _: (RewardActor, arguments))
+
+        return RewardGroup([start(kind) for kind in KINDS])
+
+    def reference(self, rewards: Path) -> ReferenceClient:
+        """The reference and value actor; ``rewards`` may initialise the value model."""
+        from actors.reference import ReferenceActor
+
+        arguments = (self._config, rewards)
+        return ReferenceClient(
+            self._start("reference", "reference", lambda _: (ReferenceActor, arguments))[0]
+        )
+
+    def learner(self) -> LearnerGroup:
+        """The DeepSpeed ranks."""
+        from actors.learner import LearnerActor
+
+        world = self._cluster.learner.replicas
+        address, port = ray.util.get_node_ip_address(), free_port()
+        return LearnerGroup(
+            self._start(
+                "learner",
+                "learner",
+                lambda rank: (LearnerActor, (self._config, rank, world, address, port)),
+            )
+        )
+
+    def stop(self, name: str) -> None:
+        """Stop the role's actors (``judge``, ``rollout``, ...) if they run."""
+        for key in [key for key in self._pools if key == name or key.startswith(f"{name}-")]:
+            for handle in self._pools.pop(key):
+                handle.stop()
+
+    def _start(
+        self, role: str, prefix: str, make: Callable[[int], tuple[type, tuple[Any, ...]]]
+    ) -> list[Handle]:
+        if prefix not in self._pools:
+            bundles = [b for b in self._bundles if b.role == role and b.name.startswith(prefix)]
+            self._pools[prefix] = [
+                self._launch(bundle, *make(index)) for index, bundle in enumerate(bundles)
+            ]
+        return self._pools[prefix]
+
+    def _launch(self, bundle: Bundle, cls: type, arguments: tuple[Any, ...]) -> Handle:
+        resources = {"CPU": bundle.cpus} | ({"GPU": bundle.gpus} if bundle.gpus else {})
+        group = placement_group([resources], name=bundle.name)
+        threads = str(self._cluster.threads)
+        remote = ray.remote(cls).options(
+            num_cpus=bundle.cpus,
+            num_gpus=bundle.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "0"}},
+        )
+        return Handle(bundle.name, remote.remote(*arguments), group, self._cluster.call_timeout_s)
+
+
+def connect(config: Config) -> None:
+    """Join the configured or surrounding Ray cluster, else start a local one."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"num_cpus": config.cluster.local_cpus, "include_dashboard": False}
+    ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,162 @@
+"""Pure placement plan: roles to bundles with CPUs, GPUs and memory, checked before any start."""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+from fgaif.config import Config, LoraConfig, RoleConfig
+from fgaif.errors import CheckpointError, ConfigError
+from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.types import KINDS
+
+Role = Literal["rollout", "reward", "reference", "learner", "judge"]
+_GIB = 2**30
+_PROCESS_GIB = {"rollout": 0.9, "reward": 0.6, "reference": 0.6, "learner": 0.8, "judge": 0.9}
+"""Resident memory of an idle process of the role: interpreter, torch and, for engines, vLLM."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """One actor: what it asks of a node. ``memory_gib`` is device memory where it has a GPU."""
+
+    role: Role
+    name: str
+    cpus: float
+    gpus: float
+    memory_gib: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """Parameters of a checkpoint and of what LoRA would add to it."""
+
+    parameters: int
+    linear_shapes: tuple[tuple[int, int], ...]
+
+    def lora_parameters(self, lora: LoraConfig) -> int:
+        """Trainable parameters of an adapter of this rank on the language model's linears."""
+        return sum(lora.r * (rows + columns) for rows, columns in self.linear_shapes)
+
+
+def model_size(path: Path) -> ModelSize:
+    """Count parameters from the safetensors headers, without reading weights."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        shapes |= {name: item["shape"] for name, item in header.items() if name != "__metadata__"}
+    if not shapes:
+        raise CheckpointError(f"{path}: no *.safetensors weights; pickled weights are not loaded")
+    count = 0
+    for shape in shapes.values():
+        size = 1
+        for side in shape:
+            size *= side
+        count += size
+    linears = tuple(
+        (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if "language_model" in name and len(shape) == 2 and "_proj" in name
+    )
+    return ModelSize(parameters=count, linear_shapes=linears)
+
+
+def plan_roles(config: Config) -> tuple[Bundle, ...]:
+    """Plan every actor of the PPO stage, one bundle each (the judge runs only while annotating)."""
+    cluster, width = config.cluster, 2 if config.policy.dtype == "bfloat16" else 4
+    policy = model_size(resolve_checkpoint(config.policy.model))
+    reward = model_size(resolve_checkpoint(config.reward_backbone))
+    judge = model_size(resolve_checkpoint(config.feedback.verifier))
+    kv_gib = cluster.engine.kv_cache_mib / 1024
+    train = 16  # bytes per trained parameter: fp32 weight, gradient and two Adam moments
+    need = {
+        "rollout": policy.parameters * width / _GIB + kv_gib,
+        "reward": (reward.parameters + reward.lora_parameters(config.reward.lora)) * width / _GIB,
+        "reference": policy.parameters * width / _GIB
+        + policy.lora_parameters(config.ppo.value_lora) * train / _GIB,
+        "learner": policy.parameters * width / _GIB
+        + policy.lora_parameters(config.policy.lora) * train / _GIB
+        + _activation_gib(config, policy),
+        "judge": judge.parameters * width / _GIB + kv_gib,
+    }
+    bundles: list[Bundle] = []
+    bundles += _bundles("rollout", cluster.rollout, need["rollout"])
+    for kind in KINDS:
+        bundles += _bundles("reward", cluster.reward, need["reward"], prefix=f"reward-{kind}")
+    bundles += _bundles("reference", cluster.reference, need["reference"])
+    bundles += _bundles("learner", cluster.learner, need["learner"])
+    bundles += _bundles("judge", cluster.judge, need["judge"])
+    return tuple(bundles)
+
+
+def check_fits(bundles: Sequence[Bundle], available: Mapping[str, float]) -> None:
+    """Refuse a plan that the cluster can never place, before anything pends.
+
+    PPO's roles must fit together; the judge, which runs before them, must fit beside the rollout.
+
+    Raises:
+        ConfigError: names the resource, what is needed and what there is.
+    """
+    groups = {
+        "PPO (rollout, rewards, reference, learner)": [b for b in bundles if b.role != "judge"],
+        "annotation (rollout, judge)": [b for b in bundles if b.role in ("rollout", "judge")],
+    }
+    for stage, members in groups.items():
+        for resource, need in (
+            ("CPU", sum(bundle.cpus for bundle in members)),
+            ("GPU", sum(bundle.gpus for bundle in members)),
+        ):
+            have = available.get(resource, 0.0)
+            if need > have + 1e-6:
+                keys = ", ".join(sorted({f"cluster.{bundle.role}" for bundle in members}))
+                raise ConfigError(
+                    f"{stage} needs {need:g} {resource}s but the cluster has {have:g}: lower the "
+                    f"{resource.lower()}s or replicas in {keys}, or add nodes"
+                )
+
+
+def plan_table(bundles: Sequence[Bundle]) -> Table:
+    """Render the plan: role, replicas, CPUs, GPUs and estimated memory of each actor."""
+    table = Table(title="placement: one placement group per actor", title_justify="left")
+    for column in ("actor", "CPUs", "GPUs", "memory (GiB, estimate)", "where"):
+        table.add_column(column, justify="left" if column in ("actor", "where") else "right")
+    for bundle in bundles:
+        where = "GPU" if bundle.gpus else "host"
+        table.add_row(
+            bundle.name, f"{bundle.cpus:g}", f"{bundle.gpus:g}", f"{bundle.memory_gib:.1f}", where
+        )
+    total = [sum(getattr(bundle, key) for bundle in bundles) for key in ("cpus", "gpus")]
+    memory = sum(bundle.memory_gib for bundle in bundles)
+    table.add_section()
+    table.add_row("all", f"{total[0]:g}", f"{total[1]:g}", f"{memory:.1f}", "")
+    return table
+
+
+def _bundles(role: Role, config: RoleConfig, gib: float, prefix: str = "") -> list[Bundle]:
+    return [
+        Bundle(
+            role=role,
+            name=f"{prefix or role}-{index}",
+            cpus=config.cpus,
+            gpus=config.gpus,
+            memory_gib=gib + _PROCESS_GIB[role],
+        )
+        for index in range(config.replicas)
+    ]
+
+
+def _activation_gib(config: Config, policy: ModelSize) -> float:
+    """Rough activations of one micro-batch: 34 bytes per token, layer and hidden unit."""
+    if not policy.linear_shapes:
+        return 0.0
+    hidden = min(min(shape) for shape in policy.linear_shapes)
+    layers = len(policy.linear_shapes) / 7
+    tokens = config.ppo.micro_batch * (config.policy.max_new_tokens + 640)
+    per_layer = 2 if config.policy.gradient_checkpointing else 34
+    return tokens * hidden * layers * per_layer / _GIB

@@ -1,0 +1,108 @@
+"""What the driver may ask of each role. Every call starts at once and returns a pending result."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fgaif.pending import Pending
+from fgaif.types import (
+    Evaluation,
+    FloatArray,
+    GenerationRequest,
+    Prompt,
+    Response,
+    Segment,
+    SegmentScores,
+    TrainBatch,
+    UpdateReport,
+    WeightsManifest,
+)
+
+
+class Rollouts(Protocol):
+    """All rollout engines as one."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Pending[list[Response]]:
+        """Sample one response per request, in order."""
+        ...
+
+    def p_yes(self, prompts: Sequence[Prompt]) -> Pending[list[float]]:
+        """Probability of answering yes rather than no, per prompt."""
+        ...
+
+    def load_weights(self, manifest: WeightsManifest) -> Pending[list[int]]:
+        """Load a version on every replica; each answers with the version it now has."""
+        ...
+
+    def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
+        """Teacher-forced log-probs (T,) of the responses, from every replica."""
+        ...
+
+
+class Rewards(Protocol):
+    """The reward models of all kinds as one."""
+
+    def score(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> Pending[list[SegmentScores]]:
+        """Class probabilities (S, K, C) of each response's segments."""
+        ...
+
+
+class Reference(Protocol):
+    """Frozen reference policy and trained value model."""
+
+    def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
+        """Reference log-probs and values of each response."""
+        ...
+
+    def update_values(self, batch: TrainBatch) -> Pending[UpdateReport]:
+        """Train the value model on the batch's returns."""
+        ...
+
+    def save(self, path: Path) -> Pending[None]:
+        """Write the value model and its optimiser into ``path``."""
+        ...
+
+    def restore(self, path: Path) -> Pending[None]:
+        """Read what ``save`` wrote."""
+        ...
+
+
+class Learner(Protocol):
+    """The policy under training, over all DeepSpeed ranks."""
+
+    def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
+        """Log-probs (T,) of each response under the current policy and the training dtype."""
+        ...
+
+    def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Pending[UpdateReport]:
+        """Run PPO's epochs over the batch."""
+        ...
+
+    def publish(self, version: int) -> Pending[WeightsManifest]:
+        """Hand out the adapter as a numbered version."""
+        ...
+
+    def save(self, path: Path) -> Pending[None]:
+        """Write adapter, optimiser, schedule and RNG into ``path``."""
+        ...
+
+    def restore(self, path: Path) -> Pending[None]:
+        """Read what ``save`` wrote."""
+        ...
+
+    def save_adapter(self, path: Path) -> Pending[None]:
+        """Write the adapter as a PEFT directory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """Everyone the PPO loop works with."""
+
+    rollouts: Rollouts
+    rewards: Rewards
+    reference: Reference
+    learner: Learner

@@ -1,0 +1,78 @@
+"""Where a run's prompts come from: the embedded world or the user's files, behind one door."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from fgaif.config import Config
+from fgaif.data.prompts import PromptSet, load_prompts
+from fgaif.data.scenes.files import read_scenes, write_split
+from fgaif.data.scenes.questions import sample_question
+from fgaif.data.scenes.world import SPLITS, Scene, Split
+from fgaif.errors import ConfigError
+from fgaif.types import Prompt
+
+_SCENES = "scenes:"
+QUESTIONS = f"{_SCENES}questions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A loaded prompt set, and the scene of each prompt where the world is known."""
+
+    prompts: PromptSet
+    scenes: dict[str, Scene] | None = None
+
+    def scene_of(self, prompt: Prompt) -> Scene:
+        """The scene graph behind a prompt of the embedded world."""
+        assert self.scenes is not None, "asked for the scene of a user's image"
+        return self.scenes[prompt.id]
+
+
+def open_source(name: str, config: Config, limit: int) -> Source:
+    """Load ``scenes:SPLIT`` (drawn into the run folder first) or a prompts file.
+
+    Raises:
+        ConfigError: no such split.
+        DataError: the file, a row or a column cannot be used.
+    """
+    if not name.startswith(_SCENES):
+        path = Path(name).expanduser()
+        return Source(prompts=load_prompts(path, root=config.data.image_root, limit=limit))
+    split = name.removeprefix(_SCENES)
+    if split not in SPLITS:
+        raise ConfigError(f"data source {name!r}: use one of {', '.join(SPLITS)} after 'scenes:'")
+    folder = config.run_dir / "data" / f"{split}-{limit}"
+    path = write_split(folder, cast(Split, split), limit)
+    scenes = read_scenes(folder / "scenes.jsonl")
+    return Source(prompts=load_prompts(path, root=folder, limit=limit), scenes=scenes)
+
+
+def split_prompts(source: Source, config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Prompts for feedback and for PPO: disjoint, unless the set is too small for both."""
+    prompts = source.prompts.prompts
+    feedback = prompts[: config.data.feedback_prompts]
+    rest = prompts[config.data.feedback_prompts :]
+    return feedback, (rest or prompts)[: config.data.ppo_prompts]
+
+
+def open_anchors(config: Config, train: Source, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Questions whose answers PPO must not change; none if the anchor is off."""
+    anchor = config.ppo.anchor
+    if anchor.weight == 0:
+        return []
+    if anchor.prompts != QUESTIONS:
+        return list(open_source(anchor.prompts, config, config.data.ppo_prompts).prompts.prompts)
+    if train.scenes is None:
+        raise ConfigError(
+            f"ppo.anchor.prompts = {QUESTIONS!r} needs the embedded world: name a file of "
+            "questions about your images, or set ppo.anchor.weight=0"
+        )
+    return [_question_about(prompt, train.scene_of) for prompt in prompts]
+
+
+def _question_about(prompt: Prompt, scene_of: Callable[[Prompt], Scene]) -> Prompt:
+    question = sample_question(scene_of(prompt), random.Random(f"anchor {prompt.id}"))
+    return replace(prompt, id=f"{prompt.id}?", text=question.text)
