@@ -97,7 +97,9 @@ class RewardConfig(_Section):
     lora: LoraConfig = LoraConfig()
     lr: float = Field(2e-5, gt=0)
     batch_size: int = Field(32, ge=1)
-    """Responses per optimiser step."""
+    """Responses per optimiser step, over all workers."""
+    micro_batch: int = Field(8, ge=1)
+    """Responses per forward pass, in training and in scoring."""
     epochs: float = Field(4.0, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
@@ -116,8 +118,19 @@ class RewardConfig(_Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = Field(1, ge=1)
     """Ray Train workers per reward model."""
-    parallel: int = Field(1, ge=1)
+    parallel: int = Field(1, ge=1, le=len(KINDS))
     """Reward models trained at the same time."""
+    cpus_per_worker: float = Field(1.0, ge=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _workers_share_batches(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"reward.batch_size = {self.batch_size} is not a multiple of reward.workers = "
+                f"{self.workers}: a rank without work would hang the others; raise the first"
+            )
+        return self
 
 
 class RewardShapeConfig(_Section):

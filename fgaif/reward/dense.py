@@ -1,0 +1,206 @@
+"""From class probabilities per segment to one reward per token.
+
+    r_t = sum_i 1[t = T_i] (sum_k w_k v_{i,k} - c_i)  +  1[t = T - 1] e
+
+with T_i the last sampled token of segment i, v_{i,k} the value of segment i for kind k, c_i the
+penalty of a repeated or malformed segment and e the terms of the whole response (no stop, length).
+The KL term is not here: it belongs to PPO. Parent formula: Wu et al. 2023, section 4; FGAIF sums
+three kinds. Adding +1 per correct segment makes a policy write long, repetitive captions, penalties
+alone make it write short ones: hence the centred value.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+
+from fgaif.config import RewardShapeConfig
+from fgaif.types import (
+    KINDS,
+    FloatArray,
+    Json,
+    Response,
+    Segment,
+    SegmentClass,
+    SegmentScores,
+)
+
+# Below this mass of "has facts" in a batch a mean would be noise.
+_MIN_FACTS = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardCenters:
+    """Running mean reward mu_k of segments with facts, per kind; None before the first batch."""
+
+    means: tuple[float | None, ...]
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Centres that have seen nothing."""
+        return cls(means=(None,) * len(KINDS))
+
+    @classmethod
+    def from_json(cls, state: Json) -> Self:
+        """Read what ``to_json`` wrote."""
+        return cls(means=tuple(state["means"]))
+
+    def to_json(self) -> Json:
+        """State for a checkpoint."""
+        return {"means": list(self.means)}
+
+    def array(self) -> FloatArray:
+        """mu (K,), 0 for a kind not seen yet."""
+        return np.array([mean or 0.0 for mean in self.means], dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseRewards:
+    """Rewards of a batch with their parts, one entry per response.
+
+    ``tokens`` (T,) is what PPO gets; ``values`` (S, K) are unweighted v_{i,k}; ``penalties`` (S,)
+    are c_i >= 0; ``terminal`` is e <= 0; ``centers`` are the means after this batch.
+    """
+
+    tokens: tuple[FloatArray, ...]
+    values: tuple[FloatArray, ...]
+    penalties: tuple[FloatArray, ...]
+    terminal: tuple[float, ...]
+    centers: RewardCenters
+
+
+def dense_rewards(
+    responses: Sequence[Response],
+    segments: Sequence[Sequence[Segment]],
+    scores: Sequence[SegmentScores],
+    malformed: Sequence[Collection[int]],
+    shape: RewardShapeConfig,
+    centers: RewardCenters,
+) -> DenseRewards:
+    """Turn the scores of a batch into rewards per token; ``malformed`` holds segment indexes.
+
+    The centres are moved by this batch before they are used, so the first batch is centred too.
+    """
+    centers = update_centers(centers, scores, shape)
+    mu = centers.array()
+    values = tuple(segment_values(score.probs, shape, mu) for score in scores)
+    penalties = tuple(
+        segment_penalties(response.text, pieces, bad, shape.repeat_penalty)
+        for response, pieces, bad in zip(responses, segments, malformed, strict=True)
+    )
+    terminal = tuple(terminal_reward(response, shape) for response in responses)
+    weights = np.array([shape.weights.get(kind, 0.0) for kind in KINDS], dtype=np.float32)
+    tokens = tuple(
+        token_rewards(
+            len(response.token_ids), pieces, value, weights,
+            penalties=penalty, terminal=end, placement=shape.placement,
+        )
+        for response, pieces, value, penalty, end in zip(
+            responses, segments, values, penalties, terminal, strict=True
+        )
+    )  # fmt: skip
+    return DenseRewards(
+        tokens=tokens, values=values, penalties=penalties, terminal=terminal, centers=centers
+    )
+
+
+def segment_values(probs: FloatArray, shape: RewardShapeConfig, centers: FloatArray) -> FloatArray:
+    """Value of each segment for each kind, (S, K, C) and mu (K,) -> (S, K).
+
+        v_{i,k} = p_OK ok + p_HALLU hallu + p_NONE none  -  (mu_k + offset) (p_OK + p_HALLU)
+
+    with p of segment i and kind k. The second part is absent without ``shape.center``; it leaves
+    segments without facts alone, so a fact stated as well as usual earns -offset, not +1.
+    """
+    p = _hard_or_soft(probs, shape.values)
+    p_none, p_ok, p_hallu = (p[..., c] for c in SegmentClass)
+    value = p_ok * shape.value_ok + p_hallu * shape.value_hallu + p_none * shape.value_none
+    if shape.center:
+        value = value - (centers + shape.center_offset) * (p_ok + p_hallu)
+    return value.astype(np.float32)
+
+
+def update_centers(
+    centers: RewardCenters, scores: Sequence[SegmentScores], shape: RewardShapeConfig
+) -> RewardCenters:
+    """Move mu_k towards the batch's mean reward of segments with facts.
+
+        m_k = sum_i (p_OK ok + p_HALLU hallu) / sum_i (p_OK + p_HALLU)
+        mu_k <- momentum mu_k + (1 - momentum) m_k;   mu_k <- m_k at the first batch
+
+    over all segments i of the batch. A kind without facts in the batch keeps its mean.
+    """
+    rows = [_hard_or_soft(score.probs, shape.values) for score in scores]
+    p = np.concatenate([np.zeros((0, len(KINDS), len(SegmentClass)), np.float32), *rows])
+    p_ok, p_hallu = p[..., SegmentClass.OK].sum(0), p[..., SegmentClass.HALLU].sum(0)
+    means: list[float | None] = []
+    for old, ok, hallu in zip(centers.means, p_ok.tolist(), p_hallu.tolist(), strict=True):
+        if ok + hallu < _MIN_FACTS:
+            means.append(old)
+            continue
+        mean = (ok * shape.value_ok + hallu * shape.value_hallu) / (ok + hallu)
+        keep = 0.0 if old is None else shape.center_momentum
+        means.append(keep * (old or 0.0) + (1.0 - keep) * mean)
+    return RewardCenters(means=tuple(means))
+
+
+def segment_penalties(
+    text: str, segments: Sequence[Segment], malformed: Collection[int], penalty: float
+) -> FloatArray:
+    """c (S,): ``penalty`` for a segment that repeats an earlier one or is malformed, else 0.
+
+    Two segments repeat when their words are equal, whatever their case and punctuation.
+    """
+    seen: set[str] = set()
+    costs = np.zeros(len(segments), dtype=np.float32)
+    for index, segment in enumerate(segments):
+        words = " ".join(re.findall(r"\w+", text[segment.char_start : segment.char_end].lower()))
+        if index in malformed or words in seen:
+            costs[index] = penalty
+        if words:
+            seen.add(words)
+    return costs
+
+
+def terminal_reward(response: Response, shape: RewardShapeConfig) -> float:
+    """e = -no_stop [the response never ended] - length_penalty max(0, T - length_target)."""
+    never_ended = response.finish == "length"
+    excess = max(0, len(response.token_ids) - shape.length_target)
+    return -shape.no_stop_penalty * never_ended - shape.length_penalty * excess
+
+
+def token_rewards(
+    length: int,
+    segments: Sequence[Segment],
+    values: FloatArray,
+    weights: FloatArray,
+    *,
+    penalties: FloatArray | None = None,
+    terminal: float = 0.0,
+    placement: Literal["segment", "last"] = "segment",
+) -> FloatArray:
+    """Rewards (T,) of a response of ``length`` T tokens from values (S, K) and weights (K,).
+
+        r_t = sum_i 1[t = T_i] (sum_k w_k v_{i,k} - c_i) + 1[t = T - 1] e,  T_i = token_end_i - 1
+
+    ``placement="last"`` puts every segment's sum on t = T - 1 (the coarse control).
+    """
+    rewards = np.zeros(length, dtype=np.float32)
+    if length == 0:
+        return rewards
+    sums = values @ weights - (0.0 if penalties is None else penalties)
+    for segment, reward in zip(segments, sums, strict=True):
+        # A piece of white space may own no token of its own: its end is then the token before.
+        end = length - 1 if placement == "last" else min(max(segment.token_end, 1), length) - 1
+        rewards[end] += reward
+    rewards[-1] += terminal
+    return rewards
+
+
+def _hard_or_soft(probs: FloatArray, values: Literal["hard", "soft"]) -> FloatArray:
+    """Return p (S, K, C) itself for ``soft``, one-hot of the most likely class for ``hard``."""
+    if values == "soft":
+        return probs
+    return np.eye(len(SegmentClass), dtype=np.float32)[probs.argmax(-1)]
