@@ -58,7 +58,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One response to sample: ``seed`` makes it independent of batching; temperature 0 is greedy."""
+    """One response to sample; ``seed`` makes it independent of batching, temperature 0 greedy."""
 
     prompt: Prompt
     sample: int = 0
@@ -223,6 +223,50 @@ class StepReport:
     step: int
     version: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionMetrics:
+    """How a set of captions fares; None where the truth that a figure needs is not known.
+
+    ``object``, ``attribute``, ``relation``: hallucinated share of the segments that have facts of
+    the kind; ``any``: of the segments that have facts of some kind. ``chair_s``, ``chair_i``,
+    ``recall``: CHAIR and object recall. Per caption: ``true_facts`` (distinct, true) and ``length``
+    (tokens without EOS). ``repetition``, ``malformed``: share of the segments.
+    """
+
+    object: float | None
+    attribute: float | None
+    relation: float | None
+    any: float | None
+    chair_s: float | None
+    chair_i: float | None
+    recall: float | None
+    true_facts: float | None
+    length: float
+    repetition: float
+    malformed: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PopeMetrics:
+    """Yes/no test of object presence; "yes" is the positive class, all figures in [0, 1]."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """One policy on the held-out prompts. ``pope`` is the mean over ``pope_by_strategy``."""
+
+    greedy: CaptionMetrics
+    sampled: CaptionMetrics
+    pope: PopeMetrics | None = None
+    pope_by_strategy: dict[str, PopeMetrics] = field(default_factory=dict)
 
 
 Json = dict[str, Any]

@@ -1,0 +1,110 @@
+"""Evaluations on disk: ``eval/{before,after}.json`` and their captions with verdicts."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, get_args
+
+from fgaif.errors import DataError
+from fgaif.eval.captions import JudgedCaption, repeated_segments, token_length
+from fgaif.eval.policy import MODES, Captions, Mode
+from fgaif.eval.pope import STRATEGIES
+from fgaif.types import (
+    KINDS,
+    UNKNOWN,
+    CaptionMetrics,
+    EvalReport,
+    Json,
+    PopeMetrics,
+    SegmentClass,
+)
+
+Phase = Literal["before", "after"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+def report_json(report: EvalReport) -> Json:
+    """An evaluation as the ``before`` or ``after`` of ``report.json``."""
+    pope = None
+    if report.pope is not None:
+        parts = {name: asdict(metrics) for name, metrics in report.pope_by_strategy.items()}
+        pope = {**asdict(report.pope), **parts}
+    return {"greedy": asdict(report.greedy), "sampled": asdict(report.sampled), "pope": pope}
+
+
+def write_eval(folder: Path, phase: Phase, report: EvalReport, captions: Captions) -> None:
+    """Write ``{phase}.json`` and ``{phase}_captions.jsonl``; the first, complete, comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        json.dumps(caption_json(caption, mode), ensure_ascii=False)
+        for mode in MODES
+        for caption in captions.of(mode)
+    ]
+    _write(folder / f"{phase}_captions.jsonl", "".join(row + "\n" for row in rows))
+    _write(folder / f"{phase}.json", json.dumps(report_json(report), indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def read_eval(folder: Path, phase: Phase) -> EvalReport:
+    """Read what ``write_eval`` wrote.
+
+    Raises:
+        DataError: the file is missing, broken or has other keys.
+    """
+    path = folder / f"{phase}.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        pope = tree["pope"]
+        parts: dict[str, PopeMetrics] = {
+            name: PopeMetrics(**pope.pop(name)) for name in STRATEGIES if pope and name in pope
+        }
+        return EvalReport(
+            greedy=CaptionMetrics(**tree["greedy"]),
+            sampled=CaptionMetrics(**tree["sampled"]),
+            pope=PopeMetrics(**pope) if pope else None,
+            pope_by_strategy=parts,
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a readable evaluation ({error}); run `fgaif eval`") from error
+
+
+def caption_json(caption: JudgedCaption, mode: Mode) -> Json:
+    """A judged caption as one line of the captions file, with facts under their segments."""
+    labeled = caption.labeled
+    texts = caption.texts
+    repeated = repeated_segments(texts)
+    verdict = {text: judged.answer for text, judged in labeled.verdicts.items()}
+    return {
+        "mode": mode,
+        "id": labeled.response.prompt.id,
+        "image": labeled.response.prompt.image.path,
+        "sha256": labeled.response.prompt.image.sha256,
+        "prompt": labeled.response.prompt.text,
+        "text": labeled.response.text,
+        "finish": labeled.response.finish,
+        "tokens": token_length(labeled.response),
+        "objects": sorted(caption.objects) if caption.objects is not None else None,
+        "segments": [
+            {
+                "text": text,
+                "labels": {kind: _class_name(row[k]) for k, kind in enumerate(KINDS)},
+                "repeated": repeated[index],
+                "malformed": caption.malformed[index] if caption.malformed is not None else None,
+                "facts": [
+                    {"kind": f.kind, "text": f.text, "verdict": verdict.get(f.text, "unknown")}
+                    for f in labeled.facts
+                    if f.segment == index
+                ],
+            }
+            for index, (text, row) in enumerate(zip(texts, labeled.labels, strict=True))
+        ],
+    }
+
+
+def _class_name(label: int) -> str:
+    return "UNKNOWN" if label == UNKNOWN else SegmentClass(label).name
