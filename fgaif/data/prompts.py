@@ -1,0 +1,203 @@
+"""Prompts from JSONL or Parquet rows, or the embedded world; bad images counted, not hidden."""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fgaif.data.images import MAX_PIXELS, check_image
+from fgaif.data.scenes.files import write_split
+from fgaif.data.scenes.world import Split
+from fgaif.errors import DataError
+from fgaif.types import ImageRef, Prompt
+
+SCENES = "scenes:"
+_CHUNK = 512
+
+_COLUMNS = ("image", "images", "prompt", "id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A row that was left out: ``row`` as ``FILE:NUMBER`` (from 1), and what is wrong with it."""
+
+    row: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """Usable prompts of a source, in order, and the rows that were skipped."""
+
+    source: str
+    prompts: tuple[Prompt, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over ids, image contents and texts; where the images lie does not matter."""
+        rows = [[prompt.id, prompt.image.sha256, prompt.text] for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def warning(self, examples: int = 3) -> str:
+        """Say how many rows were skipped and why, with the first examples; empty if none was."""
+        if not self.skipped:
+            return ""
+        total = len(self.prompts) + len(self.skipped)
+        lines = [f"{self.source}: skipped {len(self.skipped)} of {total} rows"]
+        lines += [f"  {item.row}: {item.reason}" for item in self.skipped[:examples]]
+        more = len(self.skipped) - examples
+        return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    where: str
+    id: str
+    image: str
+    text: str
+
+
+def load_prompts(
+    source: str,
+    *,
+    root: Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    cache: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> PromptSet:
+    """Read prompts and check their images (in threads; each distinct path once).
+
+    Rows hold ``image`` (a path; or ``images``, a list of one), ``prompt`` and optionally ``id``. A
+    malformed row or a wrong column is an error; a row whose image is missing or broken is skipped
+    and returned as such.
+
+    Args:
+        source: a .jsonl or .parquet file, or ``scenes:SPLIT`` for the embedded world.
+        root: folder that image paths start from and must lie in; default: the folder of the file,
+            which absolute paths may leave.
+        limit: number of prompts wanted; rows beyond are not looked at.
+        seed: shuffles the rows before the limit.
+        cache: where ``scenes:SPLIT`` writes its images; needed for it, as is ``limit``.
+        max_pixels: larger images count as broken.
+
+    Raises:
+        DataError: unreadable file, bad row, id used twice, or no usable row.
+    """
+    path = _write_scenes(source, limit, cache) if source.startswith(SCENES) else Path(source)
+    rows = _read_rows(path)
+    if seed is not None:
+        random.Random(seed).shuffle(rows)
+    check = partial(_check, path.parent, root, max_pixels)
+    prompts: list[Prompt] = []
+    skipped: list[Skipped] = []
+    checked: dict[str, ImageRef | str] = {}
+    wanted = len(rows) if limit is None else limit
+    remaining = iter(rows)
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        while chunk := list(islice(remaining, min(_CHUNK, wanted - len(prompts)))):
+            new = list({row.image for row in chunk} - checked.keys())
+            checked.update(zip(new, pool.map(check, new), strict=True))
+            for row in chunk:
+                image = checked[row.image]
+                if isinstance(image, ImageRef):
+                    prompts.append(Prompt(id=row.id, image=image, text=row.text))
+                else:
+                    skipped.append(Skipped(row=row.where, reason=image))
+    loaded = PromptSet(source=source, prompts=tuple(prompts), skipped=tuple(skipped))
+    if not prompts:
+        raise DataError(loaded.warning() or f"{path}: no rows; add some")
+    return loaded
+
+
+def _check(folder: Path, root: Path | None, max_pixels: int, image: str) -> ImageRef | str:
+    try:
+        return check_image(image if root else folder / image, root, max_pixels)
+    except DataError as error:
+        return str(error)
+
+
+def _write_scenes(source: str, limit: int | None, cache: Path | None) -> Path:
+    split = source.removeprefix(SCENES)
+    if split not in get_args(Split):
+        raise DataError(f"{source}: no such split; known: {', '.join(get_args(Split))}")
+    if limit is None or cache is None:
+        raise ValueError(f"{source} needs a limit and a cache folder")
+    return write_split(cache / f"{split}-{limit}", cast(Split, split), limit)
+
+
+def _read_rows(path: Path) -> list[_Row]:
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: unknown kind of file; give a .jsonl or .parquet file")
+    try:
+        rows = [_parse_row(path, number, row) for number, row in readers[path.suffix](path)]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; give an existing file") from error
+    first: dict[str, str] = {}
+    for row in rows:
+        if first.setdefault(row.id, row.where) != row.where:
+            raise DataError(
+                f"{row.where}: column `id`: {row.id!r} was used at {first[row.id]}; ids must differ"
+            )
+    return rows
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{path}:{number}: not valid JSON ({error}); write one object per line"
+                ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if name in _COLUMNS]
+            rows = file.read(columns=names).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a whole Parquet file ({error}); write it again") from error
+    yield from enumerate(rows, start=1)
+
+
+def _parse_row(path: Path, number: int, row: Any) -> _Row:
+    where = f"{path}:{number}"
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {row!r:.80}: a row must be an object with `image` and `prompt`")
+    image = row.get("image")
+    if image is None and isinstance(row.get("images"), list):
+        image = row["images"][0] if len(row["images"]) == 1 else row["images"]
+    identity = row.get("id")
+    if isinstance(identity, int):
+        identity = str(identity)
+    return _Row(
+        where=where,
+        id=_text(where, row, "id", f"{path.stem}-{number}" if identity is None else identity),
+        image=_text(where, row, "image", image),
+        text=_text(where, row, "prompt", row.get("prompt")),
+    )
+
+
+def _text(where: str, row: dict[str, Any], column: str, value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    if value is None and column not in row:
+        raise DataError(f"{where}: no column `{column}`, only {', '.join(row)}; rename or add it")
+    raise DataError(f"{where}: column `{column}`: {value!r:.80}: expected a text that is not empty")
