@@ -31,7 +31,7 @@ def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llava15_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint directory of a narrow random LLaVA-1.5 (576 image tokens); do not write into it."""
+    """Checkpoint of a narrow random LLaVA-1.5 (576 image tokens); do not write into it."""
     return tiny.build_llava15(tmp_path_factory.mktemp("llava15"))
 
 
