@@ -1,0 +1,132 @@
+"""From scored rollouts to a training batch, and how a batch is cut for training."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fgaif.errors import DataError
+from fgaif.ppo.advantages import gae, whiten
+from fgaif.ppo.kl import kl_k1
+from fgaif.types import Evaluation, FloatArray, IntArray, Response, TrainBatch
+
+
+def make_batch(
+    responses: Sequence[Response],
+    old_logprobs: Sequence[FloatArray],
+    evaluations: Sequence[Evaluation],
+    task_rewards: Sequence[FloatArray],
+    *,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+) -> TrainBatch:
+    """Pad rollouts to (B, T), subtract the KL term from the rewards, estimate advantages.
+
+        r_t = task_t - kl_coef (log pi_old - log pi_ref)_t
+
+    Args:
+        responses: B rollouts.
+        old_logprobs: per response (T,), the learner's log-probs before this step's update.
+        evaluations: per response, reference log-probs and values, both (T,).
+        task_rewards: per response (T,), the fine-grained rewards without KL.
+        kl_coef: beta.
+        gamma, lam: discount and GAE's lambda.
+
+    Raises:
+        DataError: lengths differ; the message names the response.
+    """
+    _check_lengths(responses, old_logprobs, evaluations, task_rewards)
+    mask = pad([np.ones(len(response.token_ids), np.float32) for response in responses])
+    old = pad(old_logprobs)
+    reference = pad([evaluation.reference_logprobs for evaluation in evaluations])
+    values = pad([evaluation.values for evaluation in evaluations])
+    task = pad(task_rewards)
+    rewards = task - np.float32(kl_coef) * kl_k1(old, reference, mask)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    return TrainBatch(
+        responses=tuple(responses),
+        mask=mask,
+        old_logprobs=old,
+        reference_logprobs=reference,
+        values=values,
+        task_rewards=task,
+        rewards=rewards,
+        advantages=whiten(advantages, mask),
+        returns=returns,
+    )
+
+
+def pad(rows: Sequence[FloatArray]) -> FloatArray:
+    """Right-pad B arrays (T_i,) with zeros to (B, T) float32."""
+    padded = np.zeros((len(rows), max((len(row) for row in rows), default=0)), np.float32)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
+
+
+def minibatches(count: int, size: int, seed: Sequence[int]) -> Iterator[IntArray]:
+    """Cut a seeded shuffle of ``range(count)`` into index arrays of ``size``, the last may be less.
+
+    ``seed`` is a tuple such as (run seed, step, epoch): the order depends on nothing else.
+    """
+    order = np.random.default_rng(list(seed)).permutation(count)
+    for start in range(0, count, size):
+        yield order[start : start + size]
+
+
+def micro_batches(
+    indexes: IntArray, lengths: IntArray, *, size: int, rank: int = 0, world_size: int = 1
+) -> list[tuple[IntArray, FloatArray]]:
+    """Cut one rank's share of a minibatch into micro-batches of similar length.
+
+    Shares are disjoint and cover the minibatch. Every rank gets the same number of micro-batches
+    of the same sizes, because each backward pass is a collective operation; where the count does
+    not divide, the shorter shares repeat a row with weight 0.
+
+    Args:
+        indexes: (M,) rows of the minibatch.
+        lengths: (B,) tokens of each row of the batch.
+        size: rows per micro-batch.
+        rank, world_size: which share.
+
+    Returns:
+        per micro-batch: row indexes (m,), longest first, and weights (m,) of 1 or 0.
+    """
+    ordered = indexes[np.argsort(-lengths[indexes], kind="stable")]
+    share_size = -(-len(ordered) // world_size)
+    share = ordered[rank::world_size]
+    weights = np.ones(share_size, np.float32)
+    weights[len(share) :] = 0.0
+    share = np.concatenate([share, ordered[-1:].repeat(share_size - len(share))])
+    return [
+        (share[start : start + size], weights[start : start + size])
+        for start in range(0, share_size, size)
+    ]
+
+
+def _check_lengths(
+    responses: Sequence[Response],
+    old_logprobs: Sequence[FloatArray],
+    evaluations: Sequence[Evaluation],
+    task_rewards: Sequence[FloatArray],
+) -> None:
+    counts = [len(responses), len(old_logprobs), len(evaluations), len(task_rewards)]
+    if len(set(counts)) != 1 or not responses:
+        raise DataError(
+            "a batch needs as many old_logprobs, evaluations and task_rewards as responses, at "
+            f"least one: got {counts[1]}, {counts[2]}, {counts[3]} for {counts[0]}"
+        )
+    for response, old, evaluation, task in zip(
+        responses, old_logprobs, evaluations, task_rewards, strict=True
+    ):
+        shapes = {
+            "old_logprobs": old.shape,
+            "reference_logprobs": evaluation.reference_logprobs.shape,
+            "values": evaluation.values.shape,
+            "task_rewards": task.shape,
+        }
+        for name, shape in shapes.items():
+            if shape != response.token_ids.shape:
+                raise DataError(
+                    f"response {response.id}: {name} {shape} for {len(response.token_ids)} tokens"
+                )

@@ -1,0 +1,96 @@
+"""PPO's losses over padded responses: pure functions of tensors.
+
+Each loss is a sum over the tokens of this piece, divided by ``num_valid_tokens`` counted over the
+whole minibatch: pieces' losses add up to the minibatch's, however it was cut over ranks and
+micro-batches.
+"""
+
+import torch
+from torch import Tensor
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float,
+    num_valid_tokens: float,
+) -> Tensor:
+    """Compute the clipped surrogate loss.
+
+        sum_t max(-A_t rho_t, -A_t clip(rho_t, 1 - clip, 1 + clip)) / num_valid_tokens
+        rho_t = exp(logprobs_t - old_logprobs_t)
+
+    All tensors (B, T); only tokens where ``mask`` is 1 count, whatever the rest holds.
+    """
+    _check(mask, logprobs, old_logprobs, advantages)
+    ratio = _ratio(logprobs, old_logprobs, mask)
+    gain = torch.where(mask > 0, advantages, 0.0)
+    loss = torch.maximum(-gain * ratio, -gain * ratio.clamp(1 - clip, 1 + clip))
+    return loss.sum() / num_valid_tokens
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None,
+    num_valid_tokens: float,
+) -> Tensor:
+    """Compute the squared error of the values, pessimistic about moves beyond ``clip``.
+
+        0.5 sum_t max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2) / num_valid_tokens
+
+    All tensors (B, T). ``clip`` None gives the plain squared error.
+    """
+    _check(mask, values, old_values, returns)
+    error = (values - returns).square()
+    if clip is not None:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - returns).square())
+    return 0.5 * torch.where(mask > 0, error, 0.0).sum() / num_valid_tokens
+
+
+def clipped_tokens(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
+) -> Tensor:
+    """Count the tokens (scalar tensor) whose policy gradient the clipping removes.
+
+    These are the tokens with rho_t > 1 + clip and A_t > 0, or rho_t < 1 - clip and A_t < 0.
+    """
+    _check(mask, logprobs, old_logprobs, advantages)
+    ratio = _ratio(logprobs, old_logprobs, mask)
+    high = (ratio > 1 + clip) & (advantages > 0)
+    low = (ratio < 1 - clip) & (advantages < 0)
+    return ((high | low) & (mask > 0)).sum()
+
+
+def anchor_kl(reference_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+    """KL(reference || policy) of whole distributions: (N, V) log-probs each -> (N,).
+
+    sum_v p_ref(v) (log p_ref(v) - log p(v))
+    """
+    if reference_logprobs.ndim != 2 or reference_logprobs.shape != logprobs.shape:
+        raise ValueError(
+            f"expected (N, V) twice, got {tuple(reference_logprobs.shape)} and "
+            f"{tuple(logprobs.shape)}"
+        )
+    return (reference_logprobs.exp() * (reference_logprobs - logprobs)).sum(-1)
+
+
+def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    # Masked before exp: an infinite value at padding would turn into NaN gradients.
+    return torch.where(mask > 0, logprobs - old_logprobs, 0.0).exp()
+
+
+def _check(mask: Tensor, *tensors: Tensor) -> None:
+    for tensor in (mask, *tensors):
+        if tensor.ndim != 2 or tensor.shape != mask.shape:
+            raise ValueError(
+                f"expected (B, T) tensors of one shape, got {tuple(tensor.shape)} and "
+                f"mask {tuple(mask.shape)}"
+            )
