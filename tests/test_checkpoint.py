@@ -1,0 +1,163 @@
+"""Checkpoints are whole or not there; damaged ones are passed by."""
+
+import errno
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fgaif.checkpoint import (
+    arrays_digest,
+    latest_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_state,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from fgaif.errors import CheckpointError
+
+
+def write(root: Path, step: int, text: str = "weights", keep: int = 2) -> Path:
+    def writer(directory: Path) -> None:
+        (directory / "learner").mkdir()
+        (directory / "learner" / "a.bin").write_text(f"{text} {step}")
+
+    return write_checkpoint(root, f"step-{step:06d}", writer, keep=keep, state={"step": step})
+
+
+def test_round_trip(tmp_path):
+    path = write(tmp_path, 3)
+    assert latest_checkpoint(tmp_path) == path
+    assert read_state(path) == {"step": 3}
+    assert (path / "learner" / "a.bin").read_text() == "weights 3"
+    assert set(json.loads((path / "manifest.json").read_text())["sha256"]) == {
+        "learner/a.bin",
+        "state.json",
+    }
+
+
+def test_no_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "never made") is None
+
+
+def test_old_ones_are_pruned_and_the_same_step_is_replaced(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    write(tmp_path, 3, text="again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step-000002",
+        "step-000003",
+    ]
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert (latest / "learner" / "a.bin").read_text() == "again 3"
+
+
+def tear_content(path: Path) -> None:
+    (path / "learner" / "a.bin").write_text("torn")
+
+
+def tear_file(path: Path) -> None:
+    (path / "learner" / "a.bin").unlink()
+
+
+def tear_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text('{"sha256": {"lear')
+
+
+def lose_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("tear", [tear_content, tear_file, tear_manifest, lose_manifest])
+def test_a_torn_checkpoint_is_passed_by_with_a_message(tmp_path, caplog, tear):
+    good = write(tmp_path, 1)
+    torn = write(tmp_path, 2)
+    tear(torn)
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(tmp_path) == good
+    assert "step-000002" in caplog.text
+    with pytest.raises(CheckpointError, match="step-000002"):
+        verify_checkpoint(torn)
+
+
+def test_a_kill_before_the_pointer_moved_keeps_the_named_one(tmp_path):
+    first = write(tmp_path, 1)
+    write(tmp_path, 2)
+    (tmp_path / "latest").write_text("step-000001")
+    assert latest_checkpoint(tmp_path) == first
+
+
+def test_a_writer_that_dies_leaves_nothing_and_the_next_write_cleans_up(tmp_path):
+    good = write(tmp_path, 1)
+    (tmp_path / ".aside-step-000002" / "learner").mkdir(parents=True)  # kill -9 in the writer
+
+    def fails(directory: Path) -> None:
+        (directory / "half.bin").write_text("half")
+        raise RuntimeError("learner died")
+
+    with pytest.raises(RuntimeError, match="learner died"):
+        write_checkpoint(tmp_path, "step-000002", fails, keep=2, state={})
+    assert latest_checkpoint(tmp_path) == good
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
+
+
+def test_a_full_disk_is_one_clear_error_and_the_previous_checkpoint_stays(tmp_path):
+    good = write(tmp_path, 1)
+
+    def full(directory: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-000002: No space left.*free some space"):
+        write_checkpoint(tmp_path, "step-000002", full, keep=1, state={})
+    assert latest_checkpoint(tmp_path) == good
+    verify_checkpoint(good)
+
+
+def test_read_state_of_something_else(tmp_path):
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        read_state(tmp_path)
+
+
+def test_digest_depends_on_name_shape_and_content():
+    base = {"a": np.zeros((2, 3), np.float32), "b": np.ones(1, np.float32)}
+    same = dict(reversed(base.items()))
+    assert arrays_digest(base) == arrays_digest(same)
+    others = [
+        {**base, "a": np.zeros((3, 2), np.float32)},
+        {**base, "b": np.zeros(1, np.float32)},
+        {"a": base["a"], "c": base["b"]},
+    ]
+    assert len({arrays_digest(other) for other in [base, *others]}) == 4
+
+
+def train(steps: int, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (parameter - torch.tensor([1.0, -2.0])).square().sum().backward()
+        optimizer.step()
+
+
+def test_optimizer_state_goes_on_bitwise():
+    def fresh() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1)
+
+    straight, optimizer = fresh()
+    train(3, straight, optimizer)
+    saved = optimizer_tensors(optimizer, [straight])
+    train(2, straight, optimizer)
+    resumed, optimizer = fresh()
+    train(1, resumed, optimizer)  # state to be thrown away
+    load_optimizer_tensors(optimizer, [resumed], saved)
+    train(2, resumed, optimizer)
+    assert torch.equal(straight, resumed)
+    other = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(CheckpointError, match="same model"):
+        load_optimizer_tensors(torch.optim.AdamW([other]), [other], saved)
