@@ -8,13 +8,13 @@ Order is the contract: nothing is sampled between an update and the sync that fo
 next step starts only after every replica has confirmed the new version.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.ledger import stage_digest
 from cluster.roles import Roles
 from cluster.weight_sync import SyncReport, sync
 from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint
@@ -133,3 +133,97 @@ class PpoDriver:
             | sync_report.metrics()
             | self._timings(batch.mask.sum()),
         )
+
+    def _requests(self, step: int) -> list[GenerationRequest]:
+        config, prompts = self._config, self._data.prompts
+        batch = batch_indexes(len(prompts), config.ppo.rollout_batch, step, config.seed)
+        return [
+            GenerationRequest(
+                prompt=prompts[index],
+                sample=step,
+                seed=request_seed(config.seed, step, position, prompts[index].id),
+                temperature=config.policy.temperature,
+                max_new_tokens=config.policy.max_new_tokens,
+            )
+            for position, index in enumerate(batch)
+        ]
+
+    def _anchors(self, step: int) -> list[Prompt]:
+        """Questions for every minibatch of the step, in order."""
+        config, anchors = self._config.ppo, self._data.anchors
+        if not anchors:
+            return []
+        minibatches = config.epochs * -(-config.rollout_batch // config.minibatch)
+        size = config.anchor.batch_size * minibatches
+        chosen = draw(range(len(anchors)), size, self._config.seed, step)
+        return [anchors[index] for index in chosen]
+
+    def _sync(self, probe: Sequence[Response], version: int) -> SyncReport:
+        return sync(
+            self._roles.learner,
+            self._roles.rollouts,
+            probe,
+            version=version,
+            tolerance=self._config.ppo.probe_tolerance,
+        )
+
+    def _checkpoint(self) -> None:
+        """Write learner, value model and loop state as one directory, or nothing."""
+        step = self._state.step
+
+        def write(folder: Path) -> None:
+            learner = self._roles.learner.save(folder / "learner")
+            self._roles.reference.save(folder / "reference").result()
+            learner.result()
+            self._roles.learner.save_adapter(folder / "adapter").result()
+
+        state = {
+            "step": step,
+            "kl": asdict(self._state.kl),
+            "centers": self._state.centers.to_json(),
+            "config": stage_digest(self._config, "train"),
+            "data": self._data.digest,
+        }
+        write_checkpoint(
+            self._root / "checkpoints",
+            f"step_{step:06d}",
+            write,
+            keep=self._config.ppo.keep_checkpoints,
+            state=state,
+        )
+
+    def _resume(self) -> None:
+        """Continue from ``ppo.resume``; refuse another configuration or other data."""
+        wanted = self._config.ppo.resume
+        if wanted is None:
+            return
+        root = self._root / "checkpoints"
+        path = latest_checkpoint(root) if wanted == "latest" else Path(wanted)
+        if path is None:
+            return
+        state = read_state(path)
+        expected = {"config": stage_digest(self._config, "train"), "data": self._data.digest}
+        for key, now in expected.items():
+            if state[key] != now:
+                raise ConfigError(
+                    f"ppo.resume = {wanted!r}: {path} was made with {key} {state[key]} but this "
+                    f"run has {now}; restore the {key} it was made with, or start a new run"
+                )
+        learner = self._roles.learner.restore(path / "learner")
+        self._roles.reference.restore(path / "reference").result()
+        learner.result()
+        self._state = LoopState(
+            step=state["step"],
+            kl=KlState(**state["kl"]),
+            centers=RewardCenters.from_json(state["centers"]),
+        )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[stage] = time.perf_counter() - start
+
+    def _timings(self, tokens: float) -> dict[str, float]:
+        seconds = {f"seconds/{stage}": value for stage, value in self._seconds.items()}
+        return seconds | {"tokens_per_second": tokens / self._seconds["total"]}

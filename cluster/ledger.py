@@ -12,8 +12,10 @@ from typing import Any, Literal
 from fgaif.config import Config
 from fgaif.errors import DataError
 
-Stage = Literal["sample", "annotate", "train-reward", "eval-before", "train", "eval-after", "report"]
-Status = Literal["done", "missing", "stale"]
+Stage = Literal[
+    "sample", "annotate", "train-reward", "eval-before", "train", "eval-after", "report"
+]
+Status = Literal["done", "partial", "stale", "missing"]
 
 _SAMPLING = (
     "seed", "data.train", "data.image_root", "data.feedback_prompts", "policy.model",
@@ -41,7 +43,7 @@ STAGES: dict[Stage, StageSpec] = {
     "eval-before": StageSpec(keys=_EVALUATION, after=("train-reward",)),
     "train": StageSpec(keys=("data.ppo_prompts", "policy", "ppo"), after=("train-reward",)),
     "eval-after": StageSpec(keys=_EVALUATION, after=("train",)),
-    "report": StageSpec(keys=(), after=("eval-before", "eval-after")),
+    "report": StageSpec(keys=()),
 }
 ORDER: tuple[Stage, ...] = tuple(STAGES)
 
@@ -61,39 +63,34 @@ class Ledger:
         self._file = run_dir / "stages.json"
 
     def status(self, config: Config, stage: Stage) -> Status:
-        """``done`` if the stage finished with this configuration, ``stale`` if with another."""
+        """``partial`` if started but not finished, ``stale`` if made with another configuration."""
         entry = self._read().get(stage)
         if entry is None:
             return "missing"
-        return "done" if entry["digest"] == stage_digest(config, stage) else "stale"
+        if entry["digest"] != stage_digest(config, stage):
+            return "stale"
+        return "partial" if entry["seconds"] is None else "done"
 
     def seconds(self) -> dict[str, float]:
         """Wall seconds of every finished stage."""
-        return {stage: entry["seconds"] for stage, entry in self._read().items()}
+        entries = self._read().items()
+        return {stage: entry["seconds"] for stage, entry in entries if entry["seconds"]}
 
     @contextmanager
     def record(self, config: Config, stage: Stage) -> Iterator[None]:
-        """Time the block and mark the stage done if the block ends without an error."""
+        """Mark the stage started, time the block, mark it done if the block ends well."""
         start = time.monotonic()
+        self._write(config, stage, None)
         yield
+        self._write(config, stage, round(time.monotonic() - start, 2))
+
+    def _write(self, config: Config, stage: Stage, seconds: float | None) -> None:
         entries = self._read()
-        entries[stage] = {
-            "digest": stage_digest(config, stage),
-            "seconds": round(time.monotonic() - start, 2),
-        }
+        entries[stage] = {"digest": stage_digest(config, stage), "seconds": seconds}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         aside = self._file.with_suffix(".tmp")
         aside.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
         aside.replace(self._file)
-
-    def forget(self, stage: Stage) -> None:
-        """Mark a stage and everything after it as not done."""
-        entries = self._read()
-        for name in ORDER:
-            if name == stage or stage in _upstream(name):
-                entries.pop(name, None)
-        if self._file.is_file():
-            self._file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
     def _read(self) -> dict[str, dict[str, Any]]:
         if not self._file.is_file():
@@ -104,11 +101,6 @@ class Ledger:
             raise DataError(
                 f"{self._file}: not valid JSON ({error}); delete it to redo the stages"
             ) from error
-
-
-def _upstream(stage: Stage) -> set[Stage]:
-    direct = set(STAGES[stage].after)
-    return direct.union(*(_upstream(name) for name in direct)) if direct else direct
 
 
 def _value(config: Config, key: str) -> Any:

@@ -78,8 +78,9 @@ class SegmentConfig(_Section):
 class FeedbackConfig(_Section):
     """Step 1: facts, verdicts, labels."""
 
-    extractor: Literal["scenes"] = "scenes"
-    """Who splits segments into atomic facts; `scenes` parses the embedded world's English."""
+    extractor: Literal["scenes", "model"] = "scenes"
+    """Who states a segment's atomic facts: `scenes` parses the embedded world's English, `model`
+    asks the verifier checkpoint, as a language model with JSON output."""
     verifier: str = "scenes:verifier"
     """LLaVA checkpoint that answers yes or no for each fact."""
     prompt: str = "statement"

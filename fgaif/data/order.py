@@ -1,4 +1,4 @@
-"""Which prompts a step sees, and with which seeds: functions of the step alone, so resume is exact."""
+"""Which prompts and seeds a step gets: functions of the step alone, so resume is exact."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def batch_indexes(count: int, batch: int, step: int, seed: int) -> list[int]:
 
 
 def request_seed(*parts: int | str) -> int:
-    """A 31-bit sampling seed from what identifies a request, e.g. (seed, step, prompt id, sample)."""
+    """A 31-bit sampling seed from what identifies a request, e.g. (seed, step, prompt id)."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 

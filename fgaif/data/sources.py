@@ -4,18 +4,16 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from fgaif.config import Config
-from fgaif.data.prompts import PromptSet, load_prompts
-from fgaif.data.scenes.files import read_scenes, write_split
+from fgaif.data.prompts import SCENES, PromptSet, load_prompts
+from fgaif.data.scenes.files import read_scenes
 from fgaif.data.scenes.questions import sample_question
-from fgaif.data.scenes.world import SPLITS, Scene, Split
+from fgaif.data.scenes.world import Scene
 from fgaif.errors import ConfigError
 from fgaif.types import Prompt
 
-_SCENES = "scenes:"
-QUESTIONS = f"{_SCENES}questions"
+QUESTIONS = f"{SCENES}questions"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,19 +33,19 @@ def open_source(name: str, config: Config, limit: int) -> Source:
     """Load ``scenes:SPLIT`` (drawn into the run folder first) or a prompts file.
 
     Raises:
-        ConfigError: no such split.
-        DataError: the file, a row or a column cannot be used.
+        DataError: the file, a row or a column cannot be used, or there is no such split.
     """
-    if not name.startswith(_SCENES):
-        path = Path(name).expanduser()
-        return Source(prompts=load_prompts(path, root=config.data.image_root, limit=limit))
-    split = name.removeprefix(_SCENES)
-    if split not in SPLITS:
-        raise ConfigError(f"data source {name!r}: use one of {', '.join(SPLITS)} after 'scenes:'")
-    folder = config.run_dir / "data" / f"{split}-{limit}"
-    path = write_split(folder, cast(Split, split), limit)
-    scenes = read_scenes(folder / "scenes.jsonl")
-    return Source(prompts=load_prompts(path, root=folder, limit=limit), scenes=scenes)
+    loaded = load_prompts(
+        name,
+        root=config.data.image_root,
+        limit=limit,
+        cache=config.run_dir / "data",
+        max_pixels=config.data.max_image_pixels,
+    )
+    if not name.startswith(SCENES):
+        return Source(prompts=loaded)
+    folder = Path(loaded.prompts[0].image.path).parents[1]
+    return Source(prompts=loaded, scenes=read_scenes(folder / "scenes.jsonl"))
 
 
 def split_prompts(source: Source, config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:

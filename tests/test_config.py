@@ -1,0 +1,71 @@
+"""The configuration tree: shipped files load, unknown keys are refused with the nearest name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fgaif.config import Config, dump_config, load_config, parse_config
+from fgaif.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    load_config(path)
+
+
+def test_there_are_shipped_configs() -> None:
+    assert {"scenes.yaml", "my_images.yaml", "llava15_7b_4gpu.yaml"} <= {p.name for p in CONFIGS}
+
+
+def test_overrides_win_over_the_file_and_floats_may_be_written_as_1e_6(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("ppo: {lr: 1e-6, steps: 5}\n")
+    config = load_config(file, ["ppo.steps=7", "data.train=a.jsonl"])
+    assert (config.ppo.lr, config.ppo.steps, config.data.train) == (1e-6, 7, "a.jsonl")
+
+
+def test_dump_and_parse_round_trip() -> None:
+    config = load_config(None, ["ppo.shape.weights={object: 1, attribute: 0, relation: 2}"])
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ppo.setps=3", ["ppo.setps = 3", "unknown key", "did you mean ppo.steps?"]),
+        ("ppo.kl.coeff=3", ["ppo.kl.coeff", "did you mean ppo.kl.coef?"]),
+        ("ppo.minibatch=9999", ["ppo.minibatch = 9999", "ppo.rollout_batch"]),
+        ("reward.lora.r=0", ["reward.lora.r = 0", "greater than or equal to 1"]),
+        ("ppo.shape.weights={object: 0, attribute: 0, relation: 0}", ["ppo.shape.weights"]),
+        ("steps", ["KEY=VALUE"]),
+        ("seed.x=1", ["seed"]),
+        ("name=../escape", ["name", "pattern"]),
+    ],
+)
+def test_wrong_keys_and_values_are_named(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["seed=1", override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_config(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml.*existing file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_every_key_has_a_type_and_config_is_frozen() -> None:
+    config = Config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]

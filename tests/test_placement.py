@@ -1,0 +1,73 @@
+"""The placement plan: pure, printable, refused before anything pends."""
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.placement import check_fits, model_size, plan_roles, plan_table
+from fgaif.config import Config, LoraConfig, load_config
+from fgaif.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def config(tiny_llava_dir: Path) -> Config:
+    name = str(tiny_llava_dir)
+    return load_config(None, [f"policy.model={name}", f"feedback.verifier={name}"])
+
+
+def test_every_role_of_the_method_has_its_actor(config: Config) -> None:
+    names = [bundle.name for bundle in plan_roles(config)]
+    assert names == [
+        "rollout-0",
+        "reward-object-0",
+        "reward-attribute-0",
+        "reward-relation-0",
+        "reference-0",
+        "learner-0",
+        "judge-0",
+    ]
+
+
+def test_replicas_multiply_bundles(config: Config) -> None:
+    more = config.model_copy(
+        update={"cluster": load_config(None, ["cluster.rollout.replicas=3"]).cluster}
+    )
+    assert sum(bundle.role == "rollout" for bundle in plan_roles(more)) == 3
+
+
+def test_lora_parameters_are_r_times_rows_plus_columns(tiny_llava_dir: Path) -> None:
+    size = model_size(tiny_llava_dir)
+    sides = sum(rows + columns for rows, columns in size.linear_shapes)
+    assert size.lora_parameters(LoraConfig(r=3)) == 3 * sides
+    assert len(size.linear_shapes) % 7 == 0  # q k v o gate up down per layer, no CLIP among them
+
+
+def test_a_plan_that_fits_passes(config: Config) -> None:
+    check_fits(plan_roles(config), {"CPU": 6.0, "GPU": 0.0})
+
+
+def test_a_plan_without_room_names_resource_and_keys(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"needs 6 CPUs but the cluster has 2.*cluster\.learner"):
+        check_fits(plan_roles(config), {"CPU": 2.0})
+
+
+def test_gpus_are_counted_across_roles(config: Config) -> None:
+    cluster = load_config(None, ["cluster.reference.gpus=1", "cluster.learner.gpus=1"]).cluster
+    bundles = plan_roles(config.model_copy(update={"cluster": cluster}))
+    with pytest.raises(ConfigError, match="needs 2 GPUs but the cluster has 1"):
+        check_fits(bundles, {"CPU": 64.0, "GPU": 1.0})
+
+
+def test_the_table_names_every_actor(config: Config) -> None:
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(plan_table(plan_roles(config)))
+    text = console.export_text()
+    for bundle in plan_roles(config):
+        assert bundle.name in text
+
+
+def test_a_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="pickled weights are not loaded"):
+        model_size(tmp_path)
