@@ -17,9 +17,7 @@ _NOUN = "|".join(NOUNS)
 _THERE = re.compile(
     rf"there is a(?: ({'|'.join(SIZES)}))?(?: ({'|'.join(COLOURS)}))? ({_NOUN})", re.IGNORECASE
 )
-_FROM = re.compile(
-    rf"from the ({_NOUN}) the ({_NOUN}) is ({'|'.join(RELATIONS)})", re.IGNORECASE
-)
+_FROM = re.compile(rf"from the ({_NOUN}) the ({_NOUN}) is ({'|'.join(RELATIONS)})", re.IGNORECASE)
 _CLAUSE = re.compile(r"([^,.;!?]*)([,.;!?]|$)")
 _FILLERS = frozenset(filler.rstrip(".").lower() for filler in FILLERS)
 

@@ -193,7 +193,9 @@ def answer_accuracy(
     """Return the share of yes/no questions answered right."""
     probability = yes_probability(model, tokenizer, features, [(i, q.text) for i, q in asked])
     truth = [q.answer == "yes" for _, q in asked]
-    return float(np.mean([(p > 0.5) == t for p, t in zip(probability.tolist(), truth, strict=True)]))
+    return float(
+        np.mean([(p > 0.5) == t for p, t in zip(probability.tolist(), truth, strict=True)])
+    )
 
 
 def pope_accuracy(
@@ -238,5 +240,7 @@ def fact_accuracy(
                 asked.append((index, verify_question(claim.text)))
                 truth.append((claim.kind, holds))
     said = (yes_probability(model, tokenizer, features, asked) > 0.5).tolist()
-    right = {kind: [s == t for s, (k, t) in zip(said, truth, strict=True) if k == kind] for kind in KINDS}
+    right = {
+        kind: [s == t for s, (k, t) in zip(said, truth, strict=True) if k == kind] for kind in KINDS
+    }
     return {kind: float(np.mean(right[kind])) for kind in KINDS}

@@ -89,9 +89,9 @@ def save_checkpoint(
     model.config.architectures = ["LlavaForConditionalGeneration"]
     model.config.dtype = torch.float16
     model.config.save_pretrained(directory)
-    GenerationConfig(
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
-    ).save_pretrained(directory)
+    GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID).save_pretrained(
+        directory
+    )
     processor.save_pretrained(directory)
 
 

@@ -102,7 +102,10 @@ class _Reader:
         ]
         seen = [int(thing is not None), *_look(thing)]
         place = [other.row, other.column] if other else [GRID, GRID]
-        match = [_match(thing and thing.colour, self.colour), _match(thing and thing.size, self.size)]
+        match = [
+            _match(thing and thing.colour, self.colour),
+            _match(thing and thing.size, self.size),
+        ]
         self.targets.nouns.append((position, seen + stated + place + match))
         self.verdicts.append(("object", thing is not None))
         self.verdicts += [("attribute", m == 1) for m in match if m]
