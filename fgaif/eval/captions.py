@@ -4,6 +4,7 @@ Who judges is left open: the oracle of the embedded world, the verifier, or the 
 figure whose truth the judge does not know is None, never a guess.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -96,14 +97,14 @@ def any_hallucinated(labels: IntArray) -> float | None:
 
 
 def repeated_segments(texts: Sequence[str]) -> list[bool]:
-    """Say for each segment text (S,) whether an earlier one of the caption says the same.
+    """Say for each segment text (S,) whether an earlier one of the caption has the same words.
 
-    Case, white space and the punctuation at the end do not count; blank segments never repeat.
+    Case and punctuation do not count, as in the reward's penalty; blank segments never repeat.
     """
     seen: set[str] = set()
     flags = []
     for text in texts:
-        key = " ".join(text.casefold().split()).rstrip(" .,;:!?")
+        key = " ".join(re.findall(r"\w+", text.lower()))
         flags.append(bool(key) and key in seen)
         seen.add(key)
     return flags

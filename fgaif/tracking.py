@@ -1,0 +1,251 @@
+"""Metrics of the PPO loop: one JSONL line per step always, other trackers by choice.
+
+``GLOSSARY`` says what each metric means and which values are healthy. A kind stands for itself:
+``reward/object`` is explained by the entry ``reward/KIND``.
+"""
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol, Self
+
+from fgaif.config import TrackingConfig
+from fgaif.errors import ConfigError, DataError
+from fgaif.types import KINDS, StepReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What a metric means; ``low`` and ``high`` bound the values that need no second look."""
+
+    meaning: str
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def healthy(self) -> str:
+        """The healthy range in words, empty if there is none."""
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        if self.high is not None:
+            return f"at most {self.high:g}"
+        return f"at least {self.low:g}" if self.low is not None else ""
+
+    def ok(self, value: float) -> bool:
+        """Say whether a value lies in the healthy range."""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+
+GLOSSARY: dict[str, Metric] = {
+    "reward/KIND": Metric(meaning="value per response of the kind, before its weight"),
+    "reward/task": Metric(meaning="reward per response without the KL term; should rise"),
+    "reward/total": Metric(meaning="reward per response with the KL term"),
+    "hallu/KIND": Metric(meaning="hallucinated share of the segments with facts; should fall"),
+    "kl/response": Metric(
+        meaning="log-prob of policy minus reference, summed per response", low=-0.5, high=15
+    ),
+    "kl/token": Metric(meaning="the same per token", high=0.5),
+    "kl/coef": Metric(meaning="weight of the KL in the reward"),
+    "length/tokens": Metric(meaning="tokens per response; a drift means reward hacking"),
+    "length/segments": Metric(meaning="segments per response"),
+    "length/truncated": Metric(meaning="share of responses that never ended", high=0.05),
+    "segments/penalised": Metric(meaning="share of repeated or malformed segments", high=0.1),
+    "policy/loss": Metric(meaning="clipped surrogate loss"),
+    "policy/clip_fraction": Metric(meaning="tokens whose ratio was clipped", high=0.3),
+    "policy/approx_kl": Metric(meaning="KL between old and new policy in the step", high=0.1),
+    "policy/grad_norm": Metric(meaning="gradient norm before clipping"),
+    "policy/lr": Metric(meaning="learning rate of the policy"),
+    "policy/anchor_kl": Metric(meaning="KL to the reference on the anchor questions", high=0.5),
+    "value/loss": Metric(meaning="squared error of the values"),
+    "value/explained_variance": Metric(
+        meaning="share of the returns' variance that the values explain; should rise", low=0
+    ),
+    "mismatch/mean": Metric(
+        meaning="mean |probability difference| of the sampled tokens, learner against engine",
+        high=0.005,
+    ),
+    "mismatch/max": Metric(meaning="largest such difference", high=0.1),
+    "sync/probe": Metric(meaning="largest log-prob difference of the probe after the sync"),
+    "seconds/total": Metric(meaning="seconds per step"),
+    "seconds/STAGE": Metric(meaning="seconds of one stage of the step"),
+    "tokens_per_second": Metric(meaning="sampled tokens per second of the whole step"),
+}
+
+
+def explain(name: str) -> Metric | None:
+    """Find the glossary's entry for a metric name."""
+    if name in GLOSSARY:
+        return GLOSSARY[name]
+    group, _, last = name.partition("/")
+    return GLOSSARY.get(f"{group}/KIND" if last in KINDS else f"{group}/STAGE")
+
+
+class Sink(Protocol):
+    """One place that metrics go to."""
+
+    def log(self, report: StepReport) -> None:
+        """Write one step."""
+        ...
+
+    def close(self) -> None:
+        """Finish writing."""
+        ...
+
+
+class Tracker:
+    """Sends each step's metrics to every sink; a context manager that closes them.
+
+    Raises:
+        ConfigError: a tracker is switched on and its package is missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrackingConfig,
+        *,
+        name: str = "fgaif",
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", say)]
+        if config.tensorboard:
+            self._sinks.append(_TensorBoard(folder / "tensorboard"))
+        for package in ("wandb", "trackio"):
+            if getattr(config, package):
+                self._sinks.append(_Hosted(package, config.project, name, folder))
+
+    def log(self, report: StepReport) -> None:
+        """Send one step to every sink."""
+        for sink in self._sinks:
+            sink.log(report)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class JsonlSink:
+    """Appends ``{"step", "version", "metrics"}`` lines, each flushed to disk.
+
+    The first step that is logged decides what of an older file still holds: lines from that step
+    on (a run that was cut off after its last checkpoint, or an earlier run) and a line that was
+    not finished are removed, and said.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
+        self._path = path
+        self._say = say
+        self._file: IO[str] | None = None
+
+    def log(self, report: StepReport) -> None:
+        """Append one line."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut(report.step)
+            self._file = self._path.open("a", encoding="utf-8")
+        # JSON has no NaN and no infinity: both are written as null.
+        finite = {k: v if math.isfinite(v) else None for k, v in report.metrics.items()}
+        row = {"step": report.step, "version": report.version, "metrics": finite}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _cut(self, first_step: int) -> None:
+        if not self._path.is_file():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of(line) < first_step]
+        if len(kept) == len(lines):
+            return
+        aside = self._path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside.replace(self._path)
+        self._say(
+            f"{self._path}: removed {len(lines) - len(kept)} lines from step {first_step} on, "
+            "which is done again"
+        )
+
+
+def _step_of(line: str) -> float:
+    """Read a line's step; infinite if the line was not finished."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_metrics(path: Path) -> Iterator[StepReport]:
+    """Read a metrics file; a null is a value that was not finite, and comes back as NaN.
+
+    Raises:
+        DataError: a line is not a step; the message gives its number.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            metrics = {k: math.nan if v is None else float(v) for k, v in row["metrics"].items()}
+            yield StepReport(step=row["step"], version=row["version"], metrics=metrics)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{path}:{number}: not a line of metrics ({error}); delete the line"
+            ) from error
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        self._writer = _load("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+
+    def log(self, report: StepReport) -> None:
+        for name, value in report.metrics.items():
+            self._writer.add_scalar(name, value, report.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Hosted:
+    """W&B, or trackio, which has the same calls."""
+
+    def __init__(self, package: str, project: str, name: str, folder: Path) -> None:
+        module = _load(package, package)
+        own = {"dir": str(folder), "id": name} if package == "wandb" else {}
+        self._run = module.init(project=project, name=name, resume="allow", **own)
+
+    def log(self, report: StepReport) -> None:
+        self._run.log(report.metrics, step=report.step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _load(module: str, key: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"tracking.{key} = true: the package {key!r} is missing; install it with "
+            f"`pip install 'fgaif[track]'`, or set tracking.{key}=false"
+        ) from error
