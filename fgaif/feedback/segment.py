@@ -118,8 +118,8 @@ def token_spans(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, list[tup
 def segment_response(response: Response, tokenizer: Any, min_words: int = 5) -> tuple[Segment, ...]:
     """Split a response; the spans partition its text and its tokens, EOS in none.
 
-    The tokens of segment i end with T_i, the last token whose text begins before the segment's
-    end. A piece in which no token begins is merged with the piece before it, so that the T_i are
+    The tokens of segment i end with T_i, the last token whose first visible character lies before
+    the segment's end (the space that BPE glues to a word is not the beginning of that word). A piece in which no token begins is merged with the piece before it, so that the T_i are
     strictly increasing. A response without text has no segments.
 
     Raises:
@@ -152,7 +152,7 @@ def _segment(
             f"response {response.id}: its text {text!r:.60} is not the decoding of its ids, "
             f"{decoded!r:.60}; use the tokenizer that it was sampled with"
         )
-    starts = [max(0, start + shift) for start, _ in spans]
+    starts = [_begin(text, max(0, start + shift), end + shift) for start, end in spans]
     segments: list[Segment] = []
     char_start = token_start = token_end = 0
     for char_end in split_offsets(text, min_words)[1:]:
@@ -172,6 +172,12 @@ def _segment(
             segments[-1] = replace(segments[-1], char_end=char_end)
         char_start, token_start = char_end, token_end
     return tuple(segments)
+
+
+def _begin(text: str, start: int, end: int) -> int:
+    """Return where a token's text begins, past leading white space unless there is nothing else."""
+    visible = text[start:end].lstrip()
+    return end - len(visible) if visible else start
 
 
 def _shift(text: str, decoded: str) -> int | None:
