@@ -37,8 +37,8 @@ LoRA adapter merged into the weights.
 - adapter: `{adapter}` (r = {r}, alpha = {alpha})
 - dtype: {dtype}
 
-It loads with `transformers.LlavaForConditionalGeneration.from_pretrained` and with vLLM. Licence and
-limits are those of the base checkpoint.
+It loads with `transformers.LlavaForConditionalGeneration.from_pretrained` and with vLLM. Licence
+and limits are those of the base checkpoint.
 """
 
 

@@ -1,0 +1,138 @@
+"""The policy's vLLM engine: samples responses and takes new versions of the weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actors.engine import Engine, EngineStats, greedy_parameters, sampling_parameters
+from fgaif.checkpoint import arrays_digest
+from fgaif.config import Config
+from fgaif.errors import SyncError
+from fgaif.types import (
+    FloatArray,
+    GenerationRequest,
+    Prompt,
+    Response,
+    WeightsManifest,
+)
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+_BANNED = -100.0  # logit bias of the image placeholder: a sampled one could not be scored again
+
+
+class RolloutActor:
+    """One replica of the policy under sampling."""
+
+    def __init__(self, model_dir: Path, config: Config) -> None:
+        self._engine = Engine(model_dir, config)
+        self._temperature = config.policy.temperature
+        self._version = 0
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Response]:
+        """Sample one response per request, in order, stamped with the version of the weights.
+
+        Log-probs are those of the distribution sampled from: after temperature, image token banned.
+
+        Raises:
+            DataError: prompt and response together could exceed the engine's context.
+        """
+        for request in requests:
+            self._engine.check_length(request.prompt, request.max_new_tokens)
+        outputs = self._engine.run(
+            (self._engine.encode(request.prompt), self._parameters(request)) for request in requests
+        )
+        texts = self._engine.encoder.tokenizer.batch_decode(
+            [output.outputs[0].token_ids for output in outputs],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return [
+            self._response(request, output, text)
+            for request, output, text in zip(requests, outputs, texts, strict=True)
+        ]
+
+    def p_yes(self, prompts: Sequence[Prompt]) -> list[float]:
+        """Probability of answering yes rather than no, per prompt."""
+        return self._engine.p_yes(prompts)
+
+    def load_weights(self, manifest: WeightsManifest) -> int:
+        """Merge a published version into the engine and return the version now loaded.
+
+        Raises:
+            SyncError: damaged on the way, or it names layers that the engine does not have; the
+                version loaded before stays in place.
+        """
+        if arrays_digest(manifest.tensors) != manifest.digest:
+            raise SyncError(
+                f"weights version {manifest.version}: the digest does not match the tensors; "
+                "publish the version again"
+            )
+        problems = self._engine.merge_lora(manifest.scaling, manifest.tensors)
+        if problems:
+            raise SyncError(
+                f"weights version {manifest.version} does not fit the engine "
+                f"({len(problems)} problems): {'; '.join(problems[:3])}"
+            )
+        self._version = manifest.version
+        return self._version
+
+    def probe_logprobs(self, responses: Sequence[Response]) -> list[FloatArray]:
+        """Teacher-forced log-probs (T,) of responses under the loaded weights."""
+        # vLLM scores prompts at temperature 1; another one needs the whole vocabulary's scores.
+        scores = 0 if self._temperature == 1.0 else -1
+        parameters = greedy_parameters(max_tokens=1, prompt_logprobs=scores)
+        outputs = self._engine.run(
+            (self._engine.encode(response.prompt, response.token_ids.tolist()), parameters)
+            for response in responses
+        )
+        return [
+            _forced(output, len(response.token_ids), self._temperature)
+            for output, response in zip(outputs, responses, strict=True)
+        ]
+
+    def version(self) -> int:
+        """Version of the loaded weights; 0 is the checkpoint."""
+        return self._version
+
+    def stats(self) -> EngineStats:
+        """Work done so far."""
+        return self._engine.stats()
+
+    def _parameters(self, request: GenerationRequest) -> "SamplingParams":
+        return sampling_parameters(
+            temperature=request.temperature,
+            seed=request.seed,
+            max_tokens=request.max_new_tokens,
+            logprobs=0,
+            logit_bias={self._engine.encoder.image_token_id: _BANNED},
+        )
+
+    def _response(self, request: GenerationRequest, output: "RequestOutput", text: str) -> Response:
+        completion = output.outputs[0]
+        return Response(
+            prompt=request.prompt,
+            sample=request.sample,
+            text=text,
+            token_ids=np.asarray(completion.token_ids, dtype=np.int64),
+            rollout_logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+            finish="stop" if completion.finish_reason == "stop" else "length",
+            policy_version=self._version,
+        )
+
+
+def _forced(output: "RequestOutput", length: int, temperature: float) -> FloatArray:
+    """Log-probs of the last ``length`` prompt tokens; each position lists its own token first."""
+    flat = output.prompt_logprobs
+    starts, ends = flat.start_indices[-length:], flat.end_indices[-length:]
+    if temperature == 1.0:
+        return np.asarray([flat.logprobs[start] for start in starts], dtype=np.float32)
+    # The first entry repeats a token of the vocabulary that follows it.
+    rows = np.asarray([flat.logprobs[start:end] for start, end in zip(starts, ends, strict=True)])
+    scaled = rows / temperature
+    top = scaled[:, 1:].max(axis=1)
+    total = np.log(np.exp(scaled[:, 1:] - top[:, None]).sum(axis=1)) + top
+    return (scaled[:, 0] - total).astype(np.float32)
