@@ -8,7 +8,6 @@ also captions well; then ``policy`` and ``verifier``, the two that are shipped.
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch

@@ -141,7 +141,7 @@ class _Reader:
 
     def _choice(self, position: int) -> None:
         """What could be named next, given the adjectives so far."""
-        if not (self.naming or self.targets.ends and self.targets.ends[-1][0] == position):
+        if not (self.naming or (self.targets.ends and self.targets.ends[-1][0] == position)):
             return
         fitting = [
             thing.noun

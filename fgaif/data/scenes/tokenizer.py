@@ -18,8 +18,8 @@ _LATER_WORDS = (
     *COLOURS,
     *SIZES,
     *RELATIONS,
-    *"There is a from the From this image in detail right where it This simple picture The".split(),
-    *"background plain Describe Statement Prompt Is Where What yes no ASSISTANT an".split(),
+    *["There", "is", "a", "from", "the", "From", "this", "image", "in", "detail", "right", "where", "it", "This", "simple", "picture", "The"],
+    *["background", "plain", "Describe", "Statement", "Prompt", "Is", "Where", "What", "yes", "no", "ASSISTANT", "an"],
 )
 _FIRST_WORDS = ("USER", "Describe", "Statement", "Prompt", "Is", "What", "Where", "From", "There")
 
