@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.engine import Engine, EngineStats
+from actors.vllm_engine import EngineStats, VllmEngine
 from fgaif.config import Config
 from fgaif.types import Prompt
 
@@ -12,7 +12,7 @@ class JudgeActor:
     """One replica of the verifier."""
 
     def __init__(self, model_dir: Path, config: Config) -> None:
-        self._engine = Engine(model_dir, config)
+        self._engine = VllmEngine(model_dir, config)
 
     def p_yes(self, prompts: Sequence[Prompt]) -> list[float]:
         """Probability of answering yes rather than no, per prompt."""

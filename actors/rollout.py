@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actors.engine import Engine, EngineStats, greedy_parameters, sampling_parameters
+from actors.vllm_engine import EngineStats, VllmEngine, sampling_parameters
 from fgaif.checkpoint import arrays_digest
 from fgaif.config import Config
 from fgaif.errors import SyncError
@@ -28,7 +28,7 @@ class RolloutActor:
     """One replica of the policy under sampling."""
 
     def __init__(self, model_dir: Path, config: Config) -> None:
-        self._engine = Engine(model_dir, config)
+        self._engine = VllmEngine(model_dir, config)
         self._temperature = config.policy.temperature
         self._version = 0
 
@@ -84,7 +84,7 @@ class RolloutActor:
         """Teacher-forced log-probs (T,) of responses under the loaded weights."""
         # vLLM scores prompts at temperature 1; another one needs the whole vocabulary's scores.
         scores = 0 if self._temperature == 1.0 else -1
-        parameters = greedy_parameters(max_tokens=1, prompt_logprobs=scores)
+        parameters = sampling_parameters(temperature=0.0, max_tokens=1, prompt_logprobs=scores)
         outputs = self._engine.run(
             (self._engine.encode(response.prompt, response.token_ids.tolist()), parameters)
             for response in responses

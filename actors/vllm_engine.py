@@ -1,0 +1,243 @@
+"""A vLLM engine for prompts with one image, set up the same way for the policy and the verifier.
+
+Requests enter with their token ids and preprocessed pixels, made by the ``Encoder`` that the
+learner uses too: one preprocessing for all roles, done once per image, and none of vLLM's own
+per-request text and image processing, which costs as much as a tiny model's forward pass.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LlavaConfig
+
+from fgaif.config import Config
+from fgaif.errors import CheckpointError, ConfigError, DataError
+from fgaif.lvlm.inputs import Encoder, image_token_count
+from fgaif.lvlm.model import load_processor
+from fgaif.types import FloatArray, Json, Prompt
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+# The engine runs in the actor's process: three processes would import vllm one after the other.
+# Without TORCHDYNAMO_DISABLE the first request with log-probs compiles a helper for 15-20 s.
+_CPU_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+_CPU_BLOCK = 32  # smallest that vLLM's fast CPU attention takes; its default of 128 wastes cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine did since it started: sampled tokens, seconds in calls, seconds to ready."""
+
+    requests: int
+    tokens: int
+    seconds: float
+    ready_seconds: float
+
+
+class VllmEngine:
+    """vLLM with prompts as token ids and images as preprocessed pixels."""
+
+    def __init__(self, model_dir: Path, config: Config) -> None:
+        start = time.perf_counter()
+        engine, on_gpu = config.cluster.engine, torch.cuda.is_available()
+        for name, value in (_ENVIRONMENT if on_gpu else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        processor = load_processor(model_dir)
+        model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
+        self.max_model_len = min(engine.max_model_len, model.text_config.max_position_embeddings)
+        try:
+            llm = LLM(str(model_dir), **_settings(config, self.max_model_len, on_gpu))
+        except ValueError as error:
+            raise ConfigError(
+                f"vLLM refuses {model_dir} with cluster.engine = {engine.model_dump()}: {error}"
+            ) from error
+        self._llm = llm.llm_engine
+        self._room = 2 * engine.max_num_seqs
+        self._dtype = getattr(torch, config.policy.dtype)
+        self._image_tokens = image_token_count(model)
+        self.encoder = Encoder(
+            processor,
+            image_tokens=self._image_tokens,
+            max_image_pixels=config.data.max_image_pixels,
+        )
+        self._served = self._tokens = 0
+        self._seconds = 0.0
+        self._ready_seconds = time.perf_counter() - start
+
+    def encode(self, prompt: Prompt, response: Sequence[int] = ()) -> Json:
+        """Make vLLM's multimodal input of a prompt and of response ids that follow it."""
+        from vllm.multimodal.inputs import (
+            MultiModalBatchedField,
+            MultiModalFieldElem,
+            MultiModalKwargsItem,
+            MultiModalKwargsItems,
+            PlaceholderRange,
+        )
+
+        ids = self.encoder.prompt_ids(prompt.text)
+        pixels = torch.from_numpy(self.encoder.pixels(prompt.image)).to(self._dtype)
+        element = MultiModalFieldElem(data=pixels, field=MultiModalBatchedField())
+        item = MultiModalKwargsItem({"pixel_values": element})
+        start = ids.index(self.encoder.image_token_id)
+        return {
+            "type": "multimodal",
+            "prompt_token_ids": [*ids, *response],
+            "mm_kwargs": MultiModalKwargsItems({"image": [item]}),
+            "mm_hashes": {"image": [prompt.image.sha256]},
+            "mm_placeholders": {
+                "image": [PlaceholderRange(offset=start, length=self._image_tokens)]
+            },
+        }
+
+    def check_length(self, prompt: Prompt, new_tokens: int) -> None:
+        """Raise DataError if prompt and response together could exceed the context."""
+        length = len(self.encoder.prompt_ids(prompt.text)) + new_tokens
+        if length > self.max_model_len:
+            raise DataError(
+                f"prompt {prompt.id}: {length - new_tokens} tokens with the image, plus "
+                f"{new_tokens} new ones, exceed the engine's {self.max_model_len}; shorten the "
+                "prompt, lower policy.max_new_tokens or raise cluster.engine.max_model_len"
+            )
+
+    def run(self, requests: Iterable[tuple[Json, "SamplingParams"]]) -> "list[RequestOutput]":
+        """Complete the requests and return the outputs in order.
+
+        Requests are drawn when the engine has room, so that only a few images are held at a time.
+        """
+        start, engine = time.perf_counter(), self._llm
+        first = self._served
+        waiting = enumerate(requests, first)
+        outputs: dict[int, RequestOutput] = {}
+        while True:
+            free = max(0, self._room - engine.get_num_unfinished_requests())
+            for number, (item, parameters) in islice(waiting, free):
+                engine.add_request(str(number), item, parameters)
+                self._served = number + 1
+            if not engine.has_unfinished_requests():
+                break
+            outputs |= {int(done.request_id): done for done in engine.step() if done.finished}
+        ordered = [outputs[number] for number in range(first, self._served)]
+        self._tokens += sum(len(output.outputs[0].token_ids) for output in ordered)
+        self._seconds += time.perf_counter() - start
+        return ordered
+
+    def p_yes(self, prompts: Sequence[Prompt]) -> list[float]:
+        """P(yes) / (P(yes) + P(no)) of the first answer token, per prompt.
+
+        Prompts are asked image by image, so that an image is encoded once and, where prompts are
+        longer than a cache block, its keys and values are shared.
+        """
+        for prompt in prompts:
+            self.check_length(prompt, 1)
+        yes, no = answer_ids(self.encoder.tokenizer)
+        parameters = sampling_parameters(
+            temperature=0.0,
+            max_tokens=1,
+            logprobs=len(yes | no),
+            allowed_token_ids=sorted(yes | no),
+        )
+        order = sorted(range(len(prompts)), key=lambda index: prompts[index].image.sha256)
+        outputs = self.run((self.encode(prompts[index]), parameters) for index in order)
+        answers = [0.0] * len(prompts)
+        for index, output in zip(order, outputs, strict=True):
+            first = output.outputs[0].logprobs
+            scores = dict(zip(first.token_ids, first.logprobs, strict=True))
+            answers[index] = min(1.0, sum(math.exp(scores[token]) for token in yes))
+        return answers
+
+    def merge_lora(self, scaling: float, tensors: dict[str, FloatArray]) -> list[str]:
+        """Merge LoRA factors in every worker and forget prefixes cached under the old weights.
+
+        Returns the problems that kept the version from being merged. The vision tower is not
+        touched, so cached image features stay valid.
+        """
+        problems: list[str] = self._llm.collective_rpc("merge_lora", args=(scaling, tensors))[0]
+        if not problems:
+            self._llm.reset_prefix_cache()
+        return problems
+
+    def stats(self) -> EngineStats:
+        """Work done so far."""
+        return EngineStats(
+            requests=self._served,
+            tokens=self._tokens,
+            seconds=self._seconds,
+            ready_seconds=self._ready_seconds,
+        )
+
+
+def sampling_parameters(**settings: Any) -> "SamplingParams":
+    """vLLM sampling parameters without decoding, intermediate outputs and copying."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        detokenize=False,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+        **settings,
+    )
+
+
+def answer_ids(tokenizer: Any) -> tuple[set[int], set[int]]:
+    """Ids of the tokens that begin the answers yes and no, in any case, with or without a space.
+
+    Whole-word tokens where the tokenizer has them, else first pieces of one of the answers only.
+
+    Raises:
+        CheckpointError: the two answers cannot be told apart by their first token.
+    """
+    yes, no = (_first_ids(tokenizer, word) for word in ("yes", "no"))
+    yes, no = yes - no, no - yes
+    if not yes or not no:
+        raise CheckpointError(
+            "the tokenizer begins 'yes' and 'no' with the same token, so answers cannot be "
+            "read from the first one; use another checkpoint"
+        )
+    return yes, no
+
+
+def _first_ids(tokenizer: Any, word: str) -> set[int]:
+    cases = (word, word.capitalize(), word.upper())
+    forms = [form for case in cases for form in (case, f" {case}")]
+    pieces = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
+    return {ids[0] for ids in pieces if len(ids) == 1} or {ids[0] for ids in pieces}
+
+
+def _settings(config: Config, max_model_len: int, on_gpu: bool) -> Json:
+    engine = config.cluster.engine
+    device: Json = (
+        {"gpu_memory_utilization": engine.gpu_memory_utilization}
+        if on_gpu
+        else {"kv_cache_memory_bytes": engine.kv_cache_mib * 2**20, "block_size": _CPU_BLOCK}
+    )
+    return device | {
+        "dtype": config.policy.dtype,
+        "seed": config.seed % 2**32,
+        "max_model_len": max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "enforce_eager": engine.enforce_eager,
+        "limit_mm_per_prompt": {"image": 1},
+        "mm_processor_cache_gb": 0,
+        "skip_mm_profiling": not on_gpu,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+        "worker_extension_cls": "actors.vllm_worker.LoraMerge",
+    }
