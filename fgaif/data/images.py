@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from fgaif.errors import DataError
 from fgaif.types import ImageRef
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are opened; Pillow knows more, some of which start other programs (EPS)."""
 
 MAX_PIXELS = 50_000_000
