@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from cluster.ledger import ORDER, Stage
-from cluster.stages import print_plan, run_stages
 from fgaif import __version__
 from fgaif.config import Config, dump_config, load_config
+from fgaif.data.scenes.world import Split
 from fgaif.errors import CheckpointError, ConfigError, DataError, FgaifError
 
 _SCENES_CONFIG = Path(__file__).parents[1] / "configs" / "scenes.yaml"
@@ -142,7 +142,9 @@ def export(
 
     settings = _load(config, overrides)
     source = adapter or settings.run_dir / "policy" / "adapter"
-    export_merged(resolve_checkpoint(settings.policy.model), source, output)
+    export_merged(
+        resolve_checkpoint(settings.policy.model), source, output, dtype=settings.policy.dtype
+    )
     out.print(f"wrote {output}")
 
 
@@ -157,11 +159,11 @@ def doctor() -> None:
 @app.command()
 def scenes(
     output: Annotated[Path, typer.Argument(help="Directory to write images and JSONL to.")],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[Split, typer.Option(help="train, val or test.")] = "test",
     count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 8,
 ) -> None:
     """Draw scenes of the embedded world with their scene graphs, to look at."""
-    from fgaif.data.scenes.world import write_split
+    from fgaif.data.scenes.files import write_split
 
     write_split(output, split, count)
     out.print(f"wrote {count} scenes of split {split} to {output}")
@@ -199,6 +201,8 @@ def _load(config: Path | None, overrides: list[str] | None) -> Config:
 def _run(
     config: Path | None, overrides: list[str] | None, dry_run: bool, force: bool, *stages: Stage
 ) -> None:
+    from cluster.stages import print_plan, run_stages  # torch and Ray: not for --help
+
     settings = _load(config, overrides)
     if dry_run:
         out.print(dump_config(settings), highlight=False)

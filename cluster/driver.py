@@ -9,7 +9,7 @@ next step starts only after every replica has confirmed the new version.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +21,16 @@ from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint
 from fgaif.config import Config
 from fgaif.data.order import batch_indexes, draw, request_seed
 from fgaif.errors import ConfigError
-from fgaif.feedback.facts import FactExtractor
-from fgaif.feedback.segment import Segmenter
 from fgaif.pending import gather
 from fgaif.ppo.batch import make_batch
 from fgaif.ppo.kl import KlState, update_kl
 from fgaif.ppo.metrics import rollout_metrics
 from fgaif.reward.dense import RewardCenters, dense_rewards
-from fgaif.types import GenerationRequest, Prompt, Response, StepReport
+from fgaif.types import GenerationRequest, Prompt, Response, Segment, StepReport
+
+Segmenter = Callable[[Response], tuple[Segment, ...]]
+FindMalformed = Callable[[Response, Sequence[Segment]], Collection[int]]
+"""Indexes of segments that are not well-formed, where that can be told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +60,13 @@ class PpoDriver:
         roles: Roles,
         data: PpoData,
         segmenter: Segmenter,
-        extractor: FactExtractor,
+        find_malformed: FindMalformed,
     ) -> None:
         self._config = config
         self._roles = roles
         self._data = data
         self._segmenter = segmenter
-        self._extractor = extractor
+        self._find_malformed = find_malformed
         self._root = config.run_dir / "policy"
         self._state = LoopState(
             step=0, kl=KlState.from_config(config.ppo.kl), centers=RewardCenters.empty()
@@ -79,7 +81,8 @@ class PpoDriver:
     def run(self) -> Iterator[StepReport]:
         """Yield a report after each step until ``ppo.steps`` are done; resume if configured."""
         self._resume()
-        self._sync(self._probe_requests())
+        first = self._requests(self._state.step)[:1]
+        self._sync(self._roles.rollouts.generate(first).result(), self._state.step)
         while self._state.step < self._config.ppo.steps:
             report = self._step()
             done = self._state.step
@@ -95,8 +98,7 @@ class PpoDriver:
                 responses = roles.rollouts.generate(self._requests(state.step)).result()
                 segments = [self._segmenter(response) for response in responses]
                 malformed = [
-                    self._extractor.extract(r, s).malformed
-                    for r, s in zip(responses, segments, strict=True)
+                    self._find_malformed(r, s) for r, s in zip(responses, segments, strict=True)
                 ]
             with self._timed("score"):
                 scores, evaluations, old_logprobs = gather(

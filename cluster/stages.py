@@ -1,12 +1,23 @@
 """The stages of a run, each reading what the one before wrote into the run folder."""
 
-from collections.abc import Callable, Sequence
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from cluster.driver import PpoData, PpoDriver
@@ -16,23 +27,42 @@ from cluster.placement import plan_roles, plan_table
 from cluster.roles import Roles
 from cluster.train_rewards import train_rewards
 from fgaif.config import Config, dump_config
+from fgaif.data.order import request_seed
+from fgaif.data.scenes.facts import oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.errors import DataError
-from fgaif.eval.policy import evaluate_policy
+from fgaif.eval.captions import JudgedCaption, judged_by_scores
+from fgaif.eval.policy import Captions, Judge, evaluate_policy
+from fgaif.eval.pope import PopeQuestion
 from fgaif.eval.report import build_report, console_table
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.eval.store import Phase, write_eval
 from fgaif.feedback.annotate import annotate
 from fgaif.feedback.facts import SceneFacts
-from fgaif.feedback.segment import Segmenter
-from fgaif.feedback.store import ResponseStore, VerdictStore, read_labels, write_labels
-from fgaif.feedback.verify import YesNoVerifier
+from fgaif.feedback.labels import Oracle, class_balance, feedback_accuracy
+from fgaif.feedback.segment import segment_response
+from fgaif.feedback.store import VerdictStore, read_labels, response_store, write_labels
+from fgaif.feedback.verify import YesNoVerifier, load_fact_prompt
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
+from fgaif.lvlm.weights import manifest_from_adapter
+from fgaif.progress import StepDisplay
+from fgaif.reward.checkpoint import checkpoint_digest
+from fgaif.reward.metrics import reward_metrics
 from fgaif.tracking import Tracker
-from fgaif.types import GenerationRequest, LabeledResponse, Prompt, Response
+from fgaif.types import KINDS, GenerationRequest, Json, LabeledResponse, Response, Segment
 
-_CHUNK = 256
-"""Requests per call: small enough for a moving progress bar, large enough for full batches."""
+_REQUESTS, _QUESTIONS = 256, 1024
+"""Items per call and replica: few enough for a moving progress bar, enough for full batches."""
+
+_OUTPUTS: dict[Stage, tuple[str, ...]] = {
+    "sample": ("responses",),
+    "annotate": ("feedback/labels.jsonl", "feedback/summary.json"),
+    "train-reward": ("rewards",),
+    "eval-before": ("eval/before.json", "eval/before_captions.jsonl", "eval/rewards.json"),
+    "train": ("policy",),
+    "eval-after": ("eval/after.json", "eval/after_captions.jsonl"),
+}
+"""What a stage is done anew without; verdicts stay, being keyed by all that they depend on."""
 
 
 def run_stages(
@@ -54,13 +84,14 @@ def run_stages(
     if not todo:
         return None
     _require_upstream(ledger, config, todo)
-    with Cluster(config) as cluster:
-        run = Run(config, cluster, console)
-        for stage in todo:
-            if stage == "report":
-                continue
-            with ledger.record(config, stage):
-                run.stage(stage)
+    heavy = [stage for stage in todo if stage != "report"]
+    if heavy:
+        with Cluster(config) as cluster:
+            run = Run(config, cluster, console)
+            for stage in heavy:
+                run.prepare(stage, ledger, force)
+                with ledger.record(config, stage):
+                    run.stage(stage)
     return make_report(config, console) if "report" in todo else None
 
 
@@ -97,8 +128,20 @@ class Run:
         self._dir = config.run_dir
         self._policy_path = resolve_checkpoint(config.policy.model)
         self._tokenizer = load_processor(self._policy_path).tokenizer
-        self._segmenter = Segmenter(self._tokenizer, config.segment.min_words)
         self._extractor = SceneFacts()
+
+    def prepare(self, name: Stage, ledger: Ledger, force: bool) -> None:
+        """Remove what an earlier configuration left; keep what an interrupted stage finished."""
+        status = ledger.status(self._config, name)
+        if status == "partial" and not force:
+            self._console.print(f"{name}: going on where it stopped")
+            return
+        for output in _OUTPUTS[name]:
+            path = self._dir / output
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def stage(self, name: Stage) -> None:
         """Run one stage."""
@@ -126,111 +169,196 @@ class Run:
 
     def sample(self) -> None:
         """Step 1a: responses of the policy."""
-        prompts, _ = split_prompts(self.train_source, self._config)
+        config = self._config
+        store = response_store(self._dir / "responses" / "responses.jsonl")
+        known = {response.id for response in store}
+        prompts, _ = split_prompts(self.train_source, config)
         requests = [
             GenerationRequest(
                 prompt=prompt,
                 sample=sample,
-                seed=request_seed(self._config.seed, "sample", prompt.id, sample),
-                temperature=self._config.policy.temperature,
-                max_new_tokens=self._config.policy.max_new_tokens,
+                seed=request_seed(config.seed, "sample", prompt.id, sample),
+                temperature=config.policy.temperature,
+                max_new_tokens=config.policy.max_new_tokens,
             )
             for prompt in prompts
-            for sample in range(self._config.feedback.samples_per_prompt)
+            for sample in range(config.feedback.samples_per_prompt)
         ]
-        rollouts = self._cluster.rollouts()
-        self._cluster.judges()  # loads while the policy samples
-        with ResponseStore(self._dir / "responses" / "responses.jsonl") as store:
-            known = {response.id for response in store.read()}
-            todo = [r for r in requests if f"{r.prompt.id}#{r.sample}" not in known]
-            self._say_resumed(len(known), "responses")
-            for chunk in self._track(todo, "sampling", _CHUNK * self._replicas):
-                store.append(rollouts.generate(chunk).result())
+        todo = [r for r in requests if f"{r.prompt.id}#{r.sample}" not in known]
+        self._generate(todo, "sampling", len(known), store.append)
 
     def annotate(self) -> None:
         """Step 1b: segments, facts, verdicts, labels."""
-        responses = self._responses()
+        config, folder = self._config, self._dir / "feedback"
+        responses = list(response_store(self._dir / "responses" / "responses.jsonl"))
         judges = self._cluster.judges()
         verifier = YesNoVerifier(
-            lambda prompts: judges.p_yes(prompts).result(), self._config.feedback
+            lambda prompts: judges.p_yes(prompts).result(),
+            model_id=checkpoint_digest(resolve_checkpoint(config.feedback.verifier))[:16],
+            prompt=load_fact_prompt(config.feedback.prompt),
+            abstain=config.feedback.abstain,
         )
-        with (
-            VerdictStore(self._dir / "feedback" / "verdicts.jsonl") as store,
-            self._progress("annotating", len(responses)) as advance,
-        ):
+        with self._progress("verifying facts") as progress:
             labeled = annotate(
-                responses, self._segmenter, self._extractor, verifier, store, progress=advance
+                responses,
+                self._tokenizer,
+                self._extractor,
+                verifier,
+                VerdictStore(folder / "verdicts.jsonl"),
+                min_words=config.segment.min_words,
+                batch_size=_QUESTIONS * config.cluster.judge.replicas,
+                progress=progress,
             )
-        write_labels(self._dir / "feedback" / "labels.jsonl", labeled)
-        self._write_summary(labeled)
+        write_labels(folder / "labels.jsonl", labeled)
+        self._write_summary(folder / "summary.json", labeled)
         self._cluster.stop("judge")
+
+    def _write_summary(self, path: Path, labeled: Sequence[LabeledResponse]) -> None:
+        """Class balance, and accuracy against the oracle where there is one."""
+        truth = self._oracle()
+        kinds = feedback_accuracy(labeled, truth) if truth else {}
+        write_json(
+            path,
+            {
+                "accuracy": {k: a.accuracy for k, a in kinds.items() if a.judged},
+                "facts": {kind: asdict(item) for kind, item in kinds.items()},
+                "classes": class_balance(labeled),
+                "skipped": {"rows": len(self.train_source.prompts.skipped)},
+            },
+        )
 
     def train_reward(self) -> None:
         """Step 2: one reward model per kind."""
-        labels = self._dir / "feedback" / "labels.jsonl"
-        train_rewards(self._config, read_labels(labels), self._dir / "rewards", self._console)
+        labeled = read_labels(self._dir / "feedback" / "labels.jsonl")
+        with self._progress(*KINDS) as progress:
+            train_rewards(
+                self._config,
+                labeled,
+                self._dir / "rewards",
+                lambda kind, done, total, _: progress(done, total, kind),
+            )
 
     def evaluate(self, phase: Phase) -> None:
-        """Captions and yes/no answers on held-out prompts, with the base or the trained policy."""
+        """Caption held-out images with the base or the trained policy and judge the captions."""
         rollouts = self._cluster.rollouts()
         if phase == "after":
             adapter = self._dir / "policy" / "adapter"
-            manifest = manifest_from_adapter(adapter, version=self._config.ppo.steps)
-            rollouts.load_weights(manifest).result()
+            version = self._config.ppo.steps
+            rollouts.load_weights(manifest_from_adapter(adapter, version=version)).result()
         source = self.held_out
-        prompts = source.prompts.prompts
-        judge = SceneJudge(source.scene_of, self._segmenter)
-        questions = scene_questions(
-            prompts,
-            source.scene_of,
-            per_image=self._config.eval.pope_questions_per_image,
-            seed=self._config.eval.seed,
-        )
         report, captions = evaluate_policy(
             lambda requests: self._generate(requests, f"captions {phase}"),
             lambda asked: rollouts.p_yes(asked).result(),
-            prompts,
-            judge=judge,
-            questions=questions,
+            source.prompts.prompts,
+            judge=self._caption_judge(source),
+            questions=self._pope_questions(source),
             config=self._config,
         )
         write_eval(self._dir / "eval", phase, report, captions)
+        if phase == "before" and source.scenes is not None:
+            self._check_rewards(captions)
 
     def train(self) -> None:
         """Step 3: PPO."""
-        source = self.train_source
-        _, prompts = split_prompts(source, self._config)
-        anchors = open_anchors(self._config, source, prompts)
-        rewards = self._dir / "rewards"
+        config, folder, rewards = self._config, self._dir / "policy", self._dir / "rewards"
         roles = Roles(
             rollouts=self._cluster.rollouts(),
             learner=self._cluster.learner(),
             reference=self._cluster.reference(rewards),
             rewards=self._cluster.rewards(rewards),
         )
-        data = PpoData(prompts=prompts, anchors=anchors, digest=source.prompts.digest)
-        driver = PpoDriver(self._config, roles, data, self._segmenter, self._extractor)
-        with Tracker(self._config, self._dir / "policy", self._console) as tracker:
+        source = self.train_source
+        _, prompts = split_prompts(source, config)
+        data = PpoData(
+            prompts=prompts,
+            anchors=open_anchors(config, source, prompts),
+            digest=source.prompts.digest,
+        )
+        driver = PpoDriver(config, roles, data, self._segmenter, self._malformed)
+        with (
+            Tracker(folder, config.tracking, name=config.name, say=self._console.print) as tracker,
+            StepDisplay(config.ppo.steps, self._console) as display,
+        ):
             for report in driver.run():
                 tracker.log(report)
-        roles.learner.save_adapter(self._dir / "policy" / "adapter").result()
+                display.update(report)
+        if (folder / "adapter").is_dir():
+            shutil.rmtree(folder / "adapter")
+        roles.learner.save_adapter(folder / "adapter").result()
 
-    def _responses(self) -> list[Response]:
-        path = self._dir / "responses" / "responses.jsonl"
-        with ResponseStore(path) as store:
-            responses = list(store.read())
-        if not responses:
-            raise DataError(f"{path}: no responses; run `fgaif sample` first")
-        return responses
+    def _check_rewards(self, captions: Captions) -> None:
+        """Compare the reward models with the truth on the held-out images' sampled captions."""
+        labeled = [caption.labeled for caption in captions.sampled]
+        rewards = self._cluster.rewards(self._dir / "rewards")
+        scores = rewards.score(
+            [item.response for item in labeled], [item.segments for item in labeled]
+        ).result()
+        probs = np.concatenate([score.probs for score in scores])
+        truth = np.concatenate([item.labels for item in labeled])
+        metrics: Json = {
+            kind: reward_metrics(probs[:, index], truth[:, index]).as_floats()
+            for index, kind in enumerate(KINDS)
+        }
+        write_json(self._dir / "eval" / "rewards.json", metrics)
 
-    def _generate(self, requests: Sequence[GenerationRequest], what: str) -> list[Response]:
+    def _caption_judge(self, source: Source) -> Judge:
+        """The oracle where the world is known, else the reward models."""
+        if source.scenes is not None:
+            return SceneJudge(source.scene_of, self._segmenter)
+        rewards = self._cluster.rewards(self._dir / "rewards")
+
+        def judge(responses: Sequence[Response]) -> list[JudgedCaption]:
+            segments = [self._segmenter(response) for response in responses]
+            scores = rewards.score(responses, segments).result()
+            return [
+                judged_by_scores(*item) for item in zip(responses, segments, scores, strict=True)
+            ]
+
+        return judge
+
+    def _pope_questions(self, source: Source) -> list[PopeQuestion]:
+        if source.scenes is None:
+            return []
+        return scene_questions(
+            source.prompts.prompts,
+            source.scene_of,
+            per_image=self._config.eval.pope_questions_per_image,
+            seed=self._config.eval.seed,
+        )
+
+    def _oracle(self) -> Oracle | None:
+        source = self.train_source
+        if source.scenes is None:
+            return None
+        return lambda response, fact: oracle(source.scene_of(response.prompt), fact)
+
+    def _segmenter(self, response: Response) -> tuple[Segment, ...]:
+        return segment_response(response, self._tokenizer, self._config.segment.min_words)
+
+    def _malformed(self, response: Response, segments: Sequence[Segment]) -> Collection[int]:
+        """Segments that are no sentences of the embedded world; unknown for other images."""
+        if self._config.feedback.extractor != "scenes":
+            return ()
+        return SceneFacts().extract(response, segments).malformed
+
+    def _generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        what: str,
+        done: int = 0,
+        keep: Callable[[list[Response]], None] = lambda _: None,
+    ) -> list[Response]:
+        """Sample in chunks with a progress bar, handing each finished chunk to ``keep``."""
         rollouts = self._cluster.rollouts()
+        size = _REQUESTS * self._config.cluster.rollout.replicas
         responses: list[Response] = []
-        with self._progress(what, len(requests)) as advance:
-            for start in range(0, len(requests), _CHUNK):
-                chunk = requests[start : start + _CHUNK]
-                responses += rollouts.generate(chunk).result()
-                advance(len(chunk))
+        with self._progress(what) as progress:
+            progress(done, done + len(requests))
+            for start in range(0, len(requests), size):
+                chunk = rollouts.generate(requests[start : start + size]).result()
+                keep(chunk)
+                responses += chunk
+                progress(done + len(responses), done + len(requests))
         return responses
 
     def _open(self, name: str, limit: int) -> Source:
@@ -240,12 +368,23 @@ class Run:
         return source
 
     @contextmanager
-    def _progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar with rate and time left; yields a function that advances it."""
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda count: progress.advance(task, count)
+    def _progress(self, *names: str) -> Iterator[Callable[..., None]]:
+        """Show a bar per name; yields ``report(done, total, name)``."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as bars:
+            tasks = {name: bars.add_task(name, total=None) for name in names}
+
+            def report(done: int, total: int, name: str = names[0]) -> None:
+                bars.update(tasks[name], completed=done, total=total)
+
+            yield report
 
 
 def _to_run(ledger: Ledger, config: Config, wanted: Sequence[Stage], force: bool) -> list[Stage]:
@@ -271,3 +410,11 @@ def _require_upstream(ledger: Ledger, config: Config, todo: Sequence[Stage]) -> 
                     f"`fgaif {upstream.split('-')[0] if 'eval' in upstream else upstream}` "
                     "with this configuration first, or `fgaif run`"
                 )
+
+
+def write_json(path: Path, content: Json) -> None:
+    """Write a JSON file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,137 @@
+"""Fakes of the PPO roles that record the order of events; for tests of ordering and failure."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cluster.roles import Roles
+from fgaif.pending import Ready
+from fgaif.types import (
+    Evaluation,
+    FloatArray,
+    GenerationRequest,
+    ImageRef,
+    Prompt,
+    Response,
+    Segment,
+    SegmentScores,
+    TrainBatch,
+    UpdateReport,
+    WeightsManifest,
+)
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Prompts p0, p1, ... about images that nobody opens."""
+    return [
+        Prompt(id=f"p{i}", image=ImageRef(path=f"{i}.png", sha256=f"{i:064x}"), text="Describe.")
+        for i in range(count)
+    ]
+
+
+def response(prompt: Prompt, sample: int = 0, tokens: int = 4, version: int = 0) -> Response:
+    """A response of ``tokens`` ids that stopped."""
+    return Response(
+        prompt=prompt,
+        sample=sample,
+        text="a b, c d",
+        token_ids=np.arange(tokens, dtype=np.int64) + 5,
+        rollout_logprobs=np.full(tokens, -1.0, np.float32),
+        finish="stop",
+        policy_version=version,
+    )
+
+
+def two_segments(_: Response) -> tuple[Segment, ...]:
+    """Tokens 0-1 and token 2 of a four-token response; the last is EOS."""
+    return (
+        Segment(index=0, char_start=0, char_end=5, token_start=0, token_end=2),
+        Segment(index=1, char_start=5, char_end=8, token_start=2, token_end=3),
+    )
+
+
+class World:
+    """All four roles in one object. ``parameter`` moves with each update and is the policy."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.seeds: list[list[int]] = []
+        self.anchor_counts: list[int] = []
+        self.parameter = 0.0
+        self.value_updates = 0
+        self.engine_version = 0
+        self.engine_parameter = 0.0
+        self.stale = False
+
+    def roles(self) -> Roles:
+        """The object in all four parts."""
+        return Roles(rollouts=self, rewards=self, reference=self, learner=self)  # type: ignore[arg-type]
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Ready[list[Response]]:
+        self.events.append(f"generate v{self.engine_version}")
+        self.seeds.append([request.seed for request in requests])
+        return Ready([response(r.prompt, r.sample, version=self.engine_version) for r in requests])
+
+    def p_yes(self, asked: Sequence[Prompt]) -> Ready[list[float]]:
+        return Ready([0.5] * len(asked))
+
+    def load_weights(self, manifest: WeightsManifest) -> Ready[list[int]]:
+        self.events.append(f"load v{manifest.version}")
+        if not self.stale:
+            self.engine_version = manifest.version
+            self.engine_parameter = float(manifest.tensors["w"][0])
+        return Ready([self.engine_version])
+
+    def probe_logprobs(self, responses: Sequence[Response]) -> Ready[list[list[FloatArray]]]:
+        self.events.append("probe")
+        return Ready([[np.full(4, self.engine_parameter, np.float32) for _ in responses]])
+
+    def score(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> Ready[list[SegmentScores]]:
+        self.events.append("score")
+        probs = np.tile(np.array([0.0, 0.75, 0.25], np.float32), (2, 3, 1))
+        return Ready([SegmentScores(probs=probs) for _ in responses])
+
+    def evaluate(self, responses: Sequence[Response]) -> Ready[list[Evaluation]]:
+        self.events.append("evaluate")
+        zeros = np.zeros(4, np.float32)
+        return Ready([Evaluation(reference_logprobs=zeros, values=zeros) for _ in responses])
+
+    def update_values(self, batch: TrainBatch) -> Ready[UpdateReport]:
+        self.events.append("update values")
+        self.value_updates += 1
+        return Ready(UpdateReport(metrics={"value/loss": 0.0}))
+
+    def logprobs(self, responses: Sequence[Response]) -> Ready[list[FloatArray]]:
+        self.events.append("learner logprobs")
+        return Ready([np.full(4, self.parameter, np.float32) for _ in responses])
+
+    def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Ready[UpdateReport]:
+        self.events.append("update policy")
+        self.anchor_counts.append(len(anchors))
+        self.parameter -= float(batch.task_rewards.sum()) * 1e-3 + 1e-3 * len(self.seeds[-1])
+        return Ready(UpdateReport(metrics={"policy/loss": self.parameter}))
+
+    def publish(self, version: int) -> Ready[WeightsManifest]:
+        self.events.append(f"publish v{version}")
+        tensors = {"w": np.array([self.parameter], np.float32)}
+        return Ready(WeightsManifest(version=version, digest="", scaling=1.0, tensors=tensors))
+
+    def save(self, path: Path) -> Ready[None]:
+        path.mkdir(parents=True)
+        state = {"parameter": self.parameter, "values": self.value_updates}
+        (path / "state.json").write_text(json.dumps(state))
+        return Ready(None)
+
+    def restore(self, path: Path) -> Ready[None]:
+        state = json.loads((path / "state.json").read_text())
+        self.parameter, self.value_updates = state["parameter"], state["values"]
+        return Ready(None)
+
+    def save_adapter(self, path: Path) -> Ready[None]:
+        path.mkdir(parents=True)
+        (path / "adapter_config.json").write_text("{}")
+        return Ready(None)
