@@ -70,8 +70,8 @@ def build_tiny_llava(directory: Path, *, seed: int = 0) -> Path:
 def build_llava15(directory: Path, *, seed: int = 0) -> Path:
     """Write a narrow LLaVA-1.5: 336 px, patch 14, 576 image tokens, hidden 64, 2 layers.
 
-    As in the public checkpoints the embedding has more rows than the tokenizer has tokens. At random
-    weights such rows are sampled too, and vLLM can return their log-probs only undecoded
+    As in the public checkpoints the embedding has more rows than the tokenizer has tokens. With
+    random weights such rows are sampled too, and vLLM returns their log-probs only undecoded
     (``detokenize=False``).
     """
     tokenizer = llama_tokenizer()

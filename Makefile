@@ -1,0 +1,33 @@
+# make demo    install what is missing, then run the whole job on the embedded world
+# make test    the same, then the tests (PYTEST_ARGS="-k segment" narrows them)
+# make lint    ruff and mypy
+#
+# PYTHON=python3.12 chooses the interpreter of a new .venv; FGAIF_DEVICE=cpu|gpu overrides the
+# detection of a GPU. Nothing is installed twice, and every target can be interrupted and repeated.
+
+export PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test lint format install clean
+
+demo: install
+	$(BIN)/fgaif demo
+
+test: install
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install:
+	@.ci/install
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
