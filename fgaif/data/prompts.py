@@ -169,7 +169,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             names = [name for name in file.schema_arrow.names if name in _COLUMNS]
             rows = file.read(columns=names).to_pylist()
     except pa.ArrowInvalid as error:

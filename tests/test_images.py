@@ -1,0 +1,142 @@
+import hashlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fgaif.data.images import PixelCache, check_image, image_ref, load_image
+from fgaif.errors import DataError
+from fgaif.types import ImageRef
+
+
+def write_image(path: Path, size: tuple[int, int] = (8, 6), **options: object) -> Path:
+    Image.new("RGB", size, (200, 10, 30)).save(path, **options)
+    return path
+
+
+def ref_to(path: Path) -> ImageRef:
+    return ImageRef(path=str(path), sha256="0" * 64)
+
+
+def test_ref_is_the_absolute_path_and_the_hash_of_the_content(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png")
+    ref = image_ref("a.png", tmp_path)
+    assert ref.path == str(path.resolve())
+    assert ref.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert check_image("a.png", tmp_path) == ref
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "link.png", "/etc/hostname"])
+def test_nothing_outside_the_root_is_opened(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    write_image(tmp_path / "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataError, match="lies outside"):
+        image_ref(name, root)
+
+
+def test_a_link_within_the_root_is_followed(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to("a.png")
+    assert image_ref("link.png", tmp_path) == image_ref("a.png", tmp_path)
+
+
+def test_missing_folder_and_impossible_paths_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.png: no such file"):
+        image_ref("gone.png", tmp_path)
+    with pytest.raises(DataError, match="cannot be read"):
+        image_ref(tmp_path)
+    with pytest.raises(DataError, match="cannot be read"):
+        image_ref("a\0b.png", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_a_truncated_image_is_refused_when_checked_and_when_loaded(
+    tmp_path: Path, name: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / name
+    Image.fromarray(noise).save(path)
+    check_image(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=f"{name}: cannot be decoded"):
+        check_image(path)
+    with pytest.raises(DataError, match=f"{name}: cannot be decoded"):
+        load_image(ref_to(path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
+)
+def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        load_image(ref_to(path))
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A PNG header of any size without pixels behind it."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT"
+
+
+def test_size_is_checked_before_decoding(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_that_claims(9000, 9000))
+    with pytest.raises(DataError, match=r"9000 x 9000 pixels.*max_image_pixels = 50000000"):
+        load_image(ref_to(path))
+    path.write_bytes(png_that_claims(100_000, 100_000))
+    with pytest.raises(DataError, match="cannot be decoded"):  # Pillow's own limit comes first
+        load_image(ref_to(path))
+
+
+def test_the_pixel_limit_is_inclusive(tmp_path: Path) -> None:
+    ref = image_ref(write_image(tmp_path / "a.png", (8, 6)))
+    assert load_image(ref, 48).size == (8, 6)
+    with pytest.raises(DataError, match="8 x 6"):
+        load_image(ref, 47)
+
+
+def test_images_load_upright_and_on_white(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    turned = write_image(tmp_path / "turned.jpg", (8, 6), exif=exif)
+    assert load_image(ref_to(turned)).size == (6, 8)
+    glass = tmp_path / "glass.png"
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(glass)
+    assert load_image(ref_to(glass)).getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("L", "P", "1", "CMYK"):
+        buffer = io.BytesIO()
+        Image.new(mode, (3, 3)).save(buffer, format="TIFF")
+        other = tmp_path / "other.tiff"
+        other.write_bytes(buffer.getvalue())
+        assert load_image(ref_to(other)).mode == "RGB"
+
+
+def test_cache_keeps_the_most_recently_used_within_its_bytes() -> None:
+    cache, made = PixelCache(max_bytes=24), []
+
+    def get(key: str) -> float:
+        def make() -> np.ndarray:
+            made.append(key)
+            return np.full(3, ord(key), dtype=np.float32)  # 12 bytes
+
+        return float(cache.get(key, make)[0])
+
+    assert [get(key) for key in "abacab"] == [97.0, 98.0, 97.0, 99.0, 97.0, 98.0]
+    assert made == ["a", "b", "c", "b"]  # c pushed b out, because a was used after it
+    assert cache.nbytes == 24
+    assert len(cache) == 2
+
+
+def test_cache_does_not_keep_what_is_larger_than_itself() -> None:
+    cache = PixelCache(max_bytes=8)
+    assert cache.get("a", lambda: np.zeros(100)).shape == (100,)
+    assert (len(cache), cache.nbytes) == (0, 0)
