@@ -1,0 +1,68 @@
+"""Who turns segments into atomic facts, and who checks them: the seams of step 1."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fgaif.data.scenes.facts import parse_facts
+from fgaif.types import Fact, FactQuery, Response, Segment, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractedFacts:
+    """Facts of a response, and the indexes of segments that could not be (wholly) understood."""
+
+    facts: tuple[Fact, ...]
+    malformed: tuple[int, ...] = ()
+
+
+class FactExtractor(Protocol):
+    """Breaks the segments of a response into atomic facts of the three kinds."""
+
+    @property
+    def name(self) -> str:
+        """Model and prompt version, for the provenance of labels."""
+
+    def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
+        """Return the facts of all segments, each with its segment's index.
+
+        A segment that cannot be parsed is reported as malformed; it never raises.
+        """
+
+
+class FactVerifier(Protocol):
+    """Checks facts against images."""
+
+    @property
+    def name(self) -> str:
+        """Model, its digest, and whatever else changes its verdicts."""
+
+    @property
+    def prompt_version(self) -> str:
+        """Name and digest of the prompt."""
+
+    def verify(self, queries: Sequence[FactQuery]) -> list[Verdict]:
+        """Return one verdict per query, in order.
+
+        ``unknown`` with ``p_yes`` says that the model is undecided; ``unknown`` without it that
+        asking failed, so that it is asked again by a later run. Raises if nothing can be asked.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class SceneFacts:
+    """Extractor for the English of the embedded world."""
+
+    name: str = "scenes"
+
+    def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
+        """Parse each segment; text that is not of this world is malformed."""
+        facts: list[Fact] = []
+        malformed: list[int] = []
+        for segment in segments:
+            text = response.text[segment.char_start : segment.char_end]
+            found, wellformed = parse_facts(text, segment.index)
+            facts += found
+            if not wellformed:
+                malformed.append(segment.index)
+        return ExtractedFacts(facts=tuple(facts), malformed=tuple(malformed))
