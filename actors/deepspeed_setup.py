@@ -84,3 +84,17 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
+
+
+def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimiser inside an engine, with or without a ZeRO wrapper."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def master_tensors(engine: Any) -> list[torch.Tensor]:
+    """The float32 tensors this rank's optimiser steps: parameters, or its flat partitions."""
+    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    if partitions is not None:  # ZeRO-3 hands them to the optimiser only during a step
+        return list(partitions)
+    groups = torch_optimizer(engine).param_groups
+    return [parameter for group in groups for parameter in group["params"]]

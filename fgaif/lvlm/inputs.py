@@ -75,8 +75,13 @@ class Encoder:
         stacked = torch.from_numpy(np.stack([self.pixels(image) for image in images]))
         return stacked.to(device=like.device, dtype=like.dtype)
 
-    def encode(self, responses: Sequence[Response], like: Tensor) -> EncodedBatch:
-        """Pad prompts and responses to one batch; ``like`` gives device and pixel dtype."""
+    def encode(
+        self, responses: Sequence[Response], like: Tensor, *, pixels: bool = True
+    ) -> EncodedBatch:
+        """Pad prompts and responses to one batch; ``like`` gives device and pixel dtype.
+
+        Without ``pixels``, for callers that keep image features, ``pixel_values`` are (0,).
+        """
         prompts = [self.prompt_ids(response.prompt.text) for response in responses]
         rows = [
             [*prompt, *response.token_ids.tolist()]
@@ -93,7 +98,11 @@ class Encoder:
         device = like.device
         return EncodedBatch(
             input_ids=input_ids.to(device),
-            pixel_values=self.pixel_batch([r.prompt.image for r in responses], like),
+            pixel_values=(
+                self.pixel_batch([r.prompt.image for r in responses], like)
+                if pixels
+                else like.new_empty(0)
+            ),
             positions=positions.to(device),
             targets=targets.to(device),
             mask=mask.to(device),

@@ -36,10 +36,29 @@ def chunked_logprobs(
     return torch.cat([checkpoint(piece, s, ids, use_reentrant=False) for s, ids in pairs])
 
 
-def response_logprobs(model: nn.Module, batch: EncodedBatch, *, temperature: float) -> Tensor:
-    """Log-probabilities (B, T) of the response tokens, zero where ``batch.mask`` is 0."""
-    features = image_features(model, batch.pixel_values)
-    hidden = last_hidden(model, batch.input_ids, features)
+def response_logprobs(
+    model: nn.Module,
+    batch: EncodedBatch,
+    *,
+    temperature: float,
+    features: Tensor | None = None,
+) -> Tensor:
+    """Log-probabilities (B, T) of the response tokens, zero where ``batch.mask`` is 0.
+
+    ``features`` (B, image tokens, D) are the images' where they are known already (the vision tower
+    is frozen); otherwise they are computed from ``batch.pixel_values``.
+    """
+    if features is None:
+        features = image_features(model, batch.pixel_values)
+    return hidden_logprobs(
+        model, last_hidden(model, batch.input_ids, features), batch, temperature=temperature
+    )
+
+
+def hidden_logprobs(
+    model: nn.Module, hidden: Tensor, batch: EncodedBatch, *, temperature: float
+) -> Tensor:
+    """Like ``response_logprobs``, from the last hidden states (B, L, D) of ``batch.input_ids``."""
     mask = batch.mask.bool()
     flat = chunked_logprobs(
         gather_hidden(hidden, batch.positions)[mask],
@@ -51,10 +70,13 @@ def response_logprobs(model: nn.Module, batch: EncodedBatch, *, temperature: flo
 
 
 def next_token_logprobs(
-    model: nn.Module, input_ids: Tensor, last: Tensor, pixel_values: Tensor
+    model: nn.Module, input_ids: Tensor, last: Tensor, features: Tensor
 ) -> Tensor:
-    """Log-probabilities (B, V) of the token after each prompt; ``last`` (B,) ends the prompts."""
-    features = image_features(model, pixel_values)
+    """Log-probabilities (B, V) of the token after each prompt.
+
+    ``input_ids`` (B, L) right-padded, ``last`` (B,) the index of each prompt's last token,
+    ``features`` (B, image tokens, D) of the images.
+    """
     hidden = last_hidden(model, input_ids, features)
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     return base_of(model).lm_head(hidden[rows, last]).float().log_softmax(-1)

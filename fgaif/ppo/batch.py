@@ -64,6 +64,11 @@ def pad(rows: Sequence[FloatArray]) -> FloatArray:
     return padded
 
 
+def response_lengths(responses: Sequence[Response]) -> IntArray:
+    """Tokens of each response, (B,)."""
+    return np.array([len(response.token_ids) for response in responses], dtype=np.int64)
+
+
 def minibatches(count: int, size: int, seed: Sequence[int]) -> Iterator[IntArray]:
     """Cut a seeded shuffle of ``range(count)`` into index arrays of ``size``, the last may be less.
 

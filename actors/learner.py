@@ -1,0 +1,267 @@
+"""One DeepSpeed rank of the policy learner: LoRA on the language model, trained with PPO.
+
+Every rank gets the same calls; in ``update`` each takes its own share of every minibatch, and sums
+are divided by counts over all ranks, so the result does not depend on how many there are.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.deepspeed_setup import import_deepspeed, join_process_group
+from actors.engine import LoraEngine
+from fgaif.config import Config
+from fgaif.errors import FgaifError
+from fgaif.lvlm.features import FeatureCache
+from fgaif.lvlm.inputs import Encoder, image_token_count
+from fgaif.lvlm.logprobs import next_token_logprobs, response_logprobs
+from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor, resolve_checkpoint
+from fgaif.lvlm.weights import make_manifest
+from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
+from fgaif.ppo.losses import anchor_kl, clipped_tokens, policy_loss
+from fgaif.ppo.schedule import lr_factor
+from fgaif.types import (
+    FloatArray,
+    IntArray,
+    Prompt,
+    Response,
+    TrainBatch,
+    UpdateReport,
+    WeightsManifest,
+)
+
+
+class LearnerActor:
+    """Trains the policy's LoRA adapter; the base weights are frozen and are the reference."""
+
+    def __init__(
+        self, config: Config, rank: int, world_size: int, master_addr: str, master_port: int
+    ) -> None:
+        """Load the policy, join the ranks' process group and start the DeepSpeed engine."""
+        self._config = config
+        self._rank, self._world = rank, world_size
+        device = "cuda" if config.cluster.learner.gpus > 0 else "cpu"
+        torch.set_num_threads(config.cluster.threads)
+        torch.manual_seed(config.seed + rank)
+        deepspeed = import_deepspeed(device)
+        join_process_group(
+            deepspeed,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            addr=master_addr,
+            port=master_port,
+        )
+        policy = config.policy
+        checkpoint = resolve_checkpoint(policy.model)
+        base = load_lvlm(checkpoint, dtype=policy.dtype, device=device, attention=policy.attention)
+        if policy.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        self._encoder = Encoder(
+            load_processor(checkpoint),
+            image_tokens=image_token_count(base.config),
+            max_image_pixels=config.data.max_image_pixels,
+        )
+        self._engine = LoraEngine(
+            attach_lora(base, policy.lora, config.seed),
+            deepspeed,
+            config.ppo,
+            dtype=policy.dtype,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._like = base.get_input_embeddings().weight
+        self._features = FeatureCache(base, self._encoder)
+        self._updates = 0
+
+    @torch.no_grad()
+    def logprobs(self, responses: Sequence[Response]) -> list[FloatArray]:
+        """Log-probs (T,) of the responses given to this rank, in the precision of training.
+
+        Under ZeRO-3 every rank must be given equally many responses.
+        """
+        self._engine.train(False)
+        lengths = response_lengths(responses)
+        rows: list[FloatArray] = [np.zeros(0, np.float32)] * len(responses)
+        every = np.arange(len(responses))
+        for indexes, _ in micro_batches(every, lengths, size=self._config.ppo.micro_batch):
+            found = self._logprobs([responses[index] for index in indexes]).cpu().numpy()
+            for index, row in zip(indexes, found, strict=True):
+                rows[index] = row[: lengths[index]]
+        return rows
+
+    def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> UpdateReport:
+        """Run PPO's epochs over the batch; every rank is given all of it (collective).
+
+        ``anchors`` are questions whose next-token distribution must stay near the reference's:
+        minibatch i uses the i-th ``ppo.anchor.batch_size`` of them, from the start again when they
+        run out. The order of everything depends on the seed and the number of updates alone.
+
+        Raises:
+            FgaifError: the loss is not finite.
+        """
+        started = time.perf_counter()
+        config = self._config.ppo
+        lr = config.lr * lr_factor(
+            self._updates, steps=config.steps, warmup=config.warmup_steps, schedule=config.schedule
+        )
+        size = config.anchor.batch_size if config.anchor.weight > 0 and anchors else 0
+        totals = _Totals(self._engine.device)
+        norms = []
+        self._engine.train(True)
+        for number, rows in enumerate(self._minibatches(batch)):
+            asked = [anchors[(number * size + i) % len(anchors)] for i in range(size)]
+            losses = self._policy_losses(batch, rows, totals) + self._anchor_losses(asked, totals)
+            norms.append(self._engine.step(losses, lr))
+        self._updates += 1
+        metrics = totals.means(tokens=config.epochs * float(batch.mask.sum()), steps=len(norms))
+        if not np.isfinite([*metrics.values(), *norms]).all():
+            raise FgaifError(
+                f"PPO step {self._updates}: the policy's loss is not finite ({metrics}); lower "
+                f"ppo.lr = {config.lr} and resume from the last checkpoint"
+            )
+        metrics |= {
+            "policy/grad_norm": float(np.mean(norms)),
+            "policy/lr": lr,
+            "policy/tokens": config.epochs * float(batch.mask.sum()),
+            "policy/seconds": time.perf_counter() - started,
+        }
+        return UpdateReport(metrics=metrics)
+
+    def publish(self, version: int) -> WeightsManifest:
+        """Copy the adapter as a numbered version (collective under ZeRO-3)."""
+        factors = {name: value.float().numpy() for name, value in self._engine.adapter().items()}
+        return make_manifest(factors, scaling=self._config.policy.lora.scaling, version=version)
+
+    def save(self, path: Path) -> None:
+        """Write adapter, AdamW state, schedule position and RNG into ``path`` (collective)."""
+        self._engine.save(path, {"updates": self._updates})
+
+    def restore(self, path: Path) -> None:
+        """Continue exactly where ``save`` was called (collective).
+
+        Raises:
+            CheckpointError: files are missing, or made by other ranks, ZeRO stage or model.
+        """
+        self._updates = self._engine.restore(path)["updates"]
+
+    def save_adapter(self, path: Path) -> None:
+        """Write the adapter as a PEFT directory (collective under ZeRO-3)."""
+        adapter = self._engine.adapter()
+        if self._rank == 0:
+            model = self._engine.model
+            model.peft_config["default"].base_model_name_or_path = self._config.policy.model
+            model.save_pretrained(path, state_dict=adapter, save_embedding_layers=False)
+
+    def _minibatches(self, batch: TrainBatch) -> Iterator[IntArray]:
+        config = self._config
+        for epoch in range(config.ppo.epochs):
+            seed = (config.seed, self._updates, epoch)
+            yield from minibatches(len(batch.responses), config.ppo.minibatch, seed)
+
+    def _cut(self, rows: IntArray, lengths: IntArray) -> list[tuple[IntArray, FloatArray]]:
+        return micro_batches(
+            rows,
+            lengths,
+            size=self._config.ppo.micro_batch,
+            rank=self._rank,
+            world_size=self._world,
+        )
+
+    def _policy_losses(
+        self, batch: TrainBatch, rows: IntArray, totals: "_Totals"
+    ) -> list[Callable[[], Tensor]]:
+        valid = float(batch.mask[rows].sum())
+
+        def loss(indexes: IntArray, weights: FloatArray) -> Tensor:
+            responses = [batch.responses[index] for index in indexes]
+            width = int(response_lengths(responses).max())
+            old, advantages, mask = (
+                torch.from_numpy(array).to(self._engine.device)
+                for array in (
+                    batch.old_logprobs[indexes, :width],
+                    batch.advantages[indexes, :width],
+                    batch.mask[indexes, :width] * weights[:, None],
+                )
+            )
+            new = self._logprobs(responses)
+            clip = self._config.ppo.clip
+            value = policy_loss(new, old, advantages, mask, clip=clip, num_valid_tokens=valid)
+            totals.add_policy(value, new, old, advantages, mask, clip)
+            return value
+
+        cut = self._cut(rows, response_lengths(batch.responses))
+        return [partial(loss, *piece) for piece in cut]
+
+    def _anchor_losses(
+        self, anchors: Sequence[Prompt], totals: "_Totals"
+    ) -> list[Callable[[], Tensor]]:
+        def loss(indexes: IntArray, weights: FloatArray) -> Tensor:
+            prompts = [anchors[index] for index in indexes]
+            ids, last = self._encoder.encode_prompts(prompts, self._like)
+            features = self._features([prompt.image for prompt in prompts])
+            compute = partial(next_token_logprobs, input_ids=ids, last=last, features=features)
+            with torch.no_grad(), self._engine.model.disable_adapter():
+                reference = self._engine.run(compute)
+            kl = anchor_kl(reference, self._engine.run(compute))
+            mean = (kl * torch.from_numpy(weights).to(kl.device)).sum() / len(anchors)
+            totals.anchor_kl += mean.detach()
+            return self._config.ppo.anchor.weight * mean
+
+        if not anchors:
+            return []
+        cut = self._cut(np.arange(len(anchors)), np.ones(len(anchors), np.int64))
+        return [partial(loss, *piece) for piece in cut]
+
+    def _logprobs(self, responses: Sequence[Response]) -> Tensor:
+        """Log-probs (B, T) of the responses under the policy, zero at padding."""
+        batch = self._encoder.encode(responses, self._like, pixels=False)
+        compute = partial(
+            response_logprobs,
+            batch=batch,
+            temperature=self._config.policy.temperature,
+            features=self._features([response.prompt.image for response in responses]),
+        )
+        return self._engine.run(compute)
+
+
+class _Totals:
+    """Sums over the pieces of an update on this rank, as tensors to keep the device busy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss, self.clipped, self.k3, self.surprise, self.anchor_kl, self.ratio_max = (
+            torch.zeros(6, device=device).unbind()
+        )
+
+    @torch.no_grad()
+    def add_policy(
+        self, loss: Tensor, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float
+    ) -> None:
+        """Add one piece; all but ``loss`` are (B, T)."""
+        difference = (new - old) * mask
+        self.loss += loss
+        self.clipped += clipped_tokens(new, old, advantages, mask, clip=clip)
+        self.k3 += (difference.expm1() - difference).sum()
+        self.surprise -= (new * mask).sum()
+        self.ratio_max.copy_(torch.maximum(self.ratio_max, difference.max().exp()))
+
+    def means(self, *, tokens: float, steps: int) -> dict[str, float]:
+        """Means over all ranks' tokens or optimiser steps, and the largest ratio (collective)."""
+        sums = torch.stack([self.loss, self.anchor_kl, self.clipped, self.k3, self.surprise])
+        largest = self.ratio_max.clone()
+        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        loss, anchor, clipped, k3, surprise = sums.tolist()
+        return {
+            "policy/loss": loss / steps,
+            "policy/anchor_kl": anchor / steps,
+            "policy/clip_frac": clipped / tokens,
+            "policy/approx_kl": k3 / tokens,
+            "policy/entropy": surprise / tokens,
+            "policy/ratio_max": largest.item(),
+        }

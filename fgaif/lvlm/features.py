@@ -1,0 +1,49 @@
+"""Projected image features of a frozen vision tower, computed once per image."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fgaif.lvlm.inputs import Encoder
+from fgaif.lvlm.model import base_of, image_features
+from fgaif.types import ImageRef
+
+_LIMIT_BYTES = 2**30
+
+
+class FeatureCache:
+    """Features by image content, in host memory up to a limit; the least recently used go first."""
+
+    def __init__(
+        self, model: nn.Module, encoder: Encoder, *, limit_bytes: int = _LIMIT_BYTES
+    ) -> None:
+        self._model = model
+        self._encoder = encoder
+        self._like = base_of(model).get_input_embeddings().weight
+        self._free = limit_bytes
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, images: Sequence[ImageRef]) -> Tensor:
+        """Features (B, image tokens, D) of the images, on the model's device."""
+        wanted = {image.sha256: image for image in images}
+        missing = [image for digest, image in wanted.items() if digest not in self._kept]
+        found = {digest: self._kept[digest] for digest in wanted if digest in self._kept}
+        if missing:
+            pixels = self._encoder.pixel_batch(missing, self._like)
+            fresh = image_features(self._model, pixels)
+            found |= {image.sha256: row for image, row in zip(missing, fresh, strict=True)}
+        for digest, features in found.items():
+            self._keep(digest, features)
+        device = self._like.device
+        return torch.stack([found[image.sha256].to(device) for image in images])
+
+    def _keep(self, digest: str, features: Tensor) -> None:
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+            return
+        self._kept[digest] = features.to("cpu", copy=True)
+        self._free -= features.nbytes
+        while self._free < 0:
+            self._free += self._kept.popitem(last=False)[1].nbytes

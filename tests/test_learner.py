@@ -1,0 +1,216 @@
+"""The DeepSpeed learner on one CPU rank, against torch, Hugging Face, itself resumed, two ranks."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from ppo_world import make_responses, make_train_batch, questions, tiny_config
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from actors.deepspeed_setup import free_port
+from actors.learner import LearnerActor
+from fgaif.config import Config
+from fgaif.errors import CheckpointError
+from fgaif.types import Response
+
+ANCHOR = {"weight": 2.0, "batch_size": 3}
+
+
+def one_rank(config: Config) -> LearnerActor:
+    return LearnerActor(config, 0, 1, "127.0.0.1", free_port())
+
+
+def hf_logprobs(model: torch.nn.Module, directory: Path, response: Response) -> np.ndarray:
+    """Teacher forcing through the processor and the whole model, at temperature 0.7."""
+    from PIL import Image
+
+    processor = AutoProcessor.from_pretrained(directory)
+    message = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": response.prompt.text}],
+    }
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(
+        images=Image.open(response.prompt.image.path), text=text, return_tensors="pt"
+    )
+    ids = torch.cat([inputs["input_ids"], torch.tensor(response.token_ids)[None]], dim=1)
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0]
+    start = inputs["input_ids"].shape[1]
+    rows = (logits[start - 1 : -1].float() / 0.7).log_softmax(-1)
+    return rows.gather(1, ids[0, start:, None])[:, 0].numpy()
+
+
+def test_logprobs_equal_hugging_face_before_and_after_an_update(tiny_llava_dir, tmp_path):
+    learner = one_rank(tiny_config(tiny_llava_dir, tmp_path))
+    responses = make_responses(tmp_path, 5)
+    before = learner.logprobs(responses)
+    base = LlavaForConditionalGeneration.from_pretrained(tiny_llava_dir).eval()
+    for response, ours in zip(responses, before, strict=True):
+        np.testing.assert_allclose(ours, hf_logprobs(base, tiny_llava_dir, response), atol=1e-4)
+
+    learner.update(make_train_batch(responses, before), [])
+    learner.save_adapter(tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    after = learner.logprobs(responses)
+    assert np.abs(after[0] - before[0]).max() > 1e-2
+    for response, ours in zip(responses, after, strict=True):
+        np.testing.assert_allclose(ours, hf_logprobs(adapted, tiny_llava_dir, response), atol=1e-4)
+
+
+def test_an_update_raises_the_probability_of_rewarded_responses(tiny_llava_dir, tmp_path):
+    learner = one_rank(tiny_config(tiny_llava_dir, tmp_path))
+    responses = make_responses(tmp_path, 8)
+    old = learner.logprobs(responses)
+    batch = make_train_batch(responses, old)
+    report = learner.update(batch, []).metrics
+    moved = np.concatenate(
+        [new - start for new, start in zip(learner.logprobs(responses), old, strict=True)]
+    )
+    assert np.corrcoef(moved, batch.advantages[batch.mask > 0])[0, 1] > 0.3
+    assert report["policy/loss"] < 0  # advantages are white, so the loss starts at 0
+    assert report["policy/ratio_max"] > 1.0
+    assert 0 <= report["policy/clip_frac"] <= 1
+    assert report["policy/grad_norm"] > 0
+    assert report["policy/tokens"] == 2 * batch.mask.sum()
+    assert report["policy/anchor_kl"] == 0
+
+
+def test_published_factors_rebuild_the_policy(tiny_llava_dir, tmp_path):
+    """W0 + scaling B A, added to a plain model by module name, gives the learner's log-probs."""
+    learner = one_rank(tiny_config(tiny_llava_dir, tmp_path))
+    responses = make_responses(tmp_path, 4)
+    learner.update(make_train_batch(responses, learner.logprobs(responses)), [])
+    manifest = learner.publish(7)
+    assert manifest.version == 7
+    assert manifest.scaling == 2.0
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_llava_dir).eval()
+    modules = sorted({name.rpartition(".")[0] for name in manifest.tensors})
+    assert modules[0] == "model.language_model.layers.0.mlp.down_proj"
+    assert len(modules) == 2 * 7
+    for name in modules:
+        a, b = manifest.tensors[f"{name}.lora_A"], manifest.tensors[f"{name}.lora_B"]
+        model.get_submodule(name).weight.data += manifest.scaling * torch.from_numpy(b @ a)
+    for response, ours in zip(responses, learner.logprobs(responses), strict=True):
+        np.testing.assert_allclose(ours, hf_logprobs(model, tiny_llava_dir, response), atol=1e-4)
+    digest = manifest.digest
+    learner.update(make_train_batch(responses, learner.logprobs(responses)), [])
+    assert learner.publish(8).digest != digest
+    assert manifest.digest == digest
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_resumed_run_equals_the_straight_run_bitwise(tiny_llava_dir, tmp_path, stage):
+    config = tiny_config(tiny_llava_dir, tmp_path, zero_stage=stage, anchor=ANCHOR,
+                         schedule="cosine", warmup_steps=2)  # fmt: skip
+    config = config.model_copy(
+        update={"policy": config.policy.model_copy(
+            update={"lora": config.policy.lora.model_copy(update={"dropout": 0.2})})}
+    )  # fmt: skip
+    responses = make_responses(tmp_path, 8)
+    asked = questions(responses)
+
+    def go_on(learner: LearnerActor, steps: range) -> None:
+        for step in steps:
+            batch = make_train_batch(responses, learner.logprobs(responses), seed=step)
+            learner.update(batch, asked)
+
+    straight = one_rank(config)
+    go_on(straight, range(2))
+    straight.save(tmp_path / "checkpoint")
+    go_on(straight, range(2, 4))
+    resumed = one_rank(config)
+    resumed.restore(tmp_path / "checkpoint")
+    go_on(resumed, range(2, 4))
+    assert resumed.publish(4).digest == straight.publish(4).digest
+
+    other = one_rank(tiny_config(tiny_llava_dir, tmp_path, zero_stage=1))
+    with pytest.raises(CheckpointError, match=f"zero_stage = {stage}, this run has 1"):
+        other.restore(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        resumed.restore(tmp_path)
+
+
+def test_zero_stages_agree(tiny_llava_dir, tmp_path):
+    responses = make_responses(tmp_path, 8)
+    published = []
+    for stage in (0, 1, 2, 3):
+        learner = one_rank(tiny_config(tiny_llava_dir, tmp_path, zero_stage=stage, anchor=ANCHOR))
+        batch = make_train_batch(responses, learner.logprobs(responses))
+        learner.update(batch, questions(responses))
+        published.append(learner.publish(1).tensors)
+    for tensors in published[1:]:
+        for name, value in published[0].items():
+            np.testing.assert_allclose(tensors[name], value, atol=1e-6, err_msg=name)
+
+
+def test_anchor_term_holds_the_answers(tiny_llava_dir, tmp_path):
+    """The same update with and without the term: KL on the questions is smaller with it."""
+    responses = make_responses(tmp_path, 8)
+    kl = {}
+    for weight in (1e-9, 30.0):
+        config = tiny_config(
+            tiny_llava_dir, tmp_path, epochs=4, anchor={"weight": weight, "batch_size": 8}
+        )
+        learner = one_rank(config)
+        batch = make_train_batch(responses, learner.logprobs(responses))
+        learner.update(batch, questions(responses))
+        kl[weight] = learner.update(batch, questions(responses)).metrics["policy/anchor_kl"]
+    assert 0 < kl[30.0] < 0.5 * kl[1e-9]
+
+
+def test_micro_batching_does_not_change_the_update(tiny_llava_dir, tmp_path):
+    responses = make_responses(tmp_path, 8)
+    published = []
+    for size in (1, 3, 8):
+        learner = one_rank(tiny_config(tiny_llava_dir, tmp_path, micro_batch=size, anchor=ANCHOR))
+        batch = make_train_batch(responses, learner.logprobs(responses))
+        learner.update(batch, questions(responses))
+        published.append(learner.publish(1).tensors)
+    for tensors in published[1:]:
+        for name, value in published[0].items():
+            np.testing.assert_allclose(tensors[name], value, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_zero2_ranks_equal_one(tiny_llava_dir, tmp_path):
+    """Five responses, so the ranks' shares differ in size; published weights agree."""
+    import ray
+
+    config = tiny_config(tiny_llava_dir, tmp_path, minibatch=5, anchor=ANCHOR)
+    responses = make_responses(tmp_path, 5)
+    asked = questions(responses)
+    alone = one_rank(config)
+    old = alone.logprobs(responses)
+    batch = make_train_batch(responses, old)
+    reports = [alone.update(batch, asked), alone.update(batch, asked)]
+    expected = alone.publish(1).tensors
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False)
+    try:
+        port = free_port()
+        remote = ray.remote(num_cpus=1)(LearnerActor)
+        environment = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}}
+        ranks = [
+            remote.options(runtime_env=environment).remote(config, rank, 2, "127.0.0.1", port)
+            for rank in range(2)
+        ]
+        parts = ray.get([r.logprobs.remote(responses[i::2]) for i, r in enumerate(ranks)])
+        np.testing.assert_allclose(parts[1][0], old[1], atol=1e-5)
+        first = ray.get([r.update.remote(batch, asked) for r in ranks])
+        ray.get([r.save.remote(tmp_path / "two") for r in ranks])
+        ray.get([r.update.remote(batch, asked) for r in ranks])
+        ray.get([r.restore.remote(tmp_path / "two") for r in ranks])
+        second = ray.get([r.update.remote(batch, asked) for r in ranks])
+        tensors = ray.get([r.publish.remote(1) for r in ranks])
+    finally:
+        ray.shutdown()
+    assert tensors[0].digest == tensors[1].digest
+    for name, value in expected.items():
+        np.testing.assert_allclose(tensors[0].tensors[name], value, atol=2e-5, err_msg=name)
+    for two, one in zip((first[0], second[1]), reports, strict=True):
+        for key in ("policy/loss", "policy/anchor_kl", "policy/entropy", "policy/grad_norm"):
+            assert two.metrics[key] == pytest.approx(one.metrics[key], rel=1e-3, abs=1e-5), key
