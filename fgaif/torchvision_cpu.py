@@ -2,7 +2,7 @@
 
 PyPI carries only the CUDA build of torchvision. Beside a CPU torch its compiled operators cannot
 load, and ``import torchvision`` fails while it registers fake kernels for two operators that do not
-exist ("operator torchvision::nms does not exist"). Declaring the two schemas is enough: nothing here
+exist ("operator torchvision::nms does not exist"). Declaring the two is enough: nothing here
 calls them. Registered in the entry-point group ``torch.backends``, so it runs at the end of
 ``import torch`` in every process, vLLM's own subprocesses included.
 """
@@ -29,9 +29,10 @@ def define_missing_operators() -> None:
         return
     for name, schema in _SCHEMAS.items():
         if not _is_defined(name):
-            # The library object must outlive this call: its destructor withdraws the schema.
-            _LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
-            _LIBRARIES[-1].define(name + schema)
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(name + schema)
+            # It must outlive this call: its destructor withdraws the schema.
+            _LIBRARIES.append(library)
 
 
 def _is_defined(name: str) -> bool:
