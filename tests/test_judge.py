@@ -1,0 +1,26 @@
+"""The judge answers in the order asked, however it batches."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engines import photo_prompts, rollout_actor
+
+from actors.judge import JudgeActor
+
+
+def test_answers_come_in_the_order_asked(
+    tiny_llava_dir: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Facts are asked image by image; here they arrive fact by fact."""
+    engine = rollout_actor(tiny_llava_dir)._engine
+    monkeypatch.setattr("actors.judge.VllmEngine", lambda *_: engine)
+    judge = JudgeActor(tiny_llava_dir, None)
+    facts = ("There is a dog.", "There is a cup.", "The cat is red.", "There is a star.")
+    prompts = [replace(p, text=fact) for fact in facts for p in photo_prompts(photos)]
+    together = judge.p_yes(prompts)
+    alone = [judge.p_yes([prompt])[0] for prompt in prompts[:8]]
+    assert together[:8] == pytest.approx(alone, abs=1e-5)
+    assert len(set(together)) > len(facts)
+    assert all(0 < answer < 1 for answer in together)
+    assert judge.p_yes([]) == []
