@@ -16,10 +16,10 @@ from fgaif.errors import DataError
 from fgaif.eval.calibration import calibration_bins
 from fgaif.eval.captions import JudgedCaption
 from fgaif.eval.compare import CAPTIONS, compare
-from fgaif.eval.plots import curves_figure, errors_figure, to_svg
+from fgaif.eval.plots import INK, calibration_figure, curves_figure, errors_figure
 from fgaif.eval.policy import Captions
 from fgaif.eval.pope import pope_metrics
-from fgaif.eval.report import build_report, console_table
+from fgaif.eval.report import build_report, console_table, render_html
 from fgaif.eval.results import read_results
 from fgaif.eval.store import write_eval
 from fgaif.tracking import Tracker
@@ -86,10 +86,21 @@ def write_json(path: Path, tree: Any) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A whole run folder as the stages leave it."""
-    folder = tmp_path / "scenes"
+    return make_run(tmp_path / "scenes")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its report, for tests that only read it; drawing takes seconds."""
+    folder = make_run(tmp_path_factory.mktemp("run") / "scenes")
+    assert build_report(folder) == folder / "report" / "report.html"
+    return folder
+
+
+def make_run(folder: Path) -> Path:
+    """Make a whole run folder as the stages leave it."""
     folder.mkdir()
-    (folder / "config.yaml").write_text(dump_config(Config(seed=7, dir=tmp_path)))
+    (folder / "config.yaml").write_text(dump_config(Config(seed=7)))
     Image.new("RGB", (72, 72), "white").save(folder / "moon.png")
     pope = pope_metrics([True, False], [True, True])
     for phase, scale in (("before", 1.0), ("after", 0.25)):
@@ -114,13 +125,18 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def report_of(run_dir: Path, **settings: float) -> dict[str, Any]:
-    page = build_report(run_dir, **settings)
-    return dict(json.loads((page.parent / "report.json").read_text()))
+def report_of(run_dir: Path, wall_seconds: float | None = None) -> dict[str, Any]:
+    return read_results(run_dir).to_json(wall_seconds)
 
 
-def test_report_json_has_the_promised_keys_and_values(run_dir: Path) -> None:
-    tree = report_of(run_dir)
+def page_of(run_dir: Path) -> str:
+    """The page without figures, which take the time."""
+    results = read_results(run_dir)
+    return render_html(results, results.to_json(None), {})
+
+
+def test_report_json_has_the_promised_keys_and_values(built: Path) -> None:
+    tree = json.loads((built / "report" / "report.json").read_text())
     assert tree["seed"] == 7
     assert tree["stages"] == {"sample": 2.5, "train": 7.5}
     assert tree["wall_seconds"] == 10.0
@@ -146,7 +162,9 @@ def test_rewards_against_the_truth_win_over_their_cards(run_dir: Path) -> None:
     tree = report_of(run_dir)
     assert tree["rewards"]["object"] == {"accuracy": 0.7, "f1_hallu": 0.6}
     assert tree["provenance"]["rewards_against"] == "oracle"
-    assert (run_dir / "report" / "calibration.png").is_file()
+    figure = calibration_figure(read_results(run_dir).rewards)
+    assert figure is not None
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(KINDS)
 
 
 def test_calibration_bins_by_hand() -> None:
@@ -165,7 +183,7 @@ def test_what_is_missing_is_said_and_not_invented(tmp_path: Path) -> None:
     said = "\n".join(tree["missing"])
     for command in ("fgaif eval", "fgaif train-reward", "fgaif annotate", "fgaif train"):
         assert command in said
-    assert "Not in this report" in (tmp_path / "report" / "report.html").read_text()
+    assert "Not in this report" in build_report(tmp_path).read_text()
     assert not list((tmp_path / "report").glob("*.png"))
 
 
@@ -177,12 +195,13 @@ def test_only_one_phase_still_makes_a_report(run_dir: Path) -> None:
     assert tree["missing"] == ["evaluation after training: run `fgaif eval`"]
 
 
-def test_an_old_plot_does_not_outlive_its_data(run_dir: Path) -> None:
-    build_report(run_dir)
+def test_every_figure_is_drawn_and_a_stale_one_removed(run_dir: Path) -> None:
     (run_dir / "policy" / "metrics.jsonl").unlink()
+    stale = run_dir / "report" / "ppo.png"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of an older run")
     build_report(run_dir)
-    assert not (run_dir / "report" / "ppo.png").exists()
-    assert (run_dir / "report" / "hallucination.png").exists()
+    assert [path.name for path in stale.parent.glob("*.png")] == ["hallucination.png"]
 
 
 @pytest.mark.parametrize(
@@ -230,8 +249,8 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_stands_alone_and_escapes_what_a_model_wrote(run_dir: Path) -> None:
-    page = build_report(run_dir).read_text()
+def test_the_page_stands_alone_and_escapes_what_a_model_wrote(built: Path) -> None:
+    page = (built / "report" / "report.html").read_text()
     outline = Outline()
     outline.feed(page)
     assert outline.open == []
@@ -242,8 +261,8 @@ def test_the_page_stands_alone_and_escapes_what_a_model_wrote(run_dir: Path) -> 
     assert "http-equiv" not in page
 
 
-def test_the_page_shows_segments_verdicts_and_both_phases(run_dir: Path) -> None:
-    page = build_report(run_dir).read_text()
+def test_the_page_shows_segments_verdicts_and_both_phases(built: Path) -> None:
+    page = (built / "report" / "report.html").read_text()
     assert page.count("<article") == 1
     assert page.count('class="segment hallu flaw"') == 4
     assert page.count("before, sampled") == page.count("after, greedy") == 1
@@ -256,19 +275,16 @@ def test_the_page_shows_segments_verdicts_and_both_phases(run_dir: Path) -> None
 
 def test_an_image_that_moved_is_said_and_costs_nothing_else(run_dir: Path) -> None:
     (run_dir / "moon.png").unlink()
-    page = build_report(run_dir).read_text()
+    page = page_of(run_dir)
     assert "image not shown" in page
     assert "data:image/png" not in page
 
 
-def test_figures_take_the_colour_of_the_page(run_dir: Path) -> None:
-    results = read_results(run_dir)
-    for figure in (errors_figure(results.evals), curves_figure(results.steps)):
-        assert figure is not None
-        svg = to_svg(figure)
-        assert svg.startswith("<svg")
-        assert "currentColor" in svg
-        assert "#20242c" not in svg
+def test_figures_take_the_colour_of_the_page(built: Path) -> None:
+    page = (built / "report" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "fill: currentColor" in page
+    assert INK not in page.split("</style>", 1)[1]
 
 
 def test_without_data_there_is_no_figure() -> None:
@@ -289,9 +305,9 @@ def test_changes_say_how_much_and_whether_it_is_better() -> None:
     assert worse["chair_i"].verdict == "worse"
 
 
-def test_the_console_table_has_every_figure(run_dir: Path) -> None:
+def test_the_console_table_has_every_figure(built: Path) -> None:
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(console_table(run_dir))
+    console.print(console_table(built))
     text = console.export_text()
     assert "−30.0 pt (×0.25)" in text
     assert "POPE F1" in text
