@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,6 @@ from fgaif.data.scenes.questions import (
     ask,
     pope_pair,
     sample_claim,
-    sample_question,
     verify_question,
 )
 from fgaif.data.scenes.rows import RowWriter
@@ -89,7 +89,7 @@ def test_scenes_are_the_same_every_time_and_differ_between_splits():
     assert draw_scene(SCENE).tobytes() == draw_scene(SCENE).tobytes()
     assert len({scene_at(split, 12) for split in SPLITS}) == 3
     seeds = [range(split_seed(s, 0), split_seed(s, SPLIT_SIZE - 1) + 1) for s in SPLITS]
-    assert all(a[-1] < b[0] for a, b in zip(seeds, seeds[1:], strict=False))
+    assert all(a[-1] < b[0] for a, b in pairwise(seeds))
 
 
 @pytest.mark.parametrize(("split", "index"), [("train", -1), ("train", SPLIT_SIZE), ("dev", 0)])
@@ -238,7 +238,7 @@ def test_clean_captions_hold_and_policy_captions_err_at_their_rates():
 def test_captions_split_into_the_pieces_they_are_made_of():
     for _, text in noisy_captions(300):
         offsets = split_offsets(text, MIN_WORDS)
-        split = [text[a:b].strip() for a, b in zip(offsets, offsets[1:], strict=False)]
+        split = [text[a:b].strip() for a, b in pairwise(offsets)]
         assert split == [piece.strip() for piece in pieces(text)]
         assert all(
             piece.rstrip(".") + "." in FILLERS or piece.startswith(("There is a", "from the"))
@@ -364,3 +364,53 @@ def test_checkpoints_round_trip_under_public_names(tmp_path: Path):
     assert public_name("lm_head.weight") == "language_model.lm_head.weight"
     with pytest.raises(ValueError, match=r"head\.weight"):
         public_name("head.weight")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """Each shipped model with its tokenizer, as transformers loads it."""
+    return {name: load_checkpoint(MODELS / name) for name in ("policy", "verifier")}
+
+
+def test_shipped_models_are_small():
+    files = [path for path in MODELS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 10 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_shipped_files_are_what_the_package_builds(shipped, tokenizer):
+    for _, processor in shipped.values():
+        assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
+        assert processor.chat_template == build_processor().chat_template
+        assert processor.patch_size == 24
+
+
+def test_shipped_policy_hallucinates_sampled_and_greedy_but_sees(shipped):
+    policy, processor = shipped["policy"]
+    scenes = [scene_at("val", index) for index in range(64)]
+    features = scene_features(policy, scenes)
+    reports = {
+        temperature: caption_report(
+            scenes,
+            caption(policy, processor.tokenizer, features, temperature=temperature),
+            processor.tokenizer,
+        )
+        for temperature in (0.0, 1.0)
+    }
+    assert reports[0.0].any_wrong > 0.15
+    assert all(0.1 < reports[1.0].wrong[kind] < 0.5 for kind in KINDS)
+    for report in reports.values():
+        assert report.recall > 0.75
+        assert report.malformed < 0.03
+        assert report.repeated < 0.03
+    assert sum(pope_accuracy(policy, processor.tokenizer, features, scenes).values()) / 3 > 0.65
+
+
+def test_shipped_verifier_is_good_but_not_perfect_about_what_policies_say(shipped):
+    verifier, processor = shipped["verifier"]
+    rng = random.Random(0)
+    scenes = [scene_at("val", index) for index in range(200)]
+    texts = [write_caption(scene, rng, POLICY) for scene in scenes]
+    features = scene_features(verifier, scenes)
+    accuracy = fact_accuracy(verifier, processor.tokenizer, features, scenes, texts)
+    assert all(0.83 < accuracy[kind] < 0.97 for kind in KINDS)

@@ -22,7 +22,6 @@ _RGB = {
 _RADIUS = {"small": 6.5, "large": 10.5}
 _SHIFT = {"small": 3.0, "large": 1.0}
 
-_Draw = ImageDraw.ImageDraw
 _Colour = tuple[int, int, int]
 _Points = list[tuple[float, float]]
 
@@ -50,54 +49,54 @@ def _at(x: float, y: float, r: float, points: _Points) -> _Points:
     return [(x + r * px, y + r * py) for px, py in points]
 
 
-def _circle(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _circle(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
 
-def _square(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _square(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=fill)
 
 
-def _triangle(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _triangle(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.polygon(_at(x, y, r, [(0, -1), (0.95, 0.8), (-0.95, 0.8)]), fill=fill)
 
 
-def _star(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _star(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     tips = [(1.0 if i % 2 == 0 else 0.42, i * math.pi / 5) for i in range(10)]
     d.polygon(_at(x, y, r, [(k * math.sin(a), -k * math.cos(a)) for k, a in tips]), fill=fill)
 
 
-def _cross(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _cross(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=fill)
     d.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill=fill)
 
 
-def _ring(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _ring(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=max(2, int(0.35 * r)))
 
 
-def _heart(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _heart(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.ellipse((x - r, y - 0.9 * r, x, y + 0.1 * r), fill=fill)
     d.ellipse((x, y - 0.9 * r, x + r, y + 0.1 * r), fill=fill)
     d.polygon(_at(x, y, r, [(-0.95, -0.2), (0.95, -0.2), (0, 1)]), fill=fill)
 
 
-def _moon(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _moon(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.chord((x - r, y - r, x + r, y + r), 90, 270, fill=fill)
 
 
-def _tree(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _tree(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.polygon(_at(x, y, r, [(0, -1), (0.8, 0.3), (-0.8, 0.3)]), fill=fill)
     d.rectangle((x - 0.2 * r, y + 0.3 * r, x + 0.2 * r, y + r), fill=fill)
 
 
-def _house(d: _Draw, x: float, y: float, r: float, fill: _Colour) -> None:
+def _house(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: _Colour) -> None:
     d.polygon(_at(x, y, r, [(0, -1), (1, -0.1), (-1, -0.1)]), fill=fill)
     wall = (x - 0.7 * r, y - 0.1 * r, x + 0.7 * r, y + 0.9 * r)
     d.rectangle(wall, outline=fill, width=max(2, int(0.25 * r)))
 
 
-_SHAPES: dict[str, Callable[[_Draw, float, float, float, _Colour], None]] = {
+_SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, float, float, float, _Colour], None]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,

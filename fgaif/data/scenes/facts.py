@@ -33,6 +33,7 @@ class Claim:
 
     @property
     def text(self) -> str:
+        """The claim as a sentence, the canonical text of the fact."""
         if self.kind == "object":
             return f"There is a {self.noun}."
         if self.kind == "attribute":

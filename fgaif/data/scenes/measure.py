@@ -14,7 +14,13 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrained
 from fgaif.data.scenes.draw import draw_scene
 from fgaif.data.scenes.facts import claim_holds, oracle_classes, read_claims
 from fgaif.data.scenes.model import embed, hidden_states, vision_features
-from fgaif.data.scenes.questions import DESCRIBE, PopeStrategy, Question, pope_pair
+from fgaif.data.scenes.questions import (
+    DESCRIBE,
+    PopeStrategy,
+    Question,
+    pope_pair,
+    verify_question,
+)
 from fgaif.data.scenes.tokenizer import EOS_ID, IMAGE_ID, PAD_ID, PATCHES, chat_prompt
 from fgaif.data.scenes.world import Scene
 from fgaif.types import KINDS, SegmentClass
@@ -229,8 +235,6 @@ def fact_accuracy(
 
     Only facts whose presuppositions hold have a truth and count.
     """
-    from fgaif.data.scenes.questions import verify_question
-
     asked: list[tuple[int, str]] = []
     truth: list[tuple[str, bool]] = []
     for index, (scene, text) in enumerate(zip(scenes, texts, strict=True)):

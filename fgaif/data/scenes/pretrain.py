@@ -273,7 +273,8 @@ class _Aligner:
 def descend(
     loss: Tensor, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer
 ) -> None:
+    """Take one optimiser step on the loss, with the gradient norm clipped at one."""
     optimiser.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimiser.step()

@@ -68,16 +68,16 @@ def sample_claim(scene: Scene, kind: Kind, rng: random.Random) -> Claim:
 
     Absent objects are partners of present ones half of the time.
     """
-    true = rng.random() < 0.5
+    holds = rng.random() < 0.5
     thing = rng.choice(scene.things)
     if kind == "object":
-        return Claim(kind=kind, noun=thing.noun if true else _absent_noun(scene, rng))
+        return Claim(kind=kind, noun=thing.noun if holds else _absent_noun(scene, rng))
     if kind == "attribute":
         values, own = (COLOURS, thing.colour) if rng.random() < 0.65 else (SIZES, thing.size)
-        value = own if true else rng.choice([v for v in values if v != own])
+        value = own if holds else rng.choice([v for v in values if v != own])
         return Claim(kind=kind, noun=thing.noun, value=value)
     other = rng.choice([t for t in scene.things if t != thing])
-    fitting = [r for r in RELATIONS if relation_holds(thing, r, other) == true]
+    fitting = [r for r in RELATIONS if relation_holds(thing, r, other) == holds]
     return Claim(kind=kind, noun=thing.noun, value=rng.choice(fitting), other=other.noun)
 
 
@@ -91,10 +91,10 @@ def sample_question(
     scene: Scene, rng: random.Random, open_share: float = 0.0, kind: Kind | None = None
 ) -> Question:
     """Draw a question; attributes and relations are asked openly with ``open_share``."""
-    kind = kind or rng.choice(KINDS)
-    if kind != "object" and rng.random() < open_share:
-        return _open_question(scene, kind, rng)
-    return ask(sample_claim(scene, kind, rng), scene, rng)
+    asked: Kind = rng.choice(KINDS) if kind is None else kind
+    if asked != "object" and rng.random() < open_share:
+        return _open_question(scene, asked, rng)
+    return ask(sample_claim(scene, asked, rng), scene, rng)
 
 
 def ask(

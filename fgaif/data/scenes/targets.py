@@ -103,8 +103,8 @@ class _Reader:
         seen = [int(thing is not None), *_look(thing)]
         place = [other.row, other.column] if other else [GRID, GRID]
         match = [
-            _match(thing and thing.colour, self.colour),
-            _match(thing and thing.size, self.size),
+            _match(thing.colour if thing else "", self.colour),
+            _match(thing.size if thing else "", self.size),
         ]
         self.targets.nouns.append((position, seen + stated + place + match))
         self.verdicts.append(("object", thing is not None))
@@ -168,7 +168,7 @@ def _look(thing: Thing | None) -> list[int]:
     return [COLOURS.index(thing.colour), SIZES.index(thing.size), thing.row, thing.column]
 
 
-def _match(true: str | None, stated: str) -> int:
+def _match(true: str, stated: str) -> int:
     if not true or not stated:
         return 0
     return 1 if true == stated else 2

@@ -59,6 +59,7 @@ class Scene:
 
     @property
     def nouns(self) -> tuple[str, ...]:
+        """The nouns of the things, in drawing order."""
         return tuple(thing.noun for thing in self.things)
 
 
