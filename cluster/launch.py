@@ -15,6 +15,7 @@ from actors.pool import merge_in_order, split_by_cost
 from cluster.failures import translate
 from cluster.placement import Bundle, check_fits, plan_roles
 from fgaif.config import Config
+from fgaif.feedback.model_facts import TextRequest
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.pending import Pending, Then
 from fgaif.types import (
@@ -112,6 +113,19 @@ class RolloutGroup(Pool):
     def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
         """Score the same responses on every replica."""
         return self.everywhere(lambda actor: actor.probe_logprobs, responses)
+
+
+class JudgeGroup(Pool):
+    """All verifier engines as one."""
+
+    def p_yes(self, prompts: Sequence[Prompt]) -> Pending[list[float]]:
+        """Split evenly, ask everywhere, return in order."""
+        return self.spread(lambda actor: actor.p_yes, prompts, [1.0] * len(prompts))
+
+    def complete(self, requests: Sequence[TextRequest]) -> Pending[list[str]]:
+        """Split by length of the answer, write everywhere, return in order."""
+        costs = [float(request.max_tokens) for request in requests]
+        return self.spread(lambda actor: actor.complete, requests, costs)
 
 
 class RewardGroup:
@@ -242,12 +256,12 @@ class Cluster:
             self._start("rollout", "rollout", lambda _: (RolloutActor, (model, self._config)))
         )
 
-    def judges(self) -> RolloutGroup:
+    def judges(self) -> JudgeGroup:
         """The verifier's engines."""
         from actors.judge import JudgeActor
 
         model = resolve_checkpoint(self._config.feedback.verifier)
-        return RolloutGroup(
+        return JudgeGroup(
             self._start("judge", "judge", lambda _: (JudgeActor, (model, self._config)))
         )
 

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from cluster.driver import PpoData, PpoDriver
-from cluster.launch import Cluster
+from cluster.launch import Cluster, JudgeGroup
 from cluster.ledger import ORDER, STAGES, Ledger, Stage
 from cluster.placement import plan_roles, plan_table
 from cluster.roles import Roles
@@ -38,10 +38,11 @@ from fgaif.eval.report import build_report, console_table
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.eval.store import Phase, write_eval
 from fgaif.feedback.annotate import annotate
-from fgaif.feedback.facts import SceneFacts
+from fgaif.feedback.facts import FactExtractor, SceneFacts
 from fgaif.feedback.labels import Oracle, class_balance, feedback_accuracy
+from fgaif.feedback.model_facts import ModelFacts
 from fgaif.feedback.segment import segment_response
-from fgaif.feedback.store import VerdictStore, read_labels, response_store, write_labels
+from fgaif.feedback.store import VerdictStore, label_store, response_store
 from fgaif.feedback.verify import YesNoVerifier, load_fact_prompt
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
@@ -128,7 +129,6 @@ class Run:
         self._dir = config.run_dir
         self._policy_path = resolve_checkpoint(config.policy.model)
         self._tokenizer = load_processor(self._policy_path).tokenizer
-        self._extractor = SceneFacts()
 
     def prepare(self, name: Stage, ledger: Ledger, force: bool) -> None:
         """Remove what an earlier configuration left; keep what an interrupted stage finished."""
@@ -191,27 +191,43 @@ class Run:
         """Step 1b: segments, facts, verdicts, labels."""
         config, folder = self._config, self._dir / "feedback"
         responses = list(response_store(self._dir / "responses" / "responses.jsonl"))
+        verdicts = VerdictStore(folder / "verdicts.jsonl")
+        labels = label_store(folder / "labels.jsonl")
+        known = {item.response.id for item in labels}
+        todo = [response for response in responses if response.id not in known]
         judges = self._cluster.judges()
+        model_id = checkpoint_digest(resolve_checkpoint(config.feedback.verifier))[:16]
         verifier = YesNoVerifier(
             lambda prompts: judges.p_yes(prompts).result(),
-            model_id=checkpoint_digest(resolve_checkpoint(config.feedback.verifier))[:16],
+            model_id=model_id,
             prompt=load_fact_prompt(config.feedback.prompt),
             abstain=config.feedback.abstain,
         )
+        extractor = self._extractor(judges, model_id)
+        size = _REQUESTS * config.cluster.judge.replicas
         with self._progress("verifying facts") as progress:
-            labeled = annotate(
-                responses,
-                self._tokenizer,
-                self._extractor,
-                verifier,
-                VerdictStore(folder / "verdicts.jsonl"),
-                min_words=config.segment.min_words,
-                batch_size=_QUESTIONS * config.cluster.judge.replicas,
-                progress=progress,
-            )
-        write_labels(folder / "labels.jsonl", labeled)
-        self._write_summary(folder / "summary.json", labeled)
+            for start in range(0, len(todo), size):
+                progress(len(known) + start, len(responses))
+                chunk = todo[start : start + size]
+                labels.append(
+                    annotate(
+                        chunk,
+                        self._tokenizer,
+                        extractor,
+                        verifier,
+                        verdicts,
+                        min_words=config.segment.min_words,
+                        batch_size=_QUESTIONS * config.cluster.judge.replicas,
+                    )
+                )
+            progress(len(responses), len(responses))
+        self._write_summary(folder / "summary.json", list(labels))
         self._cluster.stop("judge")
+
+    def _extractor(self, judges: JudgeGroup, model_id: str) -> FactExtractor:
+        if self._config.feedback.extractor == "scenes":
+            return SceneFacts()
+        return ModelFacts(lambda asked: judges.complete(asked).result(), model_id=model_id)
 
     def _write_summary(self, path: Path, labeled: Sequence[LabeledResponse]) -> None:
         """Class balance, and accuracy against the oracle where there is one."""
@@ -229,7 +245,7 @@ class Run:
 
     def train_reward(self) -> None:
         """Step 2: one reward model per kind."""
-        labeled = read_labels(self._dir / "feedback" / "labels.jsonl")
+        labeled = list(label_store(self._dir / "feedback" / "labels.jsonl"))
         with self._progress(*KINDS) as progress:
             train_rewards(
                 self._config,
@@ -339,7 +355,7 @@ class Run:
         """Segments that are no sentences of the embedded world; unknown for other images."""
         if self._config.feedback.extractor != "scenes":
             return ()
-        return SceneFacts().extract(response, segments).malformed
+        return SceneFacts().parse(response, segments).malformed
 
     def _generate(
         self,

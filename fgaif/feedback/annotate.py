@@ -42,10 +42,7 @@ def annotate(
         ActorError: the verifier answered another question than the one asked.
     """
     segments = segment_responses(responses, tokenizer, min_words)
-    extracted = [
-        extractor.extract(response, parts)
-        for response, parts in zip(responses, segments, strict=True)
-    ]
+    extracted = extractor.extract(responses, segments)
     queries = _queries(zip(responses, extracted, strict=True))
     verdicts = _verify(queries, verifier, store, batch_size, progress)
     return [

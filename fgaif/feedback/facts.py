@@ -23,10 +23,13 @@ class FactExtractor(Protocol):
     def name(self) -> str:
         """Model and prompt version, for the provenance of labels."""
 
-    def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
-        """Return the facts of all segments, each with its segment's index.
+    def extract(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> list[ExtractedFacts]:
+        """Return the facts of each response's segments, in order.
 
-        A segment that cannot be parsed is reported as malformed; it never raises.
+        A segment that cannot be parsed is reported as malformed; only an extractor that cannot be
+        asked at all raises.
         """
 
 
@@ -55,8 +58,14 @@ class SceneFacts:
 
     name: str = "scenes"
 
-    def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
+    def extract(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> list[ExtractedFacts]:
         """Parse each segment; text that is not of this world is malformed."""
+        return [self.parse(*pair) for pair in zip(responses, segments, strict=True)]
+
+    def parse(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
+        """Parse the segments of one response."""
         facts: list[Fact] = []
         malformed: list[int] = []
         for segment in segments:

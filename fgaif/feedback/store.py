@@ -161,6 +161,11 @@ def response_store(path: Path) -> JsonlStore[Response]:
     return JsonlStore(path, encode_response, decode_response)
 
 
+def label_store(path: Path) -> JsonlStore[LabeledResponse]:
+    """Open the labelled responses of a run."""
+    return JsonlStore(path, encode_labeled, decode_labeled)
+
+
 def write_labels(path: Path, labeled: Iterable[LabeledResponse]) -> None:
     """Write labelled responses, whole or not at all: aside, synced, then renamed.
 

@@ -1,0 +1,92 @@
+"""The command line: help, exit codes, plans, one clear message per mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+
+COMMANDS = [
+    "demo", "run", "sample", "annotate", "train-reward", "train", "eval", "report", "export",
+    "doctor", "scenes",
+]  # fmt: skip
+
+
+def fgaif(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fgaif", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_help_names_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fgaif(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert fgaif(monkeypatch, command, "--help") == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_python_dash_m_works() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fgaif", "version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "ppo.setps=3"], ["ppo.setps", "did you mean ppo.steps?"]),
+        (["run", "--config", "nowhere.yaml"], ["nowhere.yaml", "existing file"]),
+        (["run", "--dry-run", "policy.model=nowhere"], ["nowhere", "LLaVA"]),
+        (["frobnicate"], ["frobnicate"]),
+        (["report", "name=never_ran"], ["never_ran"]),
+    ],
+)
+def test_mistakes_exit_with_2_and_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fgaif(monkeypatch, *arguments) == 2
+    message = capsys.readouterr().err.replace("\n", " ")
+    for word in words:
+        assert word in message
+
+
+def test_a_stage_without_its_input_names_the_command_to_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert fgaif(monkeypatch, "annotate", f"dir={tmp_path}") == 2
+    assert "fgaif sample" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_dry_run_prints_configuration_placement_and_stages_and_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert fgaif(monkeypatch, "demo", "--dry-run", f"dir={tmp_path}", "seed=5") == 0
+    text = capsys.readouterr().out
+    for word in ("seed: 5", "rollout-0", "reward-relation-0", "memory", "eval-after", "missing"):
+        assert word in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_scenes_are_drawn_to_look_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert fgaif(monkeypatch, "scenes", str(tmp_path / "look"), "--count", "3") == 0
+    assert len(list((tmp_path / "look" / "images").glob("*.png"))) == 3
+    assert (tmp_path / "look" / "scenes.jsonl").is_file()
