@@ -119,7 +119,8 @@ def segment_response(response: Response, tokenizer: Any, min_words: int = 5) -> 
     """Split a response; the spans partition its text and its tokens, EOS in none.
 
     The tokens of segment i end with T_i, the last token whose first visible character lies before
-    the segment's end (the space that BPE glues to a word is not the beginning of that word). A piece in which no token begins is merged with the piece before it, so that the T_i are
+    the segment's end (the space that BPE glues to a word is not the beginning of that word). A
+    piece in which no token begins is merged with the piece before it, so that the T_i are
     strictly increasing. A response without text has no segments.
 
     Raises:

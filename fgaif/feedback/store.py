@@ -166,33 +166,6 @@ def label_store(path: Path) -> JsonlStore[LabeledResponse]:
     return JsonlStore(path, encode_labeled, decode_labeled)
 
 
-def write_labels(path: Path, labeled: Iterable[LabeledResponse]) -> None:
-    """Write labelled responses, whole or not at all: aside, synced, then renamed.
-
-    Raises:
-        DataError: the disk is full or the file cannot be written; an older file stays as it was.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(b"")
-        JsonlStore(partial, encode_labeled, decode_labeled).append(labeled)
-        partial.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; free some space and run again") from error
-
-
-def read_labels(path: Path) -> list[LabeledResponse]:
-    """Read what :func:`write_labels` wrote.
-
-    Raises:
-        DataError: missing, or a malformed line.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; run the stage `annotate` first")
-    return JsonlStore(path, encode_labeled, decode_labeled).items
-
-
 def encode_response(response: Response) -> Json:
     """Return a JSON object that ``decode_response`` turns back into the same response."""
     return {
