@@ -1,0 +1,106 @@
+"""The reward role: scores segments for one hallucination kind, or for all on one backbone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fgaif.config import Config
+from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.reward.checkpoint import (
+    RewardCard,
+    load_reward_model,
+    load_shared_reward_models,
+    read_card,
+)
+from fgaif.reward.inputs import FeatureCache, load_reward_encoder
+from fgaif.reward.model import RewardModel, SharedRewardModels, segment_probs
+from fgaif.types import KINDS, FloatArray, Response, Segment, SegmentScores
+
+
+class _Scorer:
+    """A loaded model with its encoder and feature cache."""
+
+    def __init__(self, config: Config) -> None:
+        self._backbone = resolve_checkpoint(config.reward_backbone)
+        self._micro_batch = config.reward.micro_batch
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._encoder = load_reward_encoder(
+            self._backbone,
+            resolve_checkpoint(config.policy.model),
+            max_image_pixels=config.data.max_image_pixels,
+        )
+        self._load = {
+            "dtype": config.policy.dtype,
+            "device": str(self._device),
+            "attention": config.policy.attention,
+        }
+
+    def _use(self, model: RewardModel | SharedRewardModels) -> None:
+        self._model = model
+        self._features = FeatureCache(model.backbone, self._encoder.encoder)
+
+    def _probs(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> list[FloatArray]:
+        return segment_probs(
+            self._model,
+            self._encoder,
+            self._features,
+            responses,
+            segments,
+            micro_batch=self._micro_batch,
+            device=self._device,
+        )
+
+
+class RewardActor(_Scorer):
+    """One reward model, its adapter merged."""
+
+    def __init__(self, reward_dir: Path, config: Config) -> None:
+        super().__init__(config)
+        self.load(reward_dir)
+
+    def load(self, reward_dir: Path) -> RewardCard:
+        """Load (or replace) the reward model; raises CheckpointError if it does not fit."""
+        self._use(load_reward_model(reward_dir, self._backbone, **self._load))
+        self._card = read_card(reward_dir)
+        return self._card
+
+    def info(self) -> RewardCard:
+        """The card of the loaded model."""
+        return self._card
+
+    def score(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> list[FloatArray]:
+        """Class probabilities (S, C) of each response's segments, in order."""
+        return self._probs(responses, segments)
+
+    def score_pairs(self, pairs: Sequence[tuple[Response, Sequence[Segment]]]) -> list[FloatArray]:
+        """Like ``score``, for responses paired with their segments."""
+        return self.score([response for response, _ in pairs], [pieces for _, pieces in pairs])
+
+
+class SharedRewardActor(_Scorer):
+    """All kinds on one backbone, for where memory is short; ``rewards_dir`` holds the kinds."""
+
+    def __init__(self, rewards_dir: Path, config: Config) -> None:
+        super().__init__(config)
+        self.load(rewards_dir)
+
+    def load(self, rewards_dir: Path) -> list[RewardCard]:
+        """Load (or replace) all reward models; raises CheckpointError if one does not fit."""
+        self._use(load_shared_reward_models(rewards_dir, self._backbone, **self._load))
+        self._cards = [read_card(rewards_dir / kind) for kind in KINDS]
+        return self._cards
+
+    def info(self) -> list[RewardCard]:
+        """The cards of the loaded models."""
+        return self._cards
+
+    def score(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> list[SegmentScores]:
+        """Class probabilities (S, K, C) of each response's segments, in order."""
+        return [SegmentScores(probs=probs) for probs in self._probs(responses, segments)]

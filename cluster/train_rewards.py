@@ -1,0 +1,309 @@
+"""Train the reward models on Ray Train, stepped by DeepSpeed.
+
+The kinds are dealt to lanes, as many as ``reward.parallel`` allows at the same time. A lane is one
+Ray Train run of ``reward.workers`` workers that trains its kinds one after the other, so start-up
+and image features are paid once per lane. Each finished kind is in ``out_dir/KIND`` at once.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, get_device
+from ray.util.queue import Empty, Queue
+from torch import Tensor
+
+from actors.deepspeed_setup import deepspeed_config, import_deepspeed, join_process_group
+from fgaif.config import Config
+from fgaif.errors import ActorError, FgaifError
+from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
+from fgaif.reward.checkpoint import (
+    CARD,
+    RewardCard,
+    checkpoint_digest,
+    read_card,
+    save_reward_model,
+)
+from fgaif.reward.dataset import prepare_data
+from fgaif.reward.inputs import FeatureCache, load_reward_encoder, tokenizer_digest
+from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
+from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
+from fgaif.types import KINDS, Kind, LabeledResponse
+
+Progress = Callable[[Kind, int, int, dict[str, float]], None]
+"""Told kind, steps done, steps planned and figures. A kind that is skipped, or finished by early
+stopping, reports done == planned."""
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lane:
+    """What one Ray Train run is to do; ``rows`` is an object reference."""
+
+    kinds: tuple[Kind, ...]
+    digests: dict[Kind, str]
+    backbone_digest: str
+    rows: Any
+    config: Config
+    out_dir: Path
+    queue: Queue
+
+
+def train_rewards(
+    config: Config, rows: Sequence[LabeledResponse], out_dir: Path, progress: Progress
+) -> dict[Kind, dict[str, float]]:
+    """Train and save ``out_dir/KIND`` for every kind; return their metrics on held-out images.
+
+    A kind whose saved model was trained on equal inputs is kept. Ray must be running, and
+    ``out_dir`` be on storage that all nodes share.
+
+    Raises:
+        DataError: too few images with judged segments.
+        ActorError: a worker failed; models that were finished are kept.
+    """
+    out_dir = out_dir.resolve()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    backbone = checkpoint_digest(resolve_checkpoint(config.reward_backbone))
+    digests = {kind: input_digest(kind, rows, config, backbone) for kind in KINDS}
+    pending = [kind for kind in KINDS if not _is_done(out_dir / kind, digests[kind])]
+    for kind in KINDS:
+        if kind not in pending:
+            progress(kind, 1, 1, read_card(out_dir / kind).metrics)
+    if pending:
+        slim = ray.put([replace(row, facts=(), verdicts={}) for row in rows])
+        queue = Queue(actor_options={"num_cpus": 0})
+        lanes = [
+            _Lane(
+                kinds=tuple(str(kind) for kind in kinds),  # type: ignore[misc]
+                digests=digests,
+                backbone_digest=backbone,
+                rows=slim,
+                config=config,
+                out_dir=out_dir,
+                queue=queue,
+            )
+            for kinds in np.array_split(pending, min(config.reward.parallel, len(pending)))
+        ]
+        try:
+            _run_lanes(lanes, queue, progress)
+        finally:
+            queue.shutdown(force=True)
+    return {kind: read_card(out_dir / kind).metrics for kind in KINDS}
+
+
+def input_digest(
+    kind: Kind, rows: Sequence[LabeledResponse], config: Config, backbone_digest: str
+) -> str:
+    """SHA-256 of everything that a reward model depends on, apart from where it is trained."""
+    placing = {"parallel", "workers", "cpus_per_worker", "gpus_per_worker", "backbone"}
+    settings = config.reward.model_dump_json(exclude=placing)
+    parts = [kind, settings, str(config.seed), config.policy.dtype, backbone_digest]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for row in rows:
+        response = row.response
+        spans = [(s.token_start, s.token_end) for s in row.segments]
+        digest.update(f"{response.prompt.image.sha256}{response.prompt.text}{spans}".encode())
+        digest.update(response.token_ids.tobytes())
+        digest.update(row.labels[:, KINDS.index(kind)].tobytes())
+    return digest.hexdigest()
+
+
+def _is_done(directory: Path, digest: str) -> bool:
+    return (directory / CARD).is_file() and read_card(directory).input_digest == digest
+
+
+def _run_lanes(lanes: Sequence[_Lane], queue: Queue, progress: Progress) -> None:
+    """Run the lanes at the same time and pass on what they report, until all have ended."""
+    failures: list[Exception] = []
+
+    def run(lane: _Lane) -> None:
+        try:
+            _fit(lane)
+        except Exception as error:  # kept for the main thread, which raises it
+            failures.append(error)
+
+    # Daemons: Ctrl-C in the main thread must not wait for them.
+    threads = [threading.Thread(target=run, args=(lane,), daemon=True) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    running = True
+    while running:
+        running = any(thread.is_alive() for thread in threads)
+        try:
+            while True:
+                progress(*queue.get(timeout=_POLL_S))
+        except Empty:
+            continue
+    if failures:
+        raise _explain(failures[0]) from failures[0]
+
+
+def _fit(lane: _Lane) -> None:
+    settings = lane.config.reward
+    # Relative image paths must mean the same in the workers as here.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=lane.out_dir)
+    resources = {"CPU": settings.cpus_per_worker}
+    if settings.gpus_per_worker:
+        resources["GPU"] = settings.gpus_per_worker
+    try:
+        TorchTrainer(
+            _train_lane,
+            train_loop_config={"lane": lane},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=settings.workers,
+                use_gpu=settings.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=ray.train.RunConfig(
+                name="-".join(lane.kinds),
+                storage_path=scratch,
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _explain(error: Exception) -> FgaifError:
+    """The first cause of a failed run: our own error as it is, else its type and message."""
+    failed = getattr(error, "worker_failures", {})
+    for rank, failure in sorted(failed.items()):
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, FgaifError):
+            return type(cause)(str(cause))
+        return ActorError(
+            f"reward training, worker {rank}: {type(cause).__name__}: {cause}; finished reward "
+            "models are kept, run the command again to train the others"
+        )
+    return ActorError(f"reward training failed: {error}")
+
+
+def _train_lane(settings: dict[str, Any]) -> None:
+    """Train the lane's kinds, in a Ray Train worker."""
+    lane: _Lane = settings["lane"]
+    device = get_device()
+    torch.set_num_threads(lane.config.cluster.threads)
+    rows = ray.get(lane.rows)
+    for kind in lane.kinds:
+        _train_kind(kind, lane, rows, device)
+
+
+def _train_kind(
+    kind: Kind, lane: _Lane, rows: Sequence[LabeledResponse], device: torch.device
+) -> None:
+    config, settings = lane.config, lane.config.reward
+    path = resolve_checkpoint(config.reward_backbone)
+    data = prepare_data(kind, rows, val_fraction=settings.val_fraction, seed=config.seed)
+    encoder = load_reward_encoder(
+        path,
+        resolve_checkpoint(config.policy.model),
+        max_image_pixels=config.data.max_image_pixels,
+    )
+    backbone = load_lvlm(
+        path, dtype=config.policy.dtype, device=str(device), attention=config.policy.attention
+    )
+    seed = config.seed * len(KINDS) + KINDS.index(kind)
+    model = new_reward_model(backbone, settings.lora, settings.head, seed)
+    engine = _ZeroEngine(model, config, planned_steps(len(data.train), settings), device)
+
+    def report(done: int, planned: int, figures: dict[str, float]) -> None:
+        if "val_loss" in figures:
+            ray.train.report({"kind": kind, "step": done, **figures})
+        if engine.rank == 0 and ("val_loss" in figures or done % max(1, planned // 50) == 0):
+            lane.queue.put((kind, done, planned, figures))
+
+    result = train_reward_model(
+        data, model, engine, encoder, FeatureCache(model.backbone, encoder.encoder), settings,
+        seed=seed, report=report,
+    )  # fmt: skip
+    if engine.rank == 0:
+        counts = {
+            "val_loss": result.val_loss,
+            "steps": float(result.steps),
+            "unknown_segments": float(data.unknown_segments),
+            "unused_responses": float(data.unused_responses),
+        }
+        card = RewardCard(
+            kind=kind,
+            head=settings.head,
+            backbone=str(path),
+            backbone_digest=lane.backbone_digest,
+            tokenizer_digest=tokenizer_digest(encoder.encoder.tokenizer),
+            min_words=config.segment.min_words,
+            input_digest=lane.digests[kind],
+            metrics=result.metrics.as_floats() | counts,
+        )
+        save_reward_model(lane.out_dir / kind, model, result.state, card)
+        lane.queue.put((kind, result.planned_steps, result.planned_steps, card.metrics))
+    engine.close()
+
+
+class _ZeroEngine:
+    """A reward model under DeepSpeed ZeRO, as :class:`fgaif.reward.train.Engine`."""
+
+    def __init__(
+        self, model: RewardModel, config: Config, steps: int, device: torch.device
+    ) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self._deepspeed = import_deepspeed(device.type)
+        join_process_group(
+            self._deepspeed,
+            device=device.type,
+            rank=self.rank,
+            world_size=self.world_size,
+            addr=os.environ["MASTER_ADDR"],
+            port=int(os.environ["MASTER_PORT"]),
+        )
+        optimizer, schedule = make_optimizer(model, config.reward, steps)
+        self._model = model
+        self._engine, *_ = self._deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=deepspeed_config(
+                zero_stage=config.reward.zero_stage,
+                micro_batch=config.reward.micro_batch,
+                max_grad_norm=config.reward.max_grad_norm,
+                dtype=config.policy.dtype,
+                world_size=self.world_size,
+            ),
+        )
+
+    def __call__(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
+        return self._engine(input_ids, features, separators)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def state(self) -> dict[str, Tensor]:
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        sharded = self._engine.zero_optimization_stage() == 3
+        with self._deepspeed.zero.GatheredParameters(trainable, enabled=sharded):
+            return trainable_state(self._model)
+
+    def agree(self, value: float) -> float:
+        shared = torch.tensor([value], dtype=torch.float64, device=self._engine.device)
+        torch.distributed.broadcast(shared, src=0)
+        return float(shared)
+
+    def close(self) -> None:
+        """Free DeepSpeed's hooks and buffers."""
+        self._engine.destroy()

@@ -1,0 +1,186 @@
+"""Saved reward models: a PEFT adapter directory with a head, a card, and checks on loading."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fgaif.errors import CheckpointError
+from fgaif.lvlm.model import base_of, check_adapter_anchored, load_adapter, load_lvlm
+from fgaif.reward.model import HeadType, RewardModel, SharedRewardModels, make_head
+from fgaif.types import KINDS, Kind, SegmentClass
+
+CARD = "reward.json"
+HEAD = "reward_head.safetensors"
+CLASSES = tuple(c.name for c in SegmentClass)
+_BLOCK = 2**20
+_BLOCKS_PER_FILE = 64
+
+
+class RewardCard(BaseModel):
+    """What a reward model is and what it was made from; the content of ``reward.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    kind: Kind
+    head: HeadType
+    classes: tuple[str, ...] = CLASSES
+    """Order of the head's outputs."""
+    backbone: str
+    """Directory of the backbone when the model was trained; for people, not checked."""
+    backbone_digest: str
+    """`checkpoint_digest` of the backbone; checked on loading."""
+    tokenizer_digest: str
+    min_words: int
+    """Splitting of the training data (segment.min_words)."""
+    input_digest: str
+    """Digest of everything the training depended on; equal inputs need no second training."""
+    metrics: dict[str, float]
+    """On the images held out for early stopping."""
+
+
+def checkpoint_digest(path: Path) -> str:
+    """SHA-256 over a checkpoint's config and the content of its weight files.
+
+    Files up to 64 MiB are read whole; of larger ones, 64 evenly spaced blocks of 1 MiB, which
+    takes a second for any size and still tells a retrained checkpoint from its ancestor.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        blocks = min(_BLOCKS_PER_FILE, -(-size // _BLOCK))
+        with file.open("rb") as stream:
+            for index in range(blocks):
+                stream.seek(index * (size - _BLOCK) // (blocks - 1) if blocks > 1 else 0)
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def save_reward_model(
+    directory: Path, model: RewardModel, state: dict[str, Tensor], card: RewardCard
+) -> None:
+    """Write adapter, head and card beside ``directory`` and rename; an older one is replaced.
+
+    ``state`` holds the trainable parameters by their names in ``model``.
+    """
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.backbone.save_pretrained(aside, state_dict=_part(state, "backbone."))
+    save_file(_part(state, "head."), aside / HEAD)
+    (aside / "README.md").write_text(_readme(card), encoding="utf-8")
+    (aside / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(directory, ignore_errors=True)
+    aside.rename(directory)
+
+
+def read_card(directory: Path) -> RewardCard:
+    """Read and check ``reward.json``.
+
+    Raises:
+        CheckpointError: missing, not valid, or of another class order.
+    """
+    file = directory / CARD
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; train it with `fgaif train-reward`")
+    try:
+        card = RewardCard.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: not the card of a reward model: {error}") from error
+    if card.classes != CLASSES:
+        raise CheckpointError(f"{file}: classes {card.classes}, this version reads {CLASSES}")
+    return card
+
+
+def load_reward_model(
+    directory: Path, backbone: Path, *, dtype: str, device: str = "cpu", attention: str = "sdpa"
+) -> RewardModel:
+    """Load a reward model for inference, its adapter merged into the backbone.
+
+    Raises:
+        CheckpointError: the card, adapter or head is missing or does not fit the backbone.
+    """
+    card = _checked_card(directory, backbone)
+    model = load_lvlm(backbone, dtype=dtype, device=device, attention=attention)
+    merged = load_adapter(model, directory).merge_and_unload()
+    return RewardModel(merged, _load_head(directory, card, merged)).eval().requires_grad_(False)
+
+
+def load_shared_reward_models(
+    directory: Path, backbone: Path, *, dtype: str, device: str = "cpu", attention: str = "sdpa"
+) -> SharedRewardModels:
+    """Load ``directory/KIND`` for all kinds onto one backbone.
+
+    Raises:
+        CheckpointError: as ``load_reward_model``, for any kind.
+    """
+    cards = {kind: _checked_card(directory / kind, backbone) for kind in KINDS}
+    model = load_lvlm(backbone, dtype=dtype, device=device, attention=attention)
+    first, *rest = KINDS
+    try:
+        shared = PeftModel.from_pretrained(model, directory / first, adapter_name=first)
+        for kind in rest:
+            shared.load_adapter(str(directory / kind), adapter_name=kind)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: adapters do not fit: {error}") from error
+    check_adapter_anchored(shared)
+    heads = {kind: _load_head(directory / kind, cards[kind], model) for kind in KINDS}
+    return SharedRewardModels(shared, nn.ModuleDict(heads)).eval().requires_grad_(False)
+
+
+def _checked_card(directory: Path, backbone: Path) -> RewardCard:
+    card = read_card(directory)
+    found = checkpoint_digest(backbone)
+    if card.backbone_digest != found:
+        raise CheckpointError(
+            f"{directory}: trained on {card.backbone} (digest {card.backbone_digest[:12]}), but "
+            f"{backbone} has digest {found[:12]}; set reward.backbone to the checkpoint it was "
+            "trained on, or train the reward models again"
+        )
+    return card
+
+
+def _load_head(directory: Path, card: RewardCard, backbone: nn.Module) -> nn.Module:
+    weight = base_of(backbone).get_input_embeddings().weight
+    head = make_head(card.head, weight.shape[1])
+    try:
+        head.load_state_dict(load_file(directory / HEAD))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory / HEAD}: does not fit: {error}") from error
+    return head.to(weight.device, weight.dtype)
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor.contiguous()
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def _readme(card: RewardCard) -> str:
+    figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in card.metrics.items())
+    return f"""---
+library_name: peft
+base_model: {json.dumps(card.backbone)}
+---
+# FGAIF reward model: {card.kind}
+
+LoRA adapter (PEFT) and a {card.head} head (`{HEAD}`) that classify each sub-sentence of a response
+as {", ".join(card.classes)} with respect to its {card.kind} facts, read at the separator after the
+sub-sentence. It fits only the backbone whose digest is in `{CARD}`.
+
+Held-out images of the training data, labels by AI feedback:
+
+| metric | value |
+|---|---|
+{figures}
+"""

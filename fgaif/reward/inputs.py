@@ -1,0 +1,157 @@
+"""What a reward model reads: image, question, then each segment closed by the separator token.
+
+    <s> <image tokens> "\\nPrompt: {question} \\n" s_1 </s> s_2 </s> ... s_n </s>
+
+The reference's layout (no chat template), with the question taken from the data. With a causal
+model the state at the i-th ``</s>`` has seen the image and s_1 .. s_i: that is where segment i is
+judged.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from fgaif.errors import CheckpointError, DataError
+from fgaif.lvlm.inputs import Encoder, image_token_count, pad_rows
+from fgaif.lvlm.model import base_of, image_features, load_processor
+from fgaif.types import ImageRef, Response, Segment
+
+_FEATURE_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardInputs:
+    """A padded batch. ``input_ids`` (B, L); ``separators`` (N, 2) holds row and column of every
+    segment's separator, responses in order, segments in order."""
+
+    input_ids: Tensor
+    separators: Tensor
+
+
+class RewardEncoder:
+    """Lays out responses for a reward model.
+
+    With ``reads_policy_ids`` a segment's tokens are the sampled ids themselves; otherwise the
+    backbone has another vocabulary and each segment's text is tokenised by itself. Scores belong
+    to segments, so nothing needs aligning.
+    """
+
+    def __init__(self, encoder: Encoder, *, reads_policy_ids: bool) -> None:
+        self.encoder = encoder
+        self.reads_policy_ids = reads_policy_ids
+        separator = encoder.tokenizer.eos_token_id
+        if separator is None:
+            raise CheckpointError("the reward model's tokenizer has no EOS token to separate with")
+        self._separator = int(separator)
+        self._heads: dict[str, list[int]] = {}
+
+    def row(self, response: Response, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+        """Ids of one response and the columns of its separators.
+
+        Raises:
+            DataError: the response holds the image placeholder.
+        """
+        ids = list(self._head(response.prompt.text))
+        columns = []
+        for segment in segments:
+            ids += self._segment_ids(response, segment)
+            columns.append(len(ids))
+            ids.append(self._separator)
+        return ids, columns
+
+    def encode(
+        self,
+        responses: Sequence[Response],
+        segments: Sequence[Sequence[Segment]],
+        device: torch.device,
+    ) -> RewardInputs:
+        """Right-pad a batch of responses."""
+        rows = [self.row(r, pieces) for r, pieces in zip(responses, segments, strict=True)]
+        separators = [(i, column) for i, (_, columns) in enumerate(rows) for column in columns]
+        return RewardInputs(
+            input_ids=pad_rows([ids for ids, _ in rows], self.encoder.pad_id).to(device),
+            separators=torch.tensor(separators, dtype=torch.long).view(-1, 2).to(device),
+        )
+
+    def _head(self, question: str) -> list[int]:
+        if question not in self._heads:
+            token = self.encoder.image_token
+            safe = question.replace(token, token.strip("<>"))
+            text = f"{token}\nPrompt: {safe} \n"
+            ids = self.encoder.tokenizer(text)["input_ids"]
+            # Some tokenizers close every text with EOS, which here would be a separator.
+            ids = ids[:-1] if ids[-1] == self._separator else ids
+            self._heads[question] = self.encoder.expand(ids)
+        return self._heads[question]
+
+    def _segment_ids(self, response: Response, segment: Segment) -> list[int]:
+        token_id = self.encoder.image_token_id
+        if self.reads_policy_ids:
+            ids = response.token_ids[segment.token_start : segment.token_end].tolist()
+        else:
+            text = response.text[segment.char_start : segment.char_end]
+            ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if token_id in ids:
+            raise DataError(
+                f"response {response.id}, segment {segment.index}: holds the image placeholder "
+                f"(id {token_id}); ban it when sampling"
+            )
+        return ids
+
+
+class FeatureCache:
+    """Projected image features of a frozen vision tower, kept by content hash up to a limit."""
+
+    def __init__(
+        self, model: nn.Module, encoder: Encoder, *, limit_bytes: int = _FEATURE_BYTES
+    ) -> None:
+        self._encoder = encoder
+        self._model = model
+        self._like = base_of(model).get_input_embeddings().weight
+        self._free = limit_bytes
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, images: Sequence[ImageRef]) -> Tensor:
+        """Features (B, image tokens, D) of the images, on the model's device."""
+        wanted = {image.sha256: image for image in images}
+        device = self._like.device
+        found = {d: self._kept[d].to(device) for d in wanted if d in self._kept}
+        missing = [image for digest, image in wanted.items() if digest not in found]
+        if missing:
+            fresh = image_features(self._model, self._encoder.pixel_batch(missing, self._like))
+            for image, features in zip(missing, fresh, strict=True):
+                found[image.sha256] = features
+                self._keep(image.sha256, features)
+        return torch.stack([found[image.sha256] for image in images])
+
+    def _keep(self, digest: str, features: Tensor) -> None:
+        size = features.element_size() * features.nelement()
+        if size <= self._free:
+            self._free -= size
+            self._kept[digest] = features.to("cpu", copy=True)
+
+
+def load_reward_encoder(backbone: Path, policy: Path, *, max_image_pixels: int) -> RewardEncoder:
+    """Encoder of a backbone for the responses of a policy; compares their vocabularies."""
+    processor = load_processor(backbone)
+    config = AutoConfig.from_pretrained(backbone, local_files_only=True)
+    same = policy == backbone or tokenizer_digest(processor.tokenizer) == tokenizer_digest(
+        load_processor(policy).tokenizer
+    )
+    encoder = Encoder(
+        processor, image_tokens=image_token_count(config), max_image_pixels=max_image_pixels
+    )
+    return RewardEncoder(encoder, reads_policy_ids=same)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary: equal digests mean that equal ids are equal tokens."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
