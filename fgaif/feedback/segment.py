@@ -3,10 +3,10 @@
 The rule is the one of Fine-Grained RLHF and FGAIF: sentences, cut again after ``, ; ! ?`` where
 the pieces are long enough. The original finds sentences with spaCy's ``en_core_web_sm``, a model
 that is not on the package index; here rules do. On 400 LLaVA captions of COCO images (3,511
-pieces) both give the same boundaries everywhere. They differ on purpose in these cases: a blank line and a list
-item (``-``, ``*``, ``1.``) begin a sentence, a list number stays with its item, and a sentence
-ends only at white space ("dog.The" is one word). Where English is ambiguous (initials, "a.m.",
-an ellipsis) neither is always right.
+pieces) both give the same boundaries everywhere. They differ on purpose in these cases: a blank
+line and a list item (``-``, ``*``, ``1.``) begin a sentence, a list number stays with its item,
+and a sentence ends only at white space ("dog.The" is one word). Where English is ambiguous
+(initials, "a.m.", an ellipsis) neither is always right.
 """
 
 import re
