@@ -92,9 +92,9 @@ class LoraEngine:
             self._engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
             # DeepSpeed averages gradients over the ranks; ours are parts of one sum.
             self._engine.backward(loss() * self._world)
-        # Without ZeRO in float32 the engine keeps no norm, but the parameters still have gradients.
+        # Without ZeRO in float32 the engine keeps no norm, but the parameters keep their gradients.
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        plain = torch.nn.utils.get_total_norm(gradients) if self._stage == 0 else None
+        plain = torch.nn.utils.get_total_norm(gradients) if self._stage == 0 else torch.tensor(0.0)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return float(plain if norm is None else norm)

@@ -6,12 +6,13 @@ are divided by counts over all ranks, so the result does not depend on how many 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.deepspeed_setup import import_deepspeed, join_process_group
 from actors.engine import LoraEngine
@@ -110,13 +111,15 @@ class LearnerActor:
         lr = config.lr * lr_factor(
             self._updates, steps=config.steps, warmup=config.warmup_steps, schedule=config.schedule
         )
-        size = config.anchor.batch_size if config.anchor.weight > 0 and anchors else 0
         totals = _Totals(self._engine.device)
         norms = []
+        every = list(self._minibatches(batch))
+        self._engine.train(False)
+        questions = self._anchor_pieces(anchors, len(every))
         self._engine.train(True)
-        for number, rows in enumerate(self._minibatches(batch)):
-            asked = [anchors[(number * size + i) % len(anchors)] for i in range(size)]
-            losses = self._policy_losses(batch, rows, totals) + self._anchor_losses(asked, totals)
+        for rows, pieces in zip(every, questions, strict=True):
+            losses = self._policy_losses(batch, rows, totals)
+            losses += [partial(self._anchor_loss, piece, totals) for piece in pieces]
             norms.append(self._engine.step(losses, lr))
         self._updates += 1
         metrics = totals.means(tokens=config.epochs * float(batch.mask.sum()), steps=len(norms))
@@ -198,25 +201,41 @@ class LearnerActor:
         cut = self._cut(rows, response_lengths(batch.responses))
         return [partial(loss, *piece) for piece in cut]
 
-    def _anchor_losses(
-        self, anchors: Sequence[Prompt], totals: "_Totals"
-    ) -> list[Callable[[], Tensor]]:
-        def loss(indexes: IntArray, weights: FloatArray) -> Tensor:
-            prompts = [anchors[index] for index in indexes]
-            ids, last = self._encoder.encode_prompts(prompts, self._like)
-            features = self._features([prompt.image for prompt in prompts])
-            compute = partial(next_token_logprobs, input_ids=ids, last=last, features=features)
-            with torch.no_grad(), self._engine.model.disable_adapter():
-                reference = self._engine.run(compute)
-            kl = anchor_kl(reference, self._engine.run(compute))
-            mean = (kl * torch.from_numpy(weights).to(kl.device)).sum() / len(anchors)
-            totals.anchor_kl += mean.detach()
-            return self._config.ppo.anchor.weight * mean
+    @torch.no_grad()
+    def _anchor_pieces(self, anchors: Sequence[Prompt], count: int) -> "list[list[_AnchorPiece]]":
+        """Cut the questions of ``count`` minibatches and ask the reference, the bare base model."""
+        size = self._config.ppo.anchor.batch_size
+        if self._config.ppo.anchor.weight == 0 or not anchors:
+            return [[] for _ in range(count)]
+        # Once per update: switching the adapter walks over all modules.
+        with self._engine.model.disable_adapter():
+            return [
+                [
+                    self._anchor_piece(
+                        [anchors[(number * size + index) % len(anchors)] for index in indexes],
+                        weights / np.float32(size),
+                    )
+                    for indexes, weights in self._cut(np.arange(size), np.ones(size, np.int64))
+                ]
+                for number in range(count)
+            ]
 
-        if not anchors:
-            return []
-        cut = self._cut(np.arange(len(anchors)), np.ones(len(anchors), np.int64))
-        return [partial(loss, *piece) for piece in cut]
+    def _anchor_piece(self, prompts: Sequence[Prompt], weights: FloatArray) -> "_AnchorPiece":
+        ids, last = self._encoder.encode_prompts(prompts, self._like)
+        compute = partial(
+            next_token_logprobs,
+            input_ids=ids,
+            last=last,
+            features=self._features([prompt.image for prompt in prompts]),
+        )
+        weight = torch.from_numpy(weights).to(self._engine.device)
+        return _AnchorPiece(compute=compute, reference=self._engine.run(compute), weights=weight)
+
+    def _anchor_loss(self, piece: "_AnchorPiece", totals: "_Totals") -> Tensor:
+        kl = anchor_kl(piece.reference, self._engine.run(piece.compute))
+        mean = (kl * piece.weights).sum()
+        totals.anchor_kl += mean.detach()
+        return self._config.ppo.anchor.weight * mean
 
     def _logprobs(self, responses: Sequence[Response]) -> Tensor:
         """Log-probs (B, T) of the responses under the policy, zero at padding."""
@@ -228,6 +247,16 @@ class LearnerActor:
             features=self._features([response.prompt.image for response in responses]),
         )
         return self._engine.run(compute)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AnchorPiece:
+    """Questions of a micro-batch: their next-token log-probs (N, V) under any policy and under the
+    reference, and each one's share (N,) of the minibatch's mean."""
+
+    compute: Callable[[nn.Module], Tensor]
+    reference: Tensor
+    weights: Tensor
 
 
 class _Totals:

@@ -39,6 +39,9 @@ class FeatureCache:
         device = self._like.device
         return torch.stack([found[image.sha256].to(device) for image in images])
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def _keep(self, digest: str, features: Tensor) -> None:
         if digest in self._kept:
             self._kept.move_to_end(digest)

@@ -1,0 +1,164 @@
+"""Inputs, log-probs, LoRA and features of a LLaVA, on the tiny checkpoint."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ppo_world import make_responses, questions
+
+from fgaif.config import LoraConfig
+from fgaif.errors import CheckpointError
+from fgaif.lvlm.features import FeatureCache
+from fgaif.lvlm.inputs import Encoder, image_token_count
+from fgaif.lvlm.logprobs import chunked_logprobs, next_token_logprobs, response_logprobs
+from fgaif.lvlm.model import (
+    attach_lora,
+    image_features,
+    load_adapter,
+    load_lvlm,
+    load_processor,
+    resolve_checkpoint,
+)
+from fgaif.lvlm.weights import factor_name, manifest_from_adapter
+
+
+@pytest.fixture
+def model(tiny_llava_dir):
+    return load_lvlm(tiny_llava_dir, dtype="float32")
+
+
+@pytest.fixture
+def encoder(tiny_llava_dir, model):
+    return Encoder(load_processor(tiny_llava_dir), image_tokens=image_token_count(model.config))
+
+
+@torch.no_grad()
+def score(model, encoder, responses):
+    batch = encoder.encode(responses, model.get_input_embeddings().weight)
+    return response_logprobs(model, batch, temperature=1.0)
+
+
+def test_padding_and_company_do_not_change_logprobs(model, encoder, tmp_path):
+    responses = make_responses(tmp_path, 5)
+    together = score(model, encoder, responses)
+    for response, row in zip(responses, together, strict=True):
+        length = len(response.token_ids)
+        alone = score(model, encoder, [response])
+        torch.testing.assert_close(row[:length], alone[0], atol=1e-5, rtol=0)
+        assert (row[length:] == 0).all()
+    backwards = score(model, encoder, responses[::-1])
+    torch.testing.assert_close(backwards.flip(0), together, atol=1e-5, rtol=0)
+
+
+def test_encoded_positions_point_before_each_response_token(model, encoder, tmp_path):
+    responses = make_responses(tmp_path, 3)
+    batch = encoder.encode(responses, model.get_input_embeddings().weight)
+    assert batch.pixel_values.shape == (3, 3, 28, 28)
+    for row, response in enumerate(responses):
+        length = len(response.token_ids)
+        assert batch.mask[row].sum() == length
+        following = batch.input_ids[row, batch.positions[row, :length] + 1]
+        assert following.tolist() == response.token_ids.tolist()
+        assert batch.targets[row, :length].tolist() == response.token_ids.tolist()
+    assert (batch.input_ids == encoder.image_token_id).sum() == 3 * 4
+
+
+def test_chunks_give_the_same_logprobs_and_gradients():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11, bias=False)
+    hidden, targets = torch.randn(10, 6, requires_grad=True), torch.randint(11, (10,))
+    expected = (head(hidden) / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    (gradient,) = torch.autograd.grad(expected.square().sum(), hidden)
+    for chunk in (3, 100):
+        found = chunked_logprobs(hidden, head, targets, temperature=0.5, chunk=chunk)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), hidden)[0], gradient)
+
+
+def test_a_fresh_adapter_changes_nothing_and_disabling_restores_the_base(model, encoder, tmp_path):
+    responses = make_responses(tmp_path, 3)
+    plain = score(model, encoder, responses)
+    adapted = attach_lora(model, LoraConfig(r=4), seed=0)
+    assert torch.equal(score(adapted, encoder, responses), plain)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert (score(adapted, encoder, responses) - plain).abs().max() > 1e-2
+    with adapted.disable_adapter():
+        assert torch.equal(score(adapted, encoder, responses), plain)
+    trainable = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("language_model" in name and "lora_" in name for name in trainable)
+
+
+def test_saved_adapter_is_a_manifest(model, tmp_path):
+    adapted = attach_lora(model, LoraConfig(r=4, alpha=2.0), seed=0)
+    adapted.save_pretrained(tmp_path / "adapter")
+    manifest = manifest_from_adapter(tmp_path / "adapter", version=3)
+    assert (manifest.version, manifest.scaling) == (3, 0.5)
+    name = "model.language_model.layers.1.self_attn.v_proj"
+    weight = adapted.get_base_model().get_submodule(name).lora_A["default"].weight
+    np.testing.assert_array_equal(manifest.tensors[f"{name}.lora_A"], weight.detach().numpy())
+    assert factor_name(f"base_model.model.{name}.lora_B.default.weight") == f"{name}.lora_B"
+    with pytest.raises(CheckpointError, match="not a LoRA parameter"):
+        factor_name("model.embed_tokens.weight")
+    with pytest.raises(CheckpointError, match="not an adapter"):
+        manifest_from_adapter(tmp_path, version=0)
+
+
+def test_cached_features_equal_fresh_ones(model, encoder, tmp_path):
+    images = [response.prompt.image for response in make_responses(tmp_path, 6)]
+    like = model.get_input_embeddings().weight
+    fresh = image_features(model, encoder.pixel_batch(images, like))
+    cache = FeatureCache(model, encoder)
+    torch.testing.assert_close(cache(images), fresh)
+    torch.testing.assert_close(cache(images[::-1]), fresh.flip(0))
+    small = FeatureCache(model, encoder, limit_bytes=fresh[0].nbytes)
+    torch.testing.assert_close(small(images), fresh)
+    torch.testing.assert_close(small(images), fresh)
+    assert len(small) == 1
+    assert len(cache) == 3
+
+
+def test_next_token_logprobs_do_not_depend_on_padding(model, encoder, tmp_path):
+    prompts = questions(make_responses(tmp_path, 4))
+    like = model.get_input_embeddings().weight
+    features = FeatureCache(model, encoder)
+
+    def ask(asked):
+        ids, last = encoder.encode_prompts(asked, like)
+        with torch.no_grad():
+            return next_token_logprobs(
+                model, ids, last, features([prompt.image for prompt in asked])
+            )
+
+    together = ask(prompts)
+    torch.testing.assert_close(together.exp().sum(-1), torch.ones(4))
+    for row, prompt in zip(together, prompts, strict=True):
+        torch.testing.assert_close(row, ask([prompt])[0], atol=1e-5, rtol=0)
+
+
+def test_an_image_token_in_the_users_text_is_defused(encoder, tmp_path):
+    prompt = make_responses(tmp_path, 1)[0].prompt
+    ids = encoder.prompt_ids(replace(prompt, text="What is <image>?").text)
+    assert ids.count(encoder.image_token_id) == 4
+
+
+def test_checkpoints_that_are_none(tiny_llava_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        resolve_checkpoint(str(tmp_path / "nothing"))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llava_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="'llama', expected 'llava'"):
+        resolve_checkpoint(str(other))
+    (other / "config.json").write_text(json.dumps(config | {"image_token_id": 3}))
+    with pytest.raises(CheckpointError, match=r"image token .* has id"):
+        load_processor(other)
+    with pytest.raises(CheckpointError, match="no adapter_model"):
+        load_adapter(load_lvlm(tiny_llava_dir, dtype="float32"), tmp_path)
