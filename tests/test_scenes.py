@@ -24,7 +24,7 @@ from fgaif.data.scenes.measure import (
     scene_features,
     scene_pixels,
 )
-from fgaif.data.scenes.model import load_checkpoint, public_name, random_model, save_checkpoint
+from fgaif.data.scenes.model import load_checkpoint, random_model, save_checkpoint
 from fgaif.data.scenes.questions import (
     DESCRIBE,
     ask,
@@ -55,6 +55,7 @@ from fgaif.data.scenes.world import (
     split_seed,
 )
 from fgaif.feedback.segment import split_offsets
+from fgaif.lvlm.export import public_name
 from fgaif.types import KINDS, SegmentClass
 
 MIN_WORDS = 4  # the splitter's setting in configs/scenes.yaml

@@ -2,9 +2,11 @@
 
 import copy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -54,16 +56,26 @@ def public_name(name: str) -> str:
     raise CheckpointError(f"weight {name!r} belongs to no part of a LLaVA model")
 
 
-def save_llava(model: LlavaForConditionalGeneration, processor: Any, directory: Path) -> None:
-    """Save weights (safetensors, public names), config, tokenizer, processor, chat template."""
+def save_llava(
+    model: LlavaForConditionalGeneration,
+    processor: Any,
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Save weights (safetensors, public names), config, tokenizer, processor and chat template.
+
+    ``dtype`` converts the weights on the way; the model itself is left as it is.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
+    config.dtype = dtype or model.dtype
     config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
     processor.save_pretrained(directory)
-    save_torch_state_dict(_public_weights(model), directory, metadata={"format": "pt"})
+    weights = {name: tensor.to(config.dtype) for name, tensor in _public_weights(model)}
+    save_torch_state_dict(weights, directory, metadata={"format": "pt"})
 
 
 def export_merged(base_dir: Path, adapter_dir: Path, out_dir: Path, *, dtype: str) -> None:
@@ -97,10 +109,8 @@ def export_merged(base_dir: Path, adapter_dir: Path, out_dir: Path, *, dtype: st
     partial.rename(out_dir)
 
 
-def _public_weights(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+def _public_weights(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
     tied = model.config.tie_word_embeddings or model.config.text_config.tie_word_embeddings
-    return {
-        public_name(name): tensor
-        for name, tensor in model.state_dict().items()
-        if not (tied and name == "lm_head.weight")
-    }
+    for name, tensor in model.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            yield public_name(name), tensor

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -17,17 +16,10 @@ from transformers import (
 
 from fgaif.data.scenes.draw import CELL, IMAGE_SIZE
 from fgaif.data.scenes.tokenizer import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID
+from fgaif.lvlm.export import save_llava
 
 HIDDEN = 128
 LAYERS = 4
-
-_PUBLIC_NAMES = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-)
 
 
 def tiny_config(vocab_size: int) -> LlavaConfig:
@@ -79,28 +71,10 @@ def save_checkpoint(
 
     Both transformers and vLLM load these; vLLM refuses the names transformers 5 saves by itself.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {
-        public_name(name): tensor.detach().half().contiguous().cpu()
-        for name, tensor in model.state_dict().items()
-        if not name.endswith("position_ids")
-    }
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    model.config.architectures = ["LlavaForConditionalGeneration"]
-    model.config.dtype = torch.float16
-    model.config.save_pretrained(directory)
-    GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID).save_pretrained(
-        directory
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
     )
-    processor.save_pretrained(directory)
-
-
-def public_name(name: str) -> str:
-    """Map a transformers state-dict name to its name in public llava-1.5 checkpoints."""
-    for inner, public in _PUBLIC_NAMES:
-        if name.startswith(inner):
-            return public + name.removeprefix(inner)
-    raise ValueError(f"no public name for weight {name!r}")
+    save_llava(model, processor, directory, dtype=torch.float16)
 
 
 def load_checkpoint(directory: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
