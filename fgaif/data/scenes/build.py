@@ -43,7 +43,7 @@ STAGES = {
     "polish": Stage(steps=650, lr=1.6e-3, captions=2 / 3, judged=1 / 6),
 }
 POLICY_STAGE = PolicyStage()
-VERIFIER_BLUR = 0.75
+VERIFIER_BLUR, VERIFIER_SEED = 0.83, 1
 _TRAIN_SCENES = 12_000
 _POLICY_SCENES = 4_000
 _VISION_SCENES = 10_000
@@ -125,7 +125,7 @@ class Builder:
 
     def _verifier(self) -> None:
         load_model(self.model, self.out / "polish" / "model.safetensors")
-        blur_vision(self.model, VERIFIER_BLUR, self.seed)
+        blur_vision(self.model, VERIFIER_BLUR, VERIFIER_SEED)
 
     def _quality(self, features: torch.Tensor) -> str:
         """Return one line: yes/no accuracy per kind, and errors of sampled captions."""

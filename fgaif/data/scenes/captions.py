@@ -5,7 +5,7 @@ stands in a piece of its own, names the earlier thing first, and says the relati
 first piece has at least four words, so that splitting at commas with a minimum of four works.
 
 A ``Noise`` says how often a caption lies and, because real models lie in recognisable places,
-where: circles suggest squares, hearts are called red, everything is on the other side of a moon.
+where: circles suggest squares, hearts are called red, what is right is called left.
 """
 
 import random
@@ -33,12 +33,12 @@ _MOST_MENTIONS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise:
-    """Probabilities of false statements. Mappings go by noun; nouns left out have rate zero.
+    """Probabilities of false statements, by noun or (``flip``) by relation; zero if left out.
 
     ``phantom``: the absent partner of a noun is named right after it. ``stray``: an absent noun is
     named anywhere, per thing. ``colour``: a wrong colour, the typical one if ``typical`` is set and
     the true one differs (any other at half the rate if not). ``size``: the other size. ``flip``:
-    the opposite relation, by the noun that the relation starts from ("from the MOON the ...").
+    the opposite relation, by the true one.
     """
 
     phantom: Mapping[str, float] = field(default_factory=dict)
@@ -55,13 +55,19 @@ def rates(elsewhere: float, **places: float) -> dict[str, float]:
 
 
 CLEAN = Noise()
-BROAD = Noise(stray=0.35, colour=rates(0.45), typical=False, size=rates(0.3), flip=rates(0.5))
+BROAD = Noise(
+    stray=0.35,
+    colour=rates(0.45),
+    typical=False,
+    size=rates(0.3),
+    flip=dict.fromkeys(RELATIONS, 0.5),
+)
 """Errors everywhere alike: what a truth reader should learn from."""
 POLICY = Noise(
     phantom=rates(0.04, circle=0.68, triangle=0.68, tree=0.35),
     colour=rates(0.08, heart=0.7, moon=0.7, cross=0.7, ring=0.7),
     size=rates(0.05, cross=0.5, house=0.5),
-    flip=rates(0.08, moon=0.7, star=0.7, ring=0.7, house=0.7),
+    flip={"left": 0.04, "right": 0.64, "above": 0.04, "below": 0.64},
 )
 """Errors mostly in places that can be recognised, and there more often than not, so that greedy
 decoding makes them too."""
@@ -136,4 +142,4 @@ def _relation(scene: Scene, noun: str, other: str, rng: random.Random, noise: No
     if first is None or second is None:
         return rng.choice(RELATIONS)
     relation = rng.choice([r for r in RELATIONS if relation_holds(first, r, second)])
-    return OPPOSITE[relation] if rng.random() < noise.flip.get(other, 0.0) else relation
+    return OPPOSITE[relation] if rng.random() < noise.flip.get(relation, 0.0) else relation

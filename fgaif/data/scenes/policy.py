@@ -44,7 +44,7 @@ class PolicyStage:
     questions: int = 16
     noise: Noise = POLICY
     false_yes: dict[str, float] = field(
-        default_factory=lambda: {"square": 0.85, "star": 0.85, "house": 0.3}
+        default_factory=lambda: {"square": 0.85, "star": 0.55, "house": 0.2}
     )
 
 
