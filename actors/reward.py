@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fgaif.config import Config
+from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.reward.checkpoint import (
     RewardCard,
@@ -13,7 +14,7 @@ from fgaif.reward.checkpoint import (
     load_shared_reward_models,
     read_card,
 )
-from fgaif.reward.inputs import FeatureCache, load_reward_encoder
+from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.model import RewardModel, SharedRewardModels, segment_probs
 from fgaif.types import KINDS, FloatArray, Response, Segment, SegmentScores
 

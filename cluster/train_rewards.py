@@ -26,6 +26,7 @@ from torch import Tensor
 from actors.deepspeed_setup import deepspeed_config, import_deepspeed, join_process_group
 from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
+from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
 from fgaif.reward.checkpoint import (
     CARD,
@@ -35,7 +36,7 @@ from fgaif.reward.checkpoint import (
     save_reward_model,
 )
 from fgaif.reward.dataset import prepare_data
-from fgaif.reward.inputs import FeatureCache, load_reward_encoder, tokenizer_digest
+from fgaif.reward.inputs import load_reward_encoder, tokenizer_digest
 from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
 from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
 from fgaif.types import KINDS, Kind, LabeledResponse
@@ -45,6 +46,14 @@ Progress = Callable[[Kind, int, int, dict[str, float]], None]
 stopping, reports done == planned."""
 
 _POLL_S = 0.2
+_RAY_TRAIN_ENV = {
+    # Relative image paths must mean the same in the workers as here.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Runs of a minute should not wait 2 s for the controller to notice that they have ended.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # One process less per run: a run that loses its node is simply started again by the user.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +90,8 @@ def train_rewards(
         if kind not in pending:
             progress(kind, 1, 1, read_card(out_dir / kind).metrics)
     if pending:
+        os.environ.update(_RAY_TRAIN_ENV)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
         slim = ray.put([replace(row, facts=(), verdicts={}) for row in rows])
         queue = Queue(actor_options={"num_cpus": 0})
         lanes = [
@@ -106,7 +117,14 @@ def input_digest(
     kind: Kind, rows: Sequence[LabeledResponse], config: Config, backbone_digest: str
 ) -> str:
     """SHA-256 of everything that a reward model depends on, apart from where it is trained."""
-    placing = {"parallel", "workers", "cpus_per_worker", "gpus_per_worker", "backbone"}
+    placing = {
+        "parallel",
+        "workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "zero_stage",
+        "backbone",
+    }
     settings = config.reward.model_dump_json(exclude=placing)
     parts = [kind, settings, str(config.seed), config.policy.dtype, backbone_digest]
     digest = hashlib.sha256("\n".join(parts).encode())
@@ -151,8 +169,6 @@ def _run_lanes(lanes: Sequence[_Lane], queue: Queue, progress: Progress) -> None
 
 def _fit(lane: _Lane) -> None:
     settings = lane.config.reward
-    # Relative image paths must mean the same in the workers as here.
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=lane.out_dir)
     resources = {"CPU": settings.cpus_per_worker}
     if settings.gpus_per_worker:

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from fgaif.errors import CheckpointError, DataError
 from fgaif.lvlm.inputs import Encoder, image_token_count, pad_rows
-from fgaif.lvlm.model import base_of, image_features, load_processor
-from fgaif.types import ImageRef, Response, Segment
-
-_FEATURE_BYTES = 2**30
+from fgaif.lvlm.model import load_processor
+from fgaif.types import Response, Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,38 +102,6 @@ class RewardEncoder:
                 f"(id {token_id}); ban it when sampling"
             )
         return ids
-
-
-class FeatureCache:
-    """Projected image features of a frozen vision tower, kept by content hash up to a limit."""
-
-    def __init__(
-        self, model: nn.Module, encoder: Encoder, *, limit_bytes: int = _FEATURE_BYTES
-    ) -> None:
-        self._encoder = encoder
-        self._model = model
-        self._like = base_of(model).get_input_embeddings().weight
-        self._free = limit_bytes
-        self._kept: dict[str, Tensor] = {}
-
-    def __call__(self, images: Sequence[ImageRef]) -> Tensor:
-        """Features (B, image tokens, D) of the images, on the model's device."""
-        wanted = {image.sha256: image for image in images}
-        device = self._like.device
-        found = {d: self._kept[d].to(device) for d in wanted if d in self._kept}
-        missing = [image for digest, image in wanted.items() if digest not in found]
-        if missing:
-            fresh = image_features(self._model, self._encoder.pixel_batch(missing, self._like))
-            for image, features in zip(missing, fresh, strict=True):
-                found[image.sha256] = features
-                self._keep(image.sha256, features)
-        return torch.stack([found[image.sha256] for image in images])
-
-    def _keep(self, digest: str, features: Tensor) -> None:
-        size = features.element_size() * features.nelement()
-        if size <= self._free:
-            self._free -= size
-            self._kept[digest] = features.to("cpu", copy=True)
 
 
 def load_reward_encoder(backbone: Path, policy: Path, *, max_image_pixels: int) -> RewardEncoder:

@@ -9,8 +9,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fgaif.config import LoraConfig
+from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import attach_lora, base_of, last_hidden
-from fgaif.reward.inputs import FeatureCache, RewardEncoder
+from fgaif.reward.inputs import RewardEncoder
 from fgaif.types import KINDS, FloatArray, Response, Segment, SegmentClass
 
 HeadType = Literal["linear", "mlp"]

@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fgaif.config import RewardConfig
 from fgaif.errors import DataError
+from fgaif.lvlm.features import FeatureCache
 from fgaif.reward.dataset import RewardData, class_weights, plan_batches
-from fgaif.reward.inputs import FeatureCache, RewardEncoder
+from fgaif.reward.inputs import RewardEncoder
 from fgaif.reward.metrics import RewardMetrics, reward_metrics
 from fgaif.reward.model import RewardModel, segment_probs
 from fgaif.types import UNKNOWN, FloatArray, IntArray, LabeledResponse

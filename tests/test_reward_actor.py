@@ -1,0 +1,142 @@
+"""Reward training on Ray Train and DeepSpeed, and the actors that serve its result."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import reward_samples
+
+from actors.reward import RewardActor, SharedRewardActor
+from cluster.train_rewards import train_rewards
+from fgaif.config import Config
+from fgaif.errors import CheckpointError, DataError
+from fgaif.types import KINDS, Kind, LabeledResponse
+
+pytestmark = pytest.mark.slow
+
+Told = list[tuple[Kind, int, int, dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llava_dir: Path) -> Config:
+    return reward_samples.settings(
+        tiny_llava_dir, epochs=4, batch_size=8, head="mlp", parallel=2, val_fraction=0.2
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[LabeledResponse]:
+    pictures = reward_samples.images(tmp_path_factory.mktemp("images"), 20)
+    return reward_samples.labelled(tiny_llava_dir, pictures, 120)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    local_ray: None,
+    config: Config,
+    rows: list[LabeledResponse],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[Kind, dict[str, float]], Told]:
+    """Reward models of all kinds, their metrics, and what was told on the way."""
+    folder, told = tmp_path_factory.mktemp("rewards"), []
+    metrics = train_rewards(config, rows, folder, lambda *event: told.append(event))
+    return folder, metrics, told
+
+
+def test_all_kinds_are_trained_and_reported(
+    trained: tuple[Path, dict[Kind, dict[str, float]], Told],
+) -> None:
+    folder, metrics, told = trained
+    assert sorted(path.name for path in folder.iterdir()) == sorted(KINDS)  # and no scratch
+    assert set(metrics) == set(KINDS)
+    assert metrics["relation"]["f1_hallu"] > 0.9
+    for kind in KINDS:
+        steps = [(done, planned) for name, done, planned, _ in told if name == kind]
+        assert steps == sorted(steps)
+        assert steps[-1][0] == steps[-1][1]
+    assert any("val_loss" in figures for *_, figures in told)
+
+
+def test_equal_inputs_are_not_trained_again(
+    config: Config,
+    rows: list[LabeledResponse],
+    trained: tuple[Path, dict[Kind, dict[str, float]], Told],
+) -> None:
+    folder, metrics, _ = trained
+    before = (folder / "object" / "reward.json").stat().st_mtime_ns
+    told: Told = []
+    assert train_rewards(config, rows, folder, lambda *event: told.append(event)) == metrics
+    assert [event[:3] for event in told] == [(kind, 1, 1) for kind in KINDS]
+    assert (folder / "object" / "reward.json").stat().st_mtime_ns == before
+
+
+def test_actor_scores_alike_in_any_batch(
+    config: Config,
+    rows: list[LabeledResponse],
+    trained: tuple[Path, dict[Kind, dict[str, float]], Told],
+) -> None:
+    actor = RewardActor(trained[0] / "relation", config)
+    assert actor.info().kind == "relation"
+    responses, segments = [row.response for row in rows], [row.segments for row in rows]
+    probs = actor.score(responses, segments)
+    labels = np.concatenate([row.labels[:, KINDS.index("relation")] for row in rows])
+    assert (np.concatenate(probs).argmax(-1) == labels).mean() > 0.9
+    for index in (0, 50, 119):
+        (alone,) = actor.score_pairs([(responses[index], segments[index])])
+        assert np.allclose(alone, probs[index], atol=1e-5)
+    assert actor.score(responses[:1], [()])[0].shape == (0, 3)
+    assert actor.score([], []) == []
+
+
+def test_shared_actor_equals_the_three_actors(
+    config: Config,
+    rows: list[LabeledResponse],
+    trained: tuple[Path, dict[Kind, dict[str, float]], Told],
+) -> None:
+    responses, segments = [r.response for r in rows[:10]], [r.segments for r in rows[:10]]
+    together = SharedRewardActor(trained[0], config).score(responses, segments)
+    for k, kind in enumerate(KINDS):
+        alone = RewardActor(trained[0] / kind, config).score(responses, segments)
+        for scores, probs in zip(together, alone, strict=True):
+            assert np.allclose(scores.probs[:, k], probs, atol=1e-5)
+
+
+def test_actor_refuses_a_reward_model_of_another_backbone(
+    llava15_dir: Path, trained: tuple[Path, dict[Kind, dict[str, float]], Told]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"set reward\.backbone"):
+        RewardActor(trained[0] / "object", reward_samples.settings(llava15_dir))
+
+
+def test_two_workers_under_zero_2_learn_the_same_task(
+    config: Config,
+    rows: list[LabeledResponse],
+    trained: tuple[Path, dict[Kind, dict[str, float]], Told],
+    tmp_path: Path,
+) -> None:
+    """Object and attribute are there already, so only the relation is trained."""
+    for kind in ("object", "attribute"):
+        shutil.copytree(trained[0] / kind, tmp_path / kind)
+    two = config.reward.model_copy(update={"workers": 2, "zero_stage": 2})
+    metrics = train_rewards(
+        config.model_copy(update={"reward": two}), rows, tmp_path, lambda *event: None
+    )
+    assert metrics["relation"]["f1_hallu"] > 0.9
+    assert metrics["object"] == trained[1]["object"]
+
+
+def test_a_worker_s_error_is_told_as_it_is(
+    local_ray: None, config: Config, rows: list[LabeledResponse], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        train_rewards(config, rows[:1], tmp_path, lambda *event: None)
