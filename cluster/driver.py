@@ -133,7 +133,7 @@ class PpoDriver:
             | policy_report.metrics
             | value_report.metrics
             | sync_report.metrics()
-            | self._timings(batch.mask.sum()),
+            | self._timings(float(batch.mask.sum())),
         )
 
     def _requests(self, step: int) -> list[GenerationRequest]:

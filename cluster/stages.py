@@ -31,6 +31,7 @@ from fgaif.data.order import request_seed
 from fgaif.data.scenes.facts import oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.errors import DataError
+from fgaif.eval.calibration import calibration_bins
 from fgaif.eval.captions import JudgedCaption, judged_by_scores
 from fgaif.eval.policy import Captions, Judge, evaluate_policy
 from fgaif.eval.pope import PopeQuestion
@@ -312,7 +313,10 @@ class Run:
         probs = np.concatenate([score.probs for score in scores])
         truth = np.concatenate([item.labels for item in labeled])
         metrics: Json = {
-            kind: reward_metrics(probs[:, index], truth[:, index]).as_floats()
+            kind: {
+                **reward_metrics(probs[:, index], truth[:, index]).as_floats(),
+                "calibration": calibration_bins(probs[:, index], truth[:, index]),
+            }
             for index, kind in enumerate(KINDS)
         }
         write_json(self._dir / "eval" / "rewards.json", metrics)
