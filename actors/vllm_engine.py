@@ -19,6 +19,7 @@ from transformers import LlavaConfig
 
 from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError, DataError
+from fgaif.feedback.model_facts import TextRequest
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.model import load_processor
 from fgaif.types import FloatArray, Json, Prompt
@@ -159,6 +160,35 @@ class VllmEngine:
             scores = dict(zip(first.token_ids, first.logprobs, strict=True))
             answers[index] = min(1.0, sum(math.exp(scores[token]) for token in yes))
         return answers
+
+    def complete(self, requests: Sequence[TextRequest]) -> list[str]:
+        """Write one greedy answer per text prompt, held to its JSON schema.
+
+        An answer that reaches ``max_tokens`` is cut and then no JSON; a prompt that does not fit
+        the context gets an empty answer, which is no JSON either.
+        """
+        from vllm.sampling_params import StructuredOutputsParams
+
+        prompts = [self.encoder.text_ids(request.prompt) for request in requests]
+        fits = [i for i, ids in enumerate(prompts) if len(ids) < self.max_model_len]
+        outputs = self.run(
+            (
+                {"type": "token", "prompt_token_ids": prompts[i]},
+                sampling_parameters(
+                    temperature=0.0,
+                    max_tokens=min(requests[i].max_tokens, self.max_model_len - len(prompts[i])),
+                    structured_outputs=StructuredOutputsParams(
+                        json=requests[i].schema, disable_any_whitespace=True
+                    ),
+                ),
+            )
+            for i in fits
+        )
+        texts = [""] * len(requests)
+        for i, output in zip(fits, outputs, strict=True):
+            ids = output.outputs[0].token_ids
+            texts[i] = self.encoder.tokenizer.decode(ids, skip_special_tokens=True)
+        return texts
 
     def merge_lora(self, scaling: float, tensors: dict[str, FloatArray]) -> list[str]:
         """Merge LoRA factors in every worker and forget prefixes cached under the old weights.

@@ -59,6 +59,13 @@ class Encoder:
             self._prompts[text] = self.expand(self.tokenizer(self.render(text))["input_ids"])
         return self._prompts[text]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a prompt without an image; a literal image token in it is defused."""
+        safe = text.replace(self.image_token, self.image_token.strip("<>"))
+        message = {"role": "user", "content": [{"type": "text", "text": safe}]}
+        rendered = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        return list(self.tokenizer(rendered)["input_ids"])
+
     def expand(self, ids: Sequence[int]) -> list[int]:
         """Repeat the single image placeholder once per image feature."""
         if list(ids).count(self.image_token_id) != 1:
