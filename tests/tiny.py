@@ -9,7 +9,6 @@ Both are saved under the weight names of the public llava-1.5 checkpoints.
 import json
 from pathlib import Path
 
-import skimage
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -82,6 +81,8 @@ def build_llava15(directory: Path, *, seed: int = 0) -> Path:
 
 def write_photos(directory: Path) -> Path:
     """Write real photographs (JPEG and PNG, colour and grey) and their ``prompts.jsonl``."""
+    import skimage  # here, so that GPU machines can run tests/gpu without it
+
     directory.mkdir(parents=True, exist_ok=True)
     source = Path(skimage.__file__).parent / "data"
     rows = []
