@@ -122,6 +122,14 @@ def evaluate(
 
 
 @app.command()
+def study(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Compare variants of PPO over seeds on the same reward models -> RUN/study.json."""
+    from cluster.study import run_study
+
+    run_study(_load(config, overrides), out)
+
+
+@app.command()
 def report(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Write RUN/report/report.json, report.html and plots from what the stages left."""
     _run(config, overrides, False, True, "report")

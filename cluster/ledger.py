@@ -84,6 +84,10 @@ class Ledger:
         yield
         self._write(config, stage, round(time.monotonic() - start, 2))
 
+    def adopt(self, config: Config, stage: Stage) -> None:
+        """Mark a stage done whose output was copied from another run."""
+        self._write(config, stage, 0.0)
+
     def _write(self, config: Config, stage: Stage, seconds: float | None) -> None:
         entries = self._read()
         entries[stage] = {"digest": stage_digest(config, stage), "seconds": seconds}

@@ -39,7 +39,7 @@ from fgaif.eval.report import build_report, console_table
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.eval.store import Phase, write_eval
 from fgaif.feedback.annotate import annotate
-from fgaif.feedback.facts import FactExtractor, SceneFacts
+from fgaif.feedback.facts import FactExtractor, SceneFacts, WholeSegments
 from fgaif.feedback.labels import Oracle, class_balance, feedback_accuracy
 from fgaif.feedback.model_facts import ModelFacts
 from fgaif.feedback.segment import segment_response
@@ -226,8 +226,9 @@ class Run:
         self._cluster.stop("judge")
 
     def _extractor(self, judges: JudgeGroup, model_id: str) -> FactExtractor:
-        if self._config.feedback.extractor == "scenes":
-            return SceneFacts()
+        choice = self._config.feedback.extractor
+        if choice != "model":
+            return SceneFacts() if choice == "scenes" else WholeSegments()
         return ModelFacts(lambda asked: judges.complete(asked).result(), model_id=model_id)
 
     def _write_summary(self, path: Path, labeled: Sequence[LabeledResponse]) -> None:
@@ -255,11 +256,16 @@ class Run:
                 lambda kind, done, total, _: progress(done, total, kind),
             )
 
-    def evaluate(self, phase: Phase) -> None:
-        """Caption held-out images with the base or the trained policy and judge the captions."""
+    def evaluate(
+        self, phase: Phase, adapter: Path | None = None, folder: Path | None = None
+    ) -> None:
+        """Caption held-out images with the base or the trained policy and judge the captions.
+
+        ``adapter`` and ``folder`` default to the run's own.
+        """
         rollouts = self._cluster.rollouts()
         if phase == "after":
-            adapter = self._dir / "policy" / "adapter"
+            adapter = adapter or self._dir / "policy" / "adapter"
             version = self._config.ppo.steps
             rollouts.load_weights(manifest_from_adapter(adapter, version=version)).result()
         source = self.held_out
@@ -271,7 +277,7 @@ class Run:
             questions=self._pope_questions(source),
             config=self._config,
         )
-        write_eval(self._dir / "eval", phase, report, captions)
+        write_eval(folder or self._dir / "eval", phase, report, captions)
         if phase == "before" and source.scenes is not None:
             self._check_rewards(captions)
 

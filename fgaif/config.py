@@ -78,9 +78,10 @@ class SegmentConfig(_Section):
 class FeedbackConfig(_Section):
     """Step 1: facts, verdicts, labels."""
 
-    extractor: Literal["scenes", "model"] = "scenes"
+    extractor: Literal["scenes", "model", "segment"] = "scenes"
     """Who states a segment's atomic facts: `scenes` parses the embedded world's English, `model`
-    asks the verifier checkpoint, as a language model with JSON output."""
+    asks the verifier checkpoint, as a language model with JSON output, `segment` takes each whole
+    segment as one statement of every kind (no language model; a coarse control)."""
     verifier: str = "scenes:verifier"
     """LLaVA checkpoint that answers yes or no for each fact."""
     prompt: str = "statement"
@@ -297,6 +298,14 @@ class TrackingConfig(_Section):
     project: str = "fgaif"
 
 
+class StudyConfig(_Section):
+    """Variants of PPO compared over seeds on the same reward models; see `fgaif study`."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: dict[str, tuple[str, ...]] = {"segment": (), "last": ("ppo.shape.placement=last",)}
+    """Name of each variant and its overrides."""
+
+
 class Config(_Section):
     """The whole run."""
 
@@ -313,6 +322,7 @@ class Config(_Section):
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    study: StudyConfig = StudyConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -344,6 +354,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"--config {path}: expected keys and values at the top level")
         tree = loaded or {}
+    for item in overrides:
+        _apply_override(tree, item)
+    return parse_config(tree)
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with dotted overrides applied; raises ConfigError like ``load_config``."""
+    tree = config.model_dump(mode="json")
     for item in overrides:
         _apply_override(tree, item)
     return parse_config(tree)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fgaif.data.scenes.facts import parse_facts
-from fgaif.types import Fact, FactQuery, Response, Segment, Verdict
+from fgaif.types import KINDS, Fact, FactQuery, Response, Segment, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +75,30 @@ class SceneFacts:
             if not wellformed:
                 malformed.append(segment.index)
         return ExtractedFacts(facts=tuple(facts), malformed=tuple(malformed))
+
+
+@dataclass(frozen=True, slots=True)
+class WholeSegments:
+    """Extractor without a language model: each segment is one statement, checked as it stands.
+
+    Its verdict counts for every kind, so the three reward models learn the same thing: a coarse
+    control, and a start where nothing else is at hand.
+    """
+
+    name: str = "segment"
+
+    def extract(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> list[ExtractedFacts]:
+        """State every segment with words in it, once per kind."""
+        return [
+            ExtractedFacts(
+                facts=tuple(
+                    Fact(kind=kind, text=text, segment=part.index)
+                    for part in parts
+                    if (text := " ".join(response.text[part.char_start : part.char_end].split()))
+                    for kind in KINDS
+                )
+            )
+            for response, parts in zip(responses, segments, strict=True)
+        ]
