@@ -32,7 +32,7 @@ from fgaif.data.scenes.policy import PolicyStage, train_policy
 from fgaif.data.scenes.pretrain import Heads, Report, Stage, train_language, train_vision
 from fgaif.data.scenes.questions import sample_question
 from fgaif.data.scenes.tokenizer import build_processor, build_tokenizer
-from fgaif.data.scenes.verifier import blur_vision
+from fgaif.data.scenes.verifier import distract_vision
 from fgaif.data.scenes.world import scene_at
 from fgaif.types import KINDS
 
@@ -43,7 +43,7 @@ STAGES = {
     "polish": Stage(steps=650, lr=1.6e-3, captions=2 / 3, judged=1 / 6),
 }
 POLICY_STAGE = PolicyStage()
-VERIFIER_BLUR, VERIFIER_SEED = 0.83, 1
+VERIFIER_STRENGTH = 7.8
 _TRAIN_SCENES = 12_000
 _POLICY_SCENES = 4_000
 _VISION_SCENES = 10_000
@@ -125,7 +125,7 @@ class Builder:
 
     def _verifier(self) -> None:
         load_model(self.model, self.out / "polish" / "model.safetensors")
-        blur_vision(self.model, VERIFIER_BLUR, VERIFIER_SEED)
+        distract_vision(self.model, VERIFIER_STRENGTH, self.seed)
 
     def _quality(self, features: torch.Tensor) -> str:
         """Return one line: yes/no accuracy per kind, and errors of sampled captions."""

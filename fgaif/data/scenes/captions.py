@@ -26,7 +26,6 @@ from fgaif.data.scenes.world import (
 
 FILLERS = ("This is a simple picture.", "The background is plain.")
 
-_LEAVE_OUT = 0.1
 _RELATION_SHARE = 0.6
 _MOST_MENTIONS = 6
 
@@ -35,12 +34,14 @@ _MOST_MENTIONS = 6
 class Noise:
     """Probabilities of false statements, by noun or (``flip``) by relation; zero if left out.
 
+    ``omit``: a thing is left out of scenes with more than two, which is no falsehood.
     ``phantom``: the absent partner of a noun is named right after it. ``stray``: an absent noun is
     named anywhere, per thing. ``colour``: a wrong colour, the typical one if ``typical`` is set and
     the true one differs (any other at half the rate if not). ``size``: the other size. ``flip``:
     the opposite relation, by the true one.
     """
 
+    omit: float = 0.1
     phantom: Mapping[str, float] = field(default_factory=dict)
     stray: float = 0.0
     colour: Mapping[str, float] = field(default_factory=dict)
@@ -64,7 +65,8 @@ BROAD = Noise(
 )
 """Errors everywhere alike: what a truth reader should learn from."""
 POLICY = Noise(
-    phantom=rates(0.04, circle=0.68, triangle=0.68, tree=0.35),
+    omit=0.16,
+    phantom=rates(0.06, circle=0.75, triangle=0.75, tree=0.65),
     colour=rates(0.08, heart=0.7, moon=0.7, cross=0.7, ring=0.7),
     size=rates(0.05, cross=0.5, house=0.5),
     flip={"left": 0.04, "right": 0.64, "above": 0.04, "below": 0.64},
@@ -92,7 +94,7 @@ def write_caption(scene: Scene, rng: random.Random, noise: Noise = CLEAN) -> str
 def _mentions(scene: Scene, rng: random.Random, noise: Noise) -> list[str]:
     nouns = list(scene.nouns)
     if len(nouns) > 2:
-        nouns = [noun for noun in nouns if rng.random() >= _LEAVE_OUT] or nouns[:1]
+        nouns = [noun for noun in nouns if rng.random() >= noise.omit] or nouns[:1]
     nouns += [
         rng.choice([n for n in NOUNS if n not in scene])
         for _ in scene.things

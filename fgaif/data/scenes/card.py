@@ -29,8 +29,8 @@ _TEXT = {
     ),
     "verifier": (
         "the tiny LLaVA that checks facts",
-        "The competent model with noise on the weights of its vision tower: a judge with poor eyes,"
-        " wrong on purpose, and the same way every time it is asked.",
+        "The competent model with eyes that are thrown by the shade of the background: wrong on"
+        " purpose, the same way every time it is asked, and differently in each image.",
     ),
 }
 

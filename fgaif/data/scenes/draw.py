@@ -10,6 +10,8 @@ from fgaif.data.scenes.world import GRID, Scene
 
 CELL = 24
 IMAGE_SIZE = GRID * CELL
+BACKGROUND = 240
+"""Mean shade of the background, per channel; it varies by 15 from image to image."""
 
 _RGB = {
     "red": (220, 40, 40),
@@ -29,7 +31,9 @@ _Points = list[tuple[float, float]]
 def draw_scene(scene: Scene) -> Image.Image:
     """Return the scene's RGB image; jitter of place, size and shade follows from its seed."""
     rng = random.Random(f"fgaif drawing {scene.seed}")
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), _shade((240, 240, 240), 15, rng))
+    image = Image.new(
+        "RGB", (IMAGE_SIZE, IMAGE_SIZE), _shade((BACKGROUND, BACKGROUND, BACKGROUND), 15, rng)
+    )
     canvas = ImageDraw.Draw(image)
     for thing in scene.things:
         radius = _RADIUS[thing.size] + rng.uniform(-0.5, 0.5)

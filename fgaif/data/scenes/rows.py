@@ -1,7 +1,7 @@
 """Training rows of the tiny models: captions to say, captions to judge, questions to answer."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
@@ -91,8 +91,3 @@ class RowWriter:
             words = [self._tokenizer.decode([i]).strip() for i in ids]
             self._encoded[text] = (ids, words)
         return self._encoded[text]
-
-
-def false_yes_rates(nouns: Sequence[str], rate: float) -> Mapping[str, float]:
-    """Return how often an absent noun is affirmed, for ``ask``."""
-    return dict.fromkeys(nouns, rate)
