@@ -11,34 +11,20 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 import ray.train
-import torch
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
-from torch import Tensor
 
-from actors.deepspeed_setup import deepspeed_config, import_deepspeed, join_process_group
+from cluster.reward_worker import Lane, train_lane
 from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
-from fgaif.lvlm.features import FeatureCache
-from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
-from fgaif.reward.checkpoint import (
-    CARD,
-    RewardCard,
-    checkpoint_digest,
-    read_card,
-    save_reward_model,
-)
-from fgaif.reward.dataset import prepare_data
-from fgaif.reward.inputs import load_reward_encoder, tokenizer_digest
-from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
-from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
+from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.reward.checkpoint import CARD, checkpoint_digest, read_card
 from fgaif.types import KINDS, Kind, LabeledResponse
 
 Progress = Callable[[Kind, int, int, dict[str, float]], None]
@@ -54,19 +40,6 @@ _RAY_TRAIN_ENV = {
     # One process less per run: a run that loses its node is simply started again by the user.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Lane:
-    """What one Ray Train run is to do; ``rows`` is an object reference."""
-
-    kinds: tuple[Kind, ...]
-    digests: dict[Kind, str]
-    backbone_digest: str
-    rows: Any
-    config: Config
-    out_dir: Path
-    queue: Queue
 
 
 def train_rewards(
@@ -95,7 +68,7 @@ def train_rewards(
         slim = ray.put([replace(row, facts=(), verdicts={}) for row in rows])
         queue = Queue(actor_options={"num_cpus": 0})
         lanes = [
-            _Lane(
+            Lane(
                 kinds=tuple(str(kind) for kind in kinds),  # type: ignore[misc]
                 digests=digests,
                 backbone_digest=backbone,
@@ -141,11 +114,11 @@ def _is_done(directory: Path, digest: str) -> bool:
     return (directory / CARD).is_file() and read_card(directory).input_digest == digest
 
 
-def _run_lanes(lanes: Sequence[_Lane], queue: Queue, progress: Progress) -> None:
+def _run_lanes(lanes: Sequence[Lane], queue: Queue, progress: Progress) -> None:
     """Run the lanes at the same time and pass on what they report, until all have ended."""
     failures: list[Exception] = []
 
-    def run(lane: _Lane) -> None:
+    def run(lane: Lane) -> None:
         try:
             _fit(lane)
         except Exception as error:  # kept for the main thread, which raises it
@@ -167,7 +140,7 @@ def _run_lanes(lanes: Sequence[_Lane], queue: Queue, progress: Progress) -> None
         raise _explain(failures[0]) from failures[0]
 
 
-def _fit(lane: _Lane) -> None:
+def _fit(lane: Lane) -> None:
     settings = lane.config.reward
     scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=lane.out_dir)
     resources = {"CPU": settings.cpus_per_worker}
@@ -175,7 +148,7 @@ def _fit(lane: _Lane) -> None:
         resources["GPU"] = settings.gpus_per_worker
     try:
         TorchTrainer(
-            _train_lane,
+            train_lane,
             train_loop_config={"lane": lane},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.workers,
@@ -204,122 +177,3 @@ def _explain(error: Exception) -> FgaifError:
             "models are kept, run the command again to train the others"
         )
     return ActorError(f"reward training failed: {error}")
-
-
-def _train_lane(settings: dict[str, Any]) -> None:
-    """Train the lane's kinds, in a Ray Train worker."""
-    lane: _Lane = settings["lane"]
-    device = get_device()
-    torch.set_num_threads(lane.config.cluster.threads)
-    rows = ray.get(lane.rows)
-    for kind in lane.kinds:
-        _train_kind(kind, lane, rows, device)
-
-
-def _train_kind(
-    kind: Kind, lane: _Lane, rows: Sequence[LabeledResponse], device: torch.device
-) -> None:
-    config, settings = lane.config, lane.config.reward
-    path = resolve_checkpoint(config.reward_backbone)
-    data = prepare_data(kind, rows, val_fraction=settings.val_fraction, seed=config.seed)
-    encoder = load_reward_encoder(
-        path,
-        resolve_checkpoint(config.policy.model),
-        max_image_pixels=config.data.max_image_pixels,
-    )
-    backbone = load_lvlm(
-        path, dtype=config.policy.dtype, device=str(device), attention=config.policy.attention
-    )
-    seed = config.seed * len(KINDS) + KINDS.index(kind)
-    model = new_reward_model(backbone, settings.lora, settings.head, seed)
-    engine = _ZeroEngine(model, config, planned_steps(len(data.train), settings), device)
-
-    def report(done: int, planned: int, figures: dict[str, float]) -> None:
-        if "val_loss" in figures:
-            ray.train.report({"kind": kind, "step": done, **figures})
-        if engine.rank == 0 and ("val_loss" in figures or done % max(1, planned // 50) == 0):
-            lane.queue.put((kind, done, planned, figures))
-
-    result = train_reward_model(
-        data, model, engine, encoder, FeatureCache(model.backbone, encoder.encoder), settings,
-        seed=seed, report=report,
-    )  # fmt: skip
-    if engine.rank == 0:
-        counts = {
-            "val_loss": result.val_loss,
-            "steps": float(result.steps),
-            "unknown_segments": float(data.unknown_segments),
-            "unused_responses": float(data.unused_responses),
-        }
-        card = RewardCard(
-            kind=kind,
-            head=settings.head,
-            backbone=str(path),
-            backbone_digest=lane.backbone_digest,
-            tokenizer_digest=tokenizer_digest(encoder.encoder.tokenizer),
-            min_words=config.segment.min_words,
-            input_digest=lane.digests[kind],
-            metrics=result.metrics.as_floats() | counts,
-        )
-        save_reward_model(lane.out_dir / kind, model, result.state, card)
-        lane.queue.put((kind, result.planned_steps, result.planned_steps, card.metrics))
-    engine.close()
-
-
-class _ZeroEngine:
-    """A reward model under DeepSpeed ZeRO, as :class:`fgaif.reward.train.Engine`."""
-
-    def __init__(
-        self, model: RewardModel, config: Config, steps: int, device: torch.device
-    ) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._deepspeed = import_deepspeed(device.type)
-        join_process_group(
-            self._deepspeed,
-            device=device.type,
-            rank=self.rank,
-            world_size=self.world_size,
-            addr=os.environ["MASTER_ADDR"],
-            port=int(os.environ["MASTER_PORT"]),
-        )
-        optimizer, schedule = make_optimizer(model, config.reward, steps)
-        self._model = model
-        self._engine, *_ = self._deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            config=deepspeed_config(
-                zero_stage=config.reward.zero_stage,
-                micro_batch=config.reward.micro_batch,
-                max_grad_norm=config.reward.max_grad_norm,
-                dtype=config.policy.dtype,
-                world_size=self.world_size,
-            ),
-        )
-
-    def __call__(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
-        return self._engine(input_ids, features, separators)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
-
-    def step(self) -> None:
-        self._engine.step()
-
-    def state(self) -> dict[str, Tensor]:
-        trainable = [p for p in self._model.parameters() if p.requires_grad]
-        sharded = self._engine.zero_optimization_stage() == 3
-        with self._deepspeed.zero.GatheredParameters(trainable, enabled=sharded):
-            return trainable_state(self._model)
-
-    def agree(self, value: float) -> float:
-        shared = torch.tensor([value], dtype=torch.float64, device=self._engine.device)
-        torch.distributed.broadcast(shared, src=0)
-        return float(shared)
-
-    def close(self) -> None:
-        """Free DeepSpeed's hooks and buffers."""
-        self._engine.destroy()
