@@ -90,6 +90,8 @@ def run_stages(
     if heavy:
         with Cluster(config) as cluster:
             run = Run(config, cluster, console)
+            if "annotate" in heavy:
+                cluster.judges()  # loads while the policy samples
             for stage in heavy:
                 run.prepare(stage, ledger, force)
                 with ledger.record(config, stage):

@@ -89,6 +89,9 @@ def load_lvlm(
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot load the model: {error}") from error
+    if device == "cpu":
+        # Fresh LoRA factors and Adam moments are full of denormals, each ~100 times slower.
+        torch.set_flush_denormal(True)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, first {missing[0]}")
