@@ -36,15 +36,15 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 class PolicyStage:
     """The fine-tune: rows per batch of each sort, and how often which absent nouns get a yes."""
 
-    steps: int = 260
+    steps: int = 280
     lr: float = 1e-3
     rank: int = 32
-    captions: int = 36
-    judged: int = 12
+    captions: int = 40
+    judged: int = 8
     questions: int = 16
     noise: Noise = POLICY
     false_yes: dict[str, float] = field(
-        default_factory=lambda: {"square": 0.85, "star": 0.55, "house": 0.2}
+        default_factory=lambda: {"square": 0.85, "star": 0.85, "house": 0.3}
     )
 
 
