@@ -2,19 +2,17 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
 import torch
 from ray.train.torch import get_device
-from ray.util.queue import Queue
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from actors.deepspeed_setup import deepspeed_config, import_deepspeed, join_process_group
+from cluster.lane import Lane
 from fgaif.config import Config
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
@@ -26,25 +24,8 @@ from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
 from fgaif.types import KINDS, Kind, LabeledResponse
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lane:
-    """What one Ray Train run is to do.
-
-    ``rows`` is an object reference; ``queue`` takes (kind, steps done, steps planned, figures).
-    """
-
-    kinds: tuple[Kind, ...]
-    digests: dict[Kind, str]
-    backbone_digest: str
-    rows: Any
-    config: Config
-    out_dir: Path
-    queue: Queue
-
-
-def train_lane(settings: dict[str, Any]) -> None:
+def run_lane(lane: Lane) -> None:
     """Train the lane's kinds, in a Ray Train worker."""
-    lane: Lane = settings["lane"]
     config = lane.config
     torch.set_num_threads(config.cluster.threads)
     rows = ray.get(lane.rows)

@@ -20,7 +20,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
-from cluster.reward_worker import Lane, train_lane
+from cluster.lane import Lane, train_lane
 from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
 from fgaif.lvlm.model import resolve_checkpoint
