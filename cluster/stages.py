@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,7 +28,7 @@ from cluster.ledger import ORDER, STAGES, Ledger, Stage
 from cluster.placement import plan_roles, plan_table
 from cluster.roles import Roles
 from cluster.train_rewards import train_rewards
-from fgaif.config import Config, dump_config
+from fgaif.config import Config, dump_config, with_overrides
 from fgaif.data.order import request_seed
 from fgaif.data.scenes.facts import oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
@@ -96,7 +98,10 @@ def run_stages(
                 run.prepare(stage, ledger, force)
                 with ledger.record(config, stage):
                     run.stage(stage)
-    return make_report(config, console) if "report" in todo else None
+    if "report" not in todo:
+        return None
+    whole = set(todo) == set(ORDER)
+    return make_report(config, console, _process_seconds() if whole else None)
 
 
 def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Console) -> None:
@@ -114,9 +119,9 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
     console.print(table)
 
 
-def make_report(config: Config, console: Console) -> Path:
+def make_report(config: Config, console: Console, wall_seconds: float | None = None) -> Path:
     """Build the report from the run folder and print its table and path."""
-    path = build_report(config.run_dir)
+    path = build_report(config.run_dir, wall_seconds)
     console.print(console_table(config.run_dir))
     console.print(f"report: {path}")
     return path
@@ -131,6 +136,7 @@ class Run:
         self._console = console
         self._dir = config.run_dir
         self._policy_path = resolve_checkpoint(config.policy.model)
+        self._resume = False
         self._tokenizer = load_processor(self._policy_path).tokenizer
 
     def prepare(self, name: Stage, ledger: Ledger, force: bool) -> None:
@@ -138,6 +144,7 @@ class Run:
         status = ledger.status(self._config, name)
         if status == "partial" and not force:
             self._console.print(f"{name}: going on where it stopped")
+            self._resume = name == "train"
             return
         for output in _OUTPUTS[name]:
             path = self._dir / output
@@ -284,8 +291,10 @@ class Run:
             self._check_rewards(captions)
 
     def train(self) -> None:
-        """Step 3: PPO."""
+        """Step 3: PPO; a training that was interrupted goes on from its last checkpoint."""
         config, folder, rewards = self._config, self._dir / "policy", self._dir / "rewards"
+        if self._resume and config.ppo.resume is None:
+            config = with_overrides(config, ["ppo.resume=latest"])
         roles = Roles(
             rollouts=self._cluster.rollouts(),
             learner=self._cluster.learner(),
@@ -438,6 +447,11 @@ def _require_upstream(ledger: Ledger, config: Config, todo: Sequence[Stage]) -> 
                     f"`fgaif {upstream.split('-')[0] if 'eval' in upstream else upstream}` "
                     "with this configuration first, or `fgaif run`"
                 )
+
+
+def _process_seconds() -> float:
+    """Seconds since this process started, imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 def write_json(path: Path, content: Json) -> None:
