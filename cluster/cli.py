@@ -2,9 +2,8 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from rich.console import Console
 
@@ -15,6 +14,9 @@ from fgaif.data.scenes.world import Split
 from fgaif.errors import CheckpointError, ConfigError, DataError, FgaifError
 
 _SCENES_CONFIG = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+
+# Typer may carry its own copy of click: the parent of its BadParameter is that click's usage error.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="fgaif",
@@ -132,7 +134,9 @@ def study(config: ConfigFile = None, overrides: Overrides = None) -> None:
 @app.command()
 def report(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Write RUN/report/report.json, report.html and plots from what the stages left."""
-    _run(config, overrides, False, True, "report")
+    from cluster.stages import make_report
+
+    make_report(_load(config, overrides), out)
 
 
 @app.command()
@@ -189,7 +193,7 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted: what was finished is kept; run the same command to go on", 130)
-    except click.ClickException as error:
+    except _UsageError as error:
         _fail(error.format_message(), 2)
     except (ConfigError, DataError, CheckpointError) as error:
         _fail(str(error), 2)
