@@ -25,6 +25,7 @@ from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.reward.checkpoint import CARD, checkpoint_digest, read_card
+from fgaif.reward.dataset import prepare_data
 from fgaif.types import KINDS, Kind, LabeledResponse
 
 Progress = Callable[[Kind, int, int, dict[str, float]], None]
@@ -62,6 +63,8 @@ def train_rewards(
     for kind in KINDS:
         if kind not in pending:
             progress(kind, 1, 1, read_card(out_dir / kind).metrics)
+    for kind in pending:  # data that cannot be trained on is found before anything is started
+        prepare_data(kind, rows, val_fraction=config.reward.val_fraction, seed=config.seed)
     if pending:
         os.environ.update(_RAY_TRAIN_ENV)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
@@ -137,7 +140,7 @@ def _run_lanes(lanes: Sequence[Lane], queue: Queue, progress: Progress) -> None:
         except Empty:
             continue
     if failures:
-        raise _explain(failures[0]) from failures[0]
+        raise explain_failure(failures[0]) from failures[0]
 
 
 def _fit(lane: Lane) -> None:
@@ -165,7 +168,7 @@ def _fit(lane: Lane) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _explain(error: Exception) -> FgaifError:
+def explain_failure(error: Exception) -> FgaifError:
     """The first cause of a failed run: our own error as it is, else its type and message."""
     failed = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failed.items()):

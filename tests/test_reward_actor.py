@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import ray
 import reward_samples
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from actors.reward import RewardActor, SharedRewardActor
-from cluster.train_rewards import train_rewards
+from cluster.train_rewards import explain_failure, train_rewards
 from fgaif.config import Config
-from fgaif.errors import CheckpointError, DataError
+from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.types import KINDS, Kind, LabeledResponse
 
 pytestmark = pytest.mark.slow
@@ -135,8 +137,19 @@ def test_two_workers_under_zero_2_learn_the_same_task(
     assert metrics["object"] == trained[1]["object"]
 
 
-def test_a_worker_s_error_is_told_as_it_is(
-    local_ray: None, config: Config, rows: list[LabeledResponse], tmp_path: Path
+def test_too_little_data_is_refused_before_anything_starts(
+    config: Config, rows: list[LabeledResponse], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="at least 2 are needed"):
         train_rewards(config, rows[:1], tmp_path, lambda *event: None)
+
+
+def test_a_failed_worker_is_told_by_its_first_cause() -> None:
+    ours = UserExceptionWithTraceback(DataError("row 3: no image"), "Traceback ...")
+    explained = explain_failure(WorkerGroupError("workers failed", {1: ours}))
+    assert isinstance(explained, DataError)
+    assert str(explained) == "row 3: no image"
+    theirs = UserExceptionWithTraceback(RuntimeError("out of memory"), "Traceback ...")
+    explained = explain_failure(WorkerGroupError("workers failed", {0: theirs}))
+    assert isinstance(explained, ActorError)
+    assert "worker 0: RuntimeError: out of memory; finished" in str(explained)
