@@ -23,7 +23,10 @@ def engine_config(temperature: float = 1.0) -> Config:
 
 @cache
 def rollout_actor(model_dir: Path) -> RolloutActor:
-    """One engine per checkpoint and test session; leave version 0 loaded."""
+    """One engine per checkpoint and test session; leave version 0 loaded.
+
+    All stay alive: an engine that is collected takes the process-wide groups of the others along.
+    """
     return RolloutActor(model_dir, engine_config())
 
 

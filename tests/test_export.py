@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import engine_config, photo_prompts, response_to
+from engines import photo_prompts, response_to, rollout_actor
 from safetensors import safe_open
 
-from actors.rollout import RolloutActor
 from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.export import export_merged, public_name
@@ -66,7 +65,7 @@ def test_transformers_loads_the_export(
 def test_vllm_loads_the_export(
     exported: Path, adapted: tuple[Path, FloatArray], probe: list[Response]
 ) -> None:
-    found = np.stack(RolloutActor(exported, engine_config()).probe_logprobs(probe))
+    found = np.stack(rollout_actor(exported).probe_logprobs(probe))
     np.testing.assert_allclose(found, adapted[1], atol=1e-3)
 
 

@@ -6,7 +6,8 @@ Prints seconds until the engine is ready in its actor, sampled tokens per second
 actor, of vLLM's own ``LLM.generate`` and of Hugging Face ``generate`` on the same prompts at
 temperature 1 (so at the policy's real length distribution), answers per second of the judge's
 question, and seconds and bytes of a weight sync. Actor and bare engine take turns, ``--rounds``
-times; the median counts, so that other load on the machine hits both.
+times, and the median counts. Where other programs share the cores, look at the figures per CPU
+second of the sampling process: wall clock then measures the neighbours.
 """
 
 import argparse
@@ -40,6 +41,14 @@ ENVIRONMENT = {
 }
 
 
+class TimedRollout(RolloutActor):
+    """The rollout actor, which also tells how much CPU time its process has used."""
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of this process so far."""
+        return time.process_time()
+
+
 class BareVllm:
     """vLLM's ``LLM.generate`` with text prompts and images, as its documentation shows it."""
 
@@ -71,6 +80,10 @@ class BareVllm:
             use_tqdm=False,
         )
         return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of this process so far."""
+        return time.process_time()
 
 
 @torch.no_grad()
@@ -124,7 +137,7 @@ def measure(model: Path, prompts: Sequence[Prompt], tokens: int, rounds: int) ->
     """Run everything; see the module's docstring."""
     config = parse_config({"cluster": {"engine": {"max_model_len": 512}}})
     options = {"num_cpus": 1, "runtime_env": {"env_vars": ENVIRONMENT}}
-    actor_seconds, actor = timed(lambda: _start(RolloutActor, options, model, config))
+    actor_seconds, actor = timed(lambda: _start(TimedRollout, options, model, config))
     report = {"actor_ready_seconds": actor_seconds}
     report["engine_ready_seconds"] = ray.get(actor.stats.remote()).ready_seconds
     bare = ray.remote(BareVllm).options(**options).remote(model, config)
@@ -136,25 +149,36 @@ def measure(model: Path, prompts: Sequence[Prompt], tokens: int, rounds: int) ->
         for seed, prompt in enumerate(prompts)
     ]
     sample_hf = hugging_face_tokens(model, prompts, tokens, batch=64)
-    speeds: dict[str, list[float]] = {"rollout": [], "vllm": [], "huggingface": []}
-    for index in range(rounds + 1):  # the first round warms up
-        seconds, responses = timed(lambda: ray.get(actor.generate.remote(requests)))
-        total = sum(len(response.token_ids) for response in responses)
-        bare_seconds, bare_total = timed(
-            lambda: ray.get(bare.generate.remote(texts, images, tokens))
-        )
-        hf_seconds, hf_total = timed(sample_hf)
-        if index:
-            speeds["rollout"].append(total / seconds)
-            speeds["vllm"].append(bare_total / bare_seconds)
-            speeds["huggingface"].append(hf_total / hf_seconds)
-    report |= {f"{name}_tokens_per_second": statistics.median(v) for name, v in speeds.items()}
-    for name in ("vllm", "huggingface"):
-        ratios = [one / other for one, other in zip(speeds["rollout"], speeds[name], strict=True)]
-        report[f"rollout_to_{name}"] = statistics.median(ratios)
-    report["mean_length"] = total / len(prompts)
+    runs: dict[str, tuple[Callable[[], int], Callable[[], float]]] = {
+        "rollout": (
+            lambda: sum(len(r.token_ids) for r in ray.get(actor.generate.remote(requests))),
+            lambda: ray.get(actor.cpu_seconds.remote()),
+        ),
+        "vllm": (
+            lambda: ray.get(bare.generate.remote(texts, images, tokens)),
+            lambda: ray.get(bare.cpu_seconds.remote()),
+        ),
+        "huggingface": (sample_hf, time.process_time),
+    }
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, (sample, clock) in runs.items():
+            before = clock()
+            seconds, total = timed(sample)
+            wall[name].append(total / seconds)
+            cpu[name].append(total / (clock() - before))
+    for label, speeds in (("second", wall), ("cpu_second", cpu)):
+        medians = {name: statistics.median(values[1:]) for name, values in speeds.items()}
+        report |= {f"{name}_tokens_per_{label}": value for name, value in medians.items()}
+        for other in ("vllm", "huggingface"):
+            report[f"rollout_to_{other}_per_{label}"] = medians["rollout"] / medians[other]
+    report["mean_length"] = runs["rollout"][0]() / len(prompts)
+    before = ray.get(actor.cpu_seconds.remote())
     seconds, _ = timed(lambda: ray.get(actor.p_yes.remote(list(prompts) * 4)))
+    used = ray.get(actor.cpu_seconds.remote()) - before
     report["answers_per_second"] = 4 * len(prompts) / seconds
+    report["answers_per_cpu_second"] = 4 * len(prompts) / used
     manifest = random_version(model, 1)
     ray.get(actor.load_weights.remote(manifest))
     syncs = [timed(lambda: ray.get(actor.load_weights.remote(manifest)))[0] for _ in range(10)]
@@ -187,7 +211,7 @@ def main() -> None:
         report = measure(model, loaded.prompts, arguments.tokens, arguments.rounds)
     ray.shutdown()
     for name, value in report.items():
-        print(f"{name:32} {value:12,.3f}")
+        print(f"{name:40} {value:12,.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
