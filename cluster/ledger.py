@@ -74,7 +74,7 @@ class Ledger:
     def seconds(self) -> dict[str, float]:
         """Wall seconds of every finished stage."""
         entries = self._read().items()
-        return {stage: entry["seconds"] for stage, entry in entries if entry["seconds"]}
+        return {stage: entry["seconds"] for stage, entry in entries if entry["seconds"] is not None}
 
     @contextmanager
     def record(self, config: Config, stage: Stage) -> Iterator[None]:
