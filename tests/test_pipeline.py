@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
@@ -116,7 +117,17 @@ def test_killed_and_resumed_gives_the_same_parameters(finished: tuple[Path, str]
         assert (found[name] == value).all(), name
 
 
-def _wait_for(condition: object, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
+@pytest.mark.slow
+def test_ctrl_c_says_what_is_kept_and_exits_with_130(tmp_path: Path) -> None:
+    sampling = subprocess.Popen(command(tmp_path, "sample"), stderr=subprocess.PIPE, text=True)
+    _wait_for((tmp_path / "scenes" / "stages.json").exists, sampling)
+    sampling.send_signal(signal.SIGINT)
+    _, message = sampling.communicate(timeout=120)
+    assert sampling.returncode == 130
+    assert "interrupted: what was finished is kept" in message.replace("\n", " ")
+
+
+def _wait_for(condition: object, process: subprocess.Popen[Any], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert process.poll() is None, "the training ended before it could be killed"
