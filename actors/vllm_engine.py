@@ -177,9 +177,7 @@ class VllmEngine:
                 sampling_parameters(
                     temperature=0.0,
                     max_tokens=min(requests[i].max_tokens, self.max_model_len - len(prompts[i])),
-                    structured_outputs=StructuredOutputsParams(
-                        json=requests[i].schema, disable_any_whitespace=True
-                    ),
+                    structured_outputs=StructuredOutputsParams(json=requests[i].schema),
                 ),
             )
             for i in fits
@@ -269,5 +267,7 @@ def _settings(config: Config, max_model_len: int, on_gpu: bool) -> Json:
         "skip_mm_profiling": not on_gpu,
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
+        # Free white space is where small models get lost in JSON.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "worker_extension_cls": "actors.vllm_worker.LoraMerge",
     }

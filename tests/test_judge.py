@@ -1,5 +1,6 @@
 """The judge answers in the order asked, however it batches."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from engines import photo_prompts, rollout_actor
 
 from actors.judge import JudgeActor
+from fgaif.feedback.model_facts import TextRequest
 
 
 def test_answers_come_in_the_order_asked(
@@ -24,3 +26,19 @@ def test_answers_come_in_the_order_asked(
     assert len(set(together)) > len(facts)
     assert all(0 < answer < 1 for answer in together)
     assert judge.p_yes([]) == []
+
+
+def test_written_answers_satisfy_their_schema(tiny_llava_dir: Path) -> None:
+    """A random model under a grammar can only say what the schema allows."""
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"enum": ["left", "right"]}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    }
+    engine = rollout_actor(tiny_llava_dir)._engine
+    asked = [
+        TextRequest(prompt=text, schema=schema, max_tokens=48) for text in ("Where?", "<image>")
+    ]
+    for answer in engine.complete(asked):
+        assert json.loads(answer)["answer"] in ("left", "right")
