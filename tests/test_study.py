@@ -1,4 +1,4 @@
-"""The study's arithmetic and its runs' configurations; its runs are the stages, tested elsewhere."""
+"""The arithmetic of a study and the configurations of its runs; stages are tested elsewhere."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from rich.console import Console
 from cluster.study import interval, nearest_step, run_study, variant_config
 from fgaif.config import load_config
 from fgaif.errors import ConfigError
-
 
 CONFIG = Path(__file__).parents[1] / "configs" / "scenes_study.yaml"
 
