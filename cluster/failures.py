@@ -8,6 +8,7 @@ import ray
 from fgaif.errors import ActorError, FgaifError
 
 _TAIL_LINES = 15
+_CREATION = "raised in its creation task"
 
 
 def translate(error: Exception, name: str) -> FgaifError:
@@ -23,6 +24,8 @@ def translate(error: Exception, name: str) -> FgaifError:
             f"spread the roles over more nodes ({error})"
         )
     if isinstance(error, ray.exceptions.ActorDiedError):
+        if _CREATION in str(error):
+            return ActorError(f"{name} could not start: {_last_line(error)}")
         return ActorError(f"{name} died: {_first_line(error)}{_log_tail(error)}")
     if isinstance(error, TimeoutError | ray.exceptions.GetTimeoutError):
         return ActorError(
@@ -34,6 +37,12 @@ def translate(error: Exception, name: str) -> FgaifError:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _last_line(error: Exception) -> str:
+    """The exception at the end of a traceback, without its module path."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"^(\w+\.)+(?=\w+: )", "", lines[-1])
 
 
 def _log_tail(error: Exception) -> str:
