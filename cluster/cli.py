@@ -6,6 +6,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from cluster.ledger import ORDER, Stage
 from fgaif import __version__
@@ -17,6 +18,8 @@ _SCENES_CONFIG = Path(__file__).parents[1] / "configs" / "scenes.yaml"
 
 # Typer may carry its own copy of click: the parent of its BadParameter is that click's usage error.
 _UsageError: Any = typer.BadParameter.__mro__[1]
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="fgaif",
@@ -190,9 +193,13 @@ def version() -> None:
 def main() -> None:
     """Entry point: one clear message per failure, and exit codes that scripts can use."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)  # Typer turns Ctrl-C into this exit code
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted: what was finished is kept; run the same command to go on", 130)
+        message = "interrupted: what was finished is kept; run the same command to go on"
+        _fail(message, _INTERRUPTED)
     except _UsageError as error:
         _fail(error.format_message(), 2)
     except (ConfigError, DataError, CheckpointError) as error:
@@ -202,7 +209,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    err.print("[red]error:[/red]", message, highlight=False, markup=True, soft_wrap=True)
+    # As text: a message may hold square brackets, which are no markup.
+    err.print(Text.assemble(("error: ", "red"), message), soft_wrap=True)
     sys.exit(code)
 
 
