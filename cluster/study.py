@@ -157,19 +157,18 @@ def _figures(report: EvalReport) -> Json:
 
 
 def _tables(result: Json) -> list[Table]:
+    """One table per comparison, a row per figure and a column per variant."""
+    names = [n for n in (*_SHOWN, "greedy_any", "pope_f1") if result["before"][n] is not None]
     tables = []
-    names = [
-        name for name in (*_SHOWN, "greedy_any", "pope_f1") if result["before"][name] is not None
-    ]
     for label in ("equal_steps", "matched_kl"):
-        table = Table(
-            title=f"{label.replace('_', ' ')}, mean ± 95 % of {len(result['seeds'])} seeds"
-        )
-        for column in ("run", *names):
-            table.add_column(column)
-        table.add_row("before", *(f"{result['before'][name]:.3f}" for name in names))
-        for variant, figures in result[label].items():
-            cells = (figures[name] for name in names)
-            table.add_row(variant, *(f"{c['mean']:.3f} ± {c['half_width']:.3f}" for c in cells))
+        title = f"{label.replace('_', ' ')}, mean ± 95 % of {len(result['seeds'])} seeds"
+        table = Table("figure", "before", *result[label], title=title)
+        for name in names:
+            cells = (figures[name] for figures in result[label].values())
+            table.add_row(
+                name,
+                f"{result['before'][name]:.3f}",
+                *(f"{cell['mean']:.3f} ± {cell['half_width']:.3f}" for cell in cells),
+            )
         tables.append(table)
     return tables
