@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from fgaif.config import Config
 from fgaif.errors import DataError
+from fgaif.files import write_whole
 
 Stage = Literal[
     "sample", "annotate", "train-reward", "eval-before", "train", "eval-after", "report"
@@ -25,7 +26,7 @@ _EVALUATION = (
     "seed", "data.held_out", "data.image_root", "data.eval_prompts", "policy.model",
     "policy.dtype", "policy.max_new_tokens", "segment", "eval",
 )  # fmt: skip
-_RUN_ONLY = {"resume", "checkpoint_every", "keep_checkpoints", "workers", "parallel", "batch_size"}
+_RUN_ONLY = {"resume", "checkpoint_every", "keep_checkpoints"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +92,7 @@ class Ledger:
     def _write(self, config: Config, stage: Stage, seconds: float | None) -> None:
         entries = self._read()
         entries[stage] = {"digest": stage_digest(config, stage), "seconds": seconds}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._file.with_suffix(".tmp")
-        aside.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-        aside.replace(self._file)
+        write_whole(self._file, json.dumps(entries, indent=2) + "\n")
 
     def _read(self) -> dict[str, dict[str, Any]]:
         if not self._file.is_file():
@@ -111,7 +109,7 @@ def _value(config: Config, key: str) -> Any:
     node: Any = config.model_dump(mode="json")
     for part in key.split("."):
         node = node[part]
-    return _without_run_only(node) if isinstance(node, dict) and key != "reward" else node
+    return _without_run_only(node) if isinstance(node, dict) else node
 
 
 def _without_run_only(section: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from fgaif.feedback.model_facts import ModelFacts
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import VerdictStore, label_store, response_store
 from fgaif.feedback.verify import YesNoVerifier, load_fact_prompt
+from fgaif.files import write_whole
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.progress import StepDisplay
@@ -456,7 +457,4 @@ def _process_seconds() -> float:
 
 def write_json(path: Path, content: Json) -> None:
     """Write a JSON file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")

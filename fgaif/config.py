@@ -242,7 +242,6 @@ class PpoConfig(_Section):
 class EvalConfig(_Section):
     """Before and after."""
 
-    batch_size: int = Field(256, ge=1)
     pope_questions_per_image: int = Field(6, ge=2)
     """Half yes, half no."""
     seed: int = 123

@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol, Self
 
 from fgaif.config import TrackingConfig
 from fgaif.errors import ConfigError, DataError
+from fgaif.files import write_whole
 from fgaif.types import KINDS, StepReport
 
 
@@ -187,9 +188,7 @@ class JsonlSink:
         kept = [line for line in lines if _step_of(line) < first_step]
         if len(kept) == len(lines):
             return
-        aside = self._path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        aside.replace(self._path)
+        write_whole(self._path, "".join(line + "\n" for line in kept))
         self._say(
             f"{self._path}: removed {len(lines) - len(kept)} lines from step {first_step} on, "
             "which is done again"

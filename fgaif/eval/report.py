@@ -25,6 +25,7 @@ from fgaif.eval.plots import (
 from fgaif.eval.policy import MODES, Mode
 from fgaif.eval.results import Results, read_results
 from fgaif.eval.store import PHASES, Phase
+from fgaif.files import write_whole
 from fgaif.tracking import Metric, explain
 from fgaif.types import KINDS, ImageRef, Json, PopeMetrics
 
@@ -77,8 +78,8 @@ def build_report(run_dir: Path, wall_seconds: float | None = None) -> Path:
         if figure is not None:
             save_png(figure, folder / f"{name}.png")
     tree = results.to_json(wall_seconds)
-    _write(folder / "report.json", json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / "report.html", render_html(results, tree, figures))
+    write_whole(folder / "report.json", json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "report.html", render_html(results, tree, figures))
     return folder / "report.html"
 
 
@@ -183,9 +184,3 @@ def _embed(ref: ImageRef) -> tuple[str | None, str]:
     image.save(stream, format="PNG" if small else "JPEG", quality=88)
     data = base64.b64encode(stream.getvalue()).decode("ascii")
     return f"data:image/{'png' if small else 'jpeg'};base64,{data}", Path(ref.path).name
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

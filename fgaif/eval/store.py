@@ -9,6 +9,7 @@ from fgaif.errors import DataError
 from fgaif.eval.captions import JudgedCaption, repeated_segments, token_length
 from fgaif.eval.policy import MODES, Captions, Mode
 from fgaif.eval.pope import STRATEGIES
+from fgaif.files import write_whole
 from fgaif.types import (
     KINDS,
     UNKNOWN,
@@ -40,14 +41,8 @@ def write_eval(folder: Path, phase: Phase, report: EvalReport, captions: Caption
         for mode in MODES
         for caption in captions.of(mode)
     ]
-    _write(folder / f"{phase}_captions.jsonl", "".join(row + "\n" for row in rows))
-    _write(folder / f"{phase}.json", json.dumps(report_json(report), indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_whole(folder / f"{phase}_captions.jsonl", "".join(row + "\n" for row in rows))
+    write_whole(folder / f"{phase}.json", json.dumps(report_json(report), indent=2) + "\n")
 
 
 def read_eval(folder: Path, phase: Phase) -> EvalReport:
