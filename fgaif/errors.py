@@ -23,3 +23,7 @@ class SyncError(FgaifError, RuntimeError):
 
 class ActorError(FgaifError, RuntimeError):
     """A role died or did not answer; the message gives the first cause."""
+
+
+class ServiceError(FgaifError, RuntimeError):
+    """A model's API cannot be used: key, quota, budget, address; replies so far are kept."""

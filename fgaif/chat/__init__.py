@@ -1,0 +1,1 @@
+"""Chat models behind one door: an OpenAI-compatible API, or our own vLLM actors."""
