@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -39,7 +39,11 @@ class ChatRequest:
 
     def key(self, model: str) -> str:
         """SHA-256 of all that the reply depends on: the model, the texts, the image's content."""
-        fields = asdict(self) | {"image": self.image and self.image.sha256, "model": model}
+        fields = [
+            *(model, self.prompt_version, self.subject, self.attempt, self.text, self.system),
+            *(self.image.sha256 if self.image else None, self.schema),
+            *(self.max_tokens, self.temperature, self.yes_no),
+        ]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
