@@ -1,134 +1,81 @@
-"""Step 1 after sampling: responses to labelled responses, asking each distinct question once."""
+"""Step 1 after sampling: one response to one labelled response."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import TypeVar
 
-from fgaif.errors import ActorError
+from fgaif.errors import ServiceError
 from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier
 from fgaif.feedback.labels import label_segments
-from fgaif.feedback.segment import segment_responses
-from fgaif.feedback.store import VerdictStore
-from fgaif.types import FactQuery, LabeledResponse, Response, Segment, Verdict
+from fgaif.types import FactQuery, LabeledResponse, Response, Segment
 
-Progress = Callable[[int, int], None]
-"""Called with (facts verified so far, facts in all), those from the store included."""
+T = TypeVar("T")
 
 
-def annotate(
-    responses: Sequence[Response],
-    tokenizer: Any,
-    extractor: FactExtractor,
-    verifier: FactVerifier,
-    store: VerdictStore,
-    *,
-    min_words: int = 5,
-    batch_size: int = 256,
-    progress: Progress | None = None,
-) -> list[LabeledResponse]:
-    """Segment, extract, verify and label responses, in order.
+class Annotator:
+    """Extracts, verifies and labels; any number of responses at a time.
 
-    Every batch of verdicts is stored before the next is asked, so a stopped run goes on where it
-    was. Verdicts of failed questions are not stored: they label UNKNOWN now and are asked again by
-    the next run. ``provenance`` names extractor, verifier, prompt and splitting, the image's hash,
-    and the indexes of malformed segments.
-
-    Args:
-        tokenizer: the policy's, a ``PreTrainedTokenizerFast``.
-        batch_size: questions per call of the verifier.
-
-    Raises:
-        DataError: a response that is not the decoding of its ids, or a full disk.
-        ActorError: the verifier answered another question than the one asked.
+    It keeps nothing itself: what was asked before is known to the chat models behind the extractor
+    and the verifier, so that each distinct fact of an image is put once.
     """
-    segments = segment_responses(responses, tokenizer, min_words)
-    extracted = extractor.extract(responses, segments)
-    queries = _queries(zip(responses, extracted, strict=True))
-    verdicts = _verify(queries, verifier, store, batch_size, progress)
-    return [
-        _labeled(response, parts, found, verdicts, extractor, verifier, min_words)
-        for response, parts, found in zip(responses, segments, extracted, strict=True)
-    ]
 
+    def __init__(self, extractor: FactExtractor, verifier: FactVerifier, min_words: int) -> None:
+        self._extractor = extractor
+        self._verifier = verifier
+        self._min_words = min_words
 
-_Key = tuple[str, str]
+    async def annotate(self, response: Response, segments: Sequence[Segment]) -> LabeledResponse:
+        """Label the segments of a response.
 
+        What failed or could not be read labels UNKNOWN. ``provenance`` names extractor, verifier,
+        prompt and splitting, the image's hash, and what could not be used of the extraction.
 
-def _queries(pairs: Iterable[tuple[Response, ExtractedFacts]]) -> dict[_Key, FactQuery]:
-    """Distinct questions by (image content, fact text), what facts presuppose included."""
-    queries: dict[_Key, FactQuery] = {}
-    for response, found in pairs:
+        Raises:
+            ServiceError: a model cannot be asked at all.
+        """
         image = response.prompt.image
-        for text in _texts(found):
-            if (image.sha256, text) not in queries:
-                queries[image.sha256, text] = FactQuery(image=image, text=text)
-    return queries
+        found = await self._extractor.extract(response, segments)
+        texts = fact_texts(found)
+        queries = [FactQuery(image=image, text=text) for text in texts]
+        answers = await gather_all(self._verifier.verify(query) for query in queries)
+        verdicts = dict(zip(texts, answers, strict=True))
+        return LabeledResponse(
+            response=response,
+            segments=tuple(segments),
+            facts=found.facts,
+            verdicts=verdicts,
+            labels=label_segments(segments, found.facts, verdicts, found.malformed),
+            provenance=self._provenance(response, found),
+        )
+
+    def _provenance(self, response: Response, found: ExtractedFacts) -> dict[str, str]:
+        return {
+            "extractor": self._extractor.name,
+            "verifier": self._verifier.name,
+            "prompt_version": self._verifier.prompt_version,
+            "min_words": str(self._min_words),
+            "policy_version": str(response.policy_version),
+            "image_sha256": response.prompt.image.sha256,
+            "malformed": ",".join(map(str, found.malformed)),
+        }
 
 
-def _texts(found: ExtractedFacts) -> dict[str, None]:
+def fact_texts(found: ExtractedFacts) -> list[str]:
+    """Distinct statements of a response, what they presuppose included."""
     texts: dict[str, None] = {}
     for fact in found.facts:
         texts.update(dict.fromkeys((*fact.requires, fact.text)))
-    return texts
+    return list(texts)
 
 
-def _verify(
-    queries: dict[_Key, FactQuery],
-    verifier: FactVerifier,
-    store: VerdictStore,
-    batch_size: int,
-    progress: Progress | None,
-) -> dict[_Key, Verdict]:
-    verdicts: dict[_Key, Verdict] = {}
-    missing: list[FactQuery] = []
-    for key, query in queries.items():
-        known = store.get(verifier.prompt_version, verifier.name, *key)
-        if known is None:
-            missing.append(query)
-        else:
-            verdicts[key] = replace(known, query=query)
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        answers = verifier.verify(batch)
-        if [answer.query for answer in answers] != batch:
-            raise ActorError(f"verifier {verifier.name}: answers do not match the questions")
-        given = [
-            answer for answer in answers if answer.p_yes is not None or answer.answer != "unknown"
-        ]
-        store.append(verifier.prompt_version, verifier.name, given)
-        verdicts.update(((a.query.image.sha256, a.query.text), a) for a in answers)
-        if progress is not None:
-            progress(len(verdicts), len(queries))
-    return verdicts
+async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """Wait for all, also after one failed, so that no reply on its way is thrown away.
 
-
-def _labeled(
-    response: Response,
-    segments: tuple[Segment, ...],
-    found: ExtractedFacts,
-    verdicts: dict[_Key, Verdict],
-    extractor: FactExtractor,
-    verifier: FactVerifier,
-    min_words: int,
-) -> LabeledResponse:
-    image = response.prompt.image
-    own = {
-        text: replace(verdicts[image.sha256, text], query=FactQuery(image=image, text=text))
-        for text in _texts(found)
-    }
-    return LabeledResponse(
-        response=response,
-        segments=segments,
-        facts=found.facts,
-        verdicts=own,
-        labels=label_segments(segments, found.facts, own, found.malformed),
-        provenance={
-            "extractor": extractor.name,
-            "verifier": verifier.name,
-            "prompt_version": verifier.prompt_version,
-            "min_words": str(min_words),
-            "policy_version": str(response.policy_version),
-            "image_sha256": image.sha256,
-            "malformed": ",".join(map(str, found.malformed)),
-        },
-    )
+    Raises:
+        ServiceError: of several failures the one that says why nothing can be asked.
+    """
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    for failure in sorted(failures, key=lambda error: not isinstance(error, ServiceError)):
+        raise failure
+    return [result for result in results if not isinstance(result, BaseException)]

@@ -1,10 +1,11 @@
-"""Append-only JSONL that survives a kill: responses, verdicts, labels."""
+"""Append-only JSONL that survives a kill: responses and labels."""
 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar, get_args
 
@@ -30,27 +31,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredVerdict:
-    """A verdict and who gave it to which prompt."""
-
-    verifier: str
-    prompt_version: str
-    verdict: Verdict
-
-    @property
-    def key(self) -> tuple[str, str, str, str]:
-        """(prompt version, verifier, image content, fact): what a verdict depends on."""
-        query = self.verdict.query
-        return (self.prompt_version, self.verifier, query.image.sha256, query.text)
-
-
 class JsonlStore(Generic[T]):
-    """A JSONL file of one kind of record, read at the start and appended to in synced batches.
+    """A JSONL file of one kind of record, read as a stream and appended to in synced batches.
 
-    ``items`` holds the records in order. A batch is written with one system call and fsynced, so a
-    killed run loses at most the batch it was writing: a last line without its end is dropped with a
-    warning, and overwritten by the next ``append``. One process writes at a time.
+    Nothing is held in memory: each iteration reads the file. A batch is written with one system
+    call and fsynced, so a killed run loses at most the batch it was writing: a last line without
+    its end is dropped with a warning, and overwritten by the next ``append``. One process writes
+    at a time.
 
     Args:
         path: the file; created with its folder by the first ``append``.
@@ -58,7 +45,7 @@ class JsonlStore(Generic[T]):
         decode: JSON object to record; KeyError, TypeError and ValueError mean a malformed line.
 
     Raises:
-        DataError: a malformed line (names ``FILE:LINE``), or the file cannot be read.
+        DataError: the file cannot be read; when iterated, a malformed line (names ``FILE:LINE``).
     """
 
     def __init__(
@@ -66,11 +53,11 @@ class JsonlStore(Generic[T]):
     ) -> None:
         self.path = path
         self._encode = encode
-        self.items: list[T] = []
-        self._size = 0
+        self._decode = decode
+        self._count = self._size = 0
         self._torn = False
         try:
-            self._load(decode)
+            self._scan()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; check the file and its rights") from error
 
@@ -80,10 +67,13 @@ class JsonlStore(Generic[T]):
         Raises:
             DataError: the disk is full or the file cannot be written; nothing earlier is lost.
         """
-        batch = list(items)
-        if not batch:
+        self.append_lines([json.dumps(self._encode(item)) for item in items])
+
+    def append_lines(self, lines: Sequence[str]) -> None:
+        """Write records that were encoded elsewhere; see :meth:`append`."""
+        if not lines:
             return
-        content = "".join(json.dumps(self._encode(item)) + "\n" for item in batch).encode()
+        content = "".join(line + "\n" for line in lines).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as file:
@@ -98,62 +88,67 @@ class JsonlStore(Generic[T]):
         except OSError as error:
             raise DataError(
                 f"{self.path}: {error.strerror}; free some space and run again: the "
-                f"{len(self.items)} records written before are kept"
+                f"{self._count} records written before are kept"
             ) from error
         self._size += len(content)
-        self.items += batch
+        self._count += len(lines)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return self._count
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self.items)
+        """Read the records in order."""
+        return self.read(0, self._count) if self._count else iter(())
 
-    def _load(self, decode: Callable[[Json], T]) -> None:
+    def offsets(self, every: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield (position, records) of each run of ``every`` records, from record ``start`` on."""
+        position = begin = 0
+        taken = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(islice(file, self._count), start=1):
+                position += len(line)
+                if number <= start:
+                    begin = position
+                    continue
+                taken += 1
+                if taken == every:
+                    yield begin, taken
+                    begin, taken = position, 0
+        if taken:
+            yield begin, taken
+
+    def read(self, position: int, count: int) -> Iterator[T]:
+        """Read ``count`` records from a position that :meth:`offsets` gave, or from 0."""
+        with self.path.open("rb") as file:
+            file.seek(position)
+            for index, line in enumerate(islice(file, count)):
+                try:
+                    yield self._decode(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    number = self._lines_before(position) + index + 1
+                    raise DataError(
+                        f"{self.path}:{number}: malformed ({error!r}); repair or delete the line"
+                    ) from error
+
+    def _lines_before(self, position: int) -> int:
+        with self.path.open("rb") as file:
+            return file.read(position).count(b"\n")
+
+    def _scan(self) -> None:
         if not self.path.exists():
             return
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                self._torn = True
-                log.warning(
-                    "%s:%d: dropped the last line, which a killed run left unfinished; %d are kept",
-                    *(self.path, number, len(self.items)),
-                )
-                return
-            try:
-                self.items.append(decode(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"{self.path}:{number}: malformed ({error!r}); repair or delete the line"
-                ) from error
-            self._size += len(line)
-
-
-class VerdictStore:
-    """Verdicts of all verifiers and prompts so far; each distinct question is asked once."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = JsonlStore(path, encode_verdict, decode_verdict)
-        self._by_key = {item.key: item.verdict for item in self._file}
-
-    def get(
-        self, prompt_version: str, verifier: str, image_sha256: str, fact: str
-    ) -> Verdict | None:
-        """Return the verdict if this prompt and verifier gave it before."""
-        return self._by_key.get((prompt_version, verifier, image_sha256, fact))
-
-    def append(self, prompt_version: str, verifier: str, verdicts: Iterable[Verdict]) -> None:
-        """Store verdicts; see :meth:`JsonlStore.append`."""
-        items = [
-            StoredVerdict(verifier=verifier, prompt_version=prompt_version, verdict=verdict)
-            for verdict in verdicts
-        ]
-        self._file.append(items)
-        self._by_key.update((item.key, item.verdict) for item in items)
-
-    def __len__(self) -> int:
-        return len(self._by_key)
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    self._torn = True
+                    log.warning(
+                        "%s:%d: dropped the last line, which a killed run left unfinished; "
+                        "%d are kept",
+                        *(self.path, self._count + 1, self._count),
+                    )
+                    return
+                self._count += 1
+                self._size += len(line)
 
 
 def response_store(path: Path) -> JsonlStore[Response]:
@@ -193,27 +188,6 @@ def decode_response(row: Json) -> Response:
         rollout_logprobs=np.array(row["rollout_logprobs"], dtype=np.float32),
         finish=finish,
         policy_version=row["policy_version"],
-    )
-
-
-def encode_verdict(item: StoredVerdict) -> Json:
-    """Return a JSON object that ``decode_verdict`` turns back into the same verdict."""
-    return {
-        "verifier": item.verifier,
-        "prompt_version": item.prompt_version,
-        "image": asdict(item.verdict.query.image),
-        "fact": item.verdict.query.text,
-        **_encode_answer(item.verdict),
-    }
-
-
-def decode_verdict(row: Json) -> StoredVerdict:
-    """Return the verdict of a stored row."""
-    query = FactQuery(image=ImageRef(**row["image"]), text=row["fact"])
-    return StoredVerdict(
-        verifier=row["verifier"],
-        prompt_version=row["prompt_version"],
-        verdict=_decode_answer(query, row),
     )
 
 
