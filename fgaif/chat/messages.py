@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,9 @@ class PromptFile:
 
     def fill(self, **slots: str) -> str:
         """Put the values into their slots, each exactly as it is."""
-        text = self.text
-        for name, value in slots.items():
-            text = value.join(text.split(f"{{{name}}}"))
-        return text
+        # In one pass, so that a value which looks like a slot stays as it is.
+        names = re.compile("|".join(re.escape(f"{{{name}}}") for name in slots))
+        return names.sub(lambda slot: slots[slot[0][1:-1]], self.text)
 
 
 def load_prompt(path: Path, slots: Sequence[str]) -> PromptFile:
