@@ -19,6 +19,7 @@ Kind = Literal["object", "attribute", "relation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FinishReason = Literal["stop", "length"]
 Answer = Literal["yes", "no", "unknown"]
+Problem = Literal["", "failed", "unreadable"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -135,11 +136,17 @@ class FactQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The verifier's answer to one query. ``p_yes`` in [0, 1] where the model gives it."""
+    """The verifier's answer to one query. ``p_yes`` in [0, 1] where the model gives it.
+
+    ``problem`` says why nothing could be told: no reply, or none that could be read; an answer of
+    ``unknown`` without one is the model's own doubt. ``votes`` are those of a panel's members.
+    """
 
     query: FactQuery
     answer: Answer
     p_yes: float | None = None
+    problem: Problem = ""
+    votes: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

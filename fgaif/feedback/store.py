@@ -21,6 +21,7 @@ from fgaif.types import (
     ImageRef,
     Json,
     LabeledResponse,
+    Problem,
     Prompt,
     Response,
     Segment,
@@ -221,13 +222,25 @@ def decode_labeled(row: Json) -> LabeledResponse:
 
 
 def _encode_answer(verdict: Verdict) -> Json:
-    return {"answer": verdict.answer, "p_yes": verdict.p_yes}
+    return {
+        "answer": verdict.answer,
+        "p_yes": verdict.p_yes,
+        "problem": verdict.problem,
+        "votes": list(verdict.votes),
+    }
 
 
 def _decode_answer(query: FactQuery, row: Json) -> Verdict:
-    if row["answer"] not in get_args(Answer):
-        raise ValueError(f"answer = {row['answer']!r}")
-    return Verdict(query=query, answer=row["answer"], p_yes=row["p_yes"])
+    votes = tuple(row.get("votes", ()))  # rows of earlier versions have neither these nor a problem
+    problem = row.get("problem", "")
+    for answer in (row["answer"], *votes):
+        if answer not in get_args(Answer):
+            raise ValueError(f"answer = {answer!r}")
+    if problem not in get_args(Problem):
+        raise ValueError(f"problem = {problem!r}")
+    return Verdict(
+        query=query, answer=row["answer"], p_yes=row["p_yes"], problem=problem, votes=votes
+    )
 
 
 def _write_synced(descriptor: int, content: bytes) -> None:
