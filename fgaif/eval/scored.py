@@ -38,3 +38,9 @@ class Scored:
     def metrics(self) -> dict[str, float]:
         """The benchmark's figures over all items."""
         return {name: float(v) for name, v in self.figures(self.stats.sum(axis=0)).items()}
+
+
+def ratio(numerator: Stats, denominator: Stats) -> Stats:
+    """Divide sums elementwise; NaN where the denominator is 0."""
+    empty = np.full(np.broadcast(numerator, denominator).shape, np.nan)
+    return np.divide(numerator, denominator, out=empty, where=denominator != 0)
