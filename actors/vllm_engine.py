@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LlavaConfig
 
+from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError, DataError
-from fgaif.feedback.model_facts import TextRequest
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.model import load_processor
 from fgaif.types import FloatArray, Json, Prompt
@@ -35,6 +35,7 @@ _CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
 }
+RETRY_TEMPERATURE = 0.7
 _CPU_BLOCK = 32  # smallest that vLLM's fast CPU attention takes; its default of 128 wastes cache
 
 
@@ -161,32 +162,55 @@ class VllmEngine:
             answers[index] = min(1.0, sum(math.exp(scores[token]) for token in yes))
         return answers
 
-    def complete(self, requests: Sequence[TextRequest]) -> list[str]:
-        """Write one greedy answer per text prompt, held to its JSON schema.
+    def complete(self, requests: Sequence[ChatRequest]) -> list[Reply | None]:
+        """Write one answer per request, held to its JSON schema where it has one.
 
-        An answer that reaches ``max_tokens`` is cut and then no JSON; a prompt that does not fit
-        the context gets an empty answer, which is no JSON either.
+        An answer that reaches ``max_tokens`` is ``cut``; a question that does not fit the context
+        gets None. Repeated attempts are sampled, each with its own seed.
         """
         from vllm.sampling_params import StructuredOutputsParams
 
-        prompts = [self.encoder.text_ids(request.prompt) for request in requests]
-        fits = [i for i, ids in enumerate(prompts) if len(ids) < self.max_model_len]
+        inputs = [self._question(request) for request in requests]
+        fits = [i for i, (_, length) in enumerate(inputs) if length < self.max_model_len]
+        limits = [
+            min(request.max_tokens, self.max_model_len - length)
+            for request, (_, length) in zip(requests, inputs, strict=True)
+        ]
         outputs = self.run(
             (
-                {"type": "token", "prompt_token_ids": prompts[i]},
+                inputs[i][0],
                 sampling_parameters(
-                    temperature=0.0,
-                    max_tokens=min(requests[i].max_tokens, self.max_model_len - len(prompts[i])),
-                    structured_outputs=StructuredOutputsParams(json=requests[i].schema),
+                    temperature=asked.temperature if asked.attempt == 0 else RETRY_TEMPERATURE,
+                    seed=asked.attempt,
+                    max_tokens=limits[i],
+                    structured_outputs=(
+                        StructuredOutputsParams(json=asked.schema) if asked.schema else None
+                    ),
                 ),
             )
             for i in fits
+            if (asked := requests[i])
         )
-        texts = [""] * len(requests)
+        replies: list[Reply | None] = [None] * len(requests)
         for i, output in zip(fits, outputs, strict=True):
-            ids = output.outputs[0].token_ids
-            texts[i] = self.encoder.tokenizer.decode(ids, skip_special_tokens=True)
-        return texts
+            written = output.outputs[0]
+            ids = written.token_ids
+            replies[i] = Reply(
+                text=self.encoder.tokenizer.decode(ids, skip_special_tokens=True),
+                cut=written.finish_reason == "length",
+                input_tokens=inputs[i][1],
+                output_tokens=len(ids),
+            )
+        return replies
+
+    def _question(self, request: ChatRequest) -> tuple[Json, int]:
+        """Make the engine's input of a request, and its length in tokens."""
+        text = f"{request.system}\n\n{request.text}" if request.system else request.text
+        if request.image is None:
+            ids = self.encoder.text_ids(text)
+            return {"type": "token", "prompt_token_ids": ids}, len(ids)
+        item = self.encode(Prompt(id=request.subject, image=request.image, text=text))
+        return item, len(item["prompt_token_ids"])
 
     def merge_lora(self, scaling: float, tensors: dict[str, FloatArray]) -> list[str]:
         """Merge LoRA factors in every worker and forget prefixes cached under the old weights.

@@ -14,8 +14,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.pool import merge_in_order, split_by_cost
 from cluster.failures import translate
 from cluster.placement import Bundle, check_fits, plan_roles
+from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
-from fgaif.feedback.model_facts import TextRequest
+from fgaif.errors import ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.pending import Pending, Then
 from fgaif.types import (
@@ -118,14 +119,10 @@ class RolloutGroup(Pool):
 class JudgeGroup(Pool):
     """All verifier engines as one."""
 
-    def p_yes(self, prompts: Sequence[Prompt]) -> Pending[list[float]]:
-        """Split evenly, ask everywhere, return in order."""
-        return self.spread(lambda actor: actor.p_yes, prompts, [1.0] * len(prompts))
-
-    def complete(self, requests: Sequence[TextRequest]) -> Pending[list[str]]:
-        """Split by length of the answer, write everywhere, return in order."""
-        costs = [float(request.max_tokens) for request in requests]
-        return self.spread(lambda actor: actor.complete, requests, costs)
+    def answer(self, requests: Sequence[ChatRequest]) -> Pending[list[Reply | None]]:
+        """Split by length of the answer, ask everywhere, return in order."""
+        costs = [1.0 if request.yes_no else float(request.max_tokens) for request in requests]
+        return self.spread(lambda actor: actor.answer, requests, costs)
 
 
 class RewardGroup:
@@ -260,7 +257,13 @@ class Cluster:
         """The verifier's engines."""
         from actors.judge import JudgeActor
 
-        model = resolve_checkpoint(self._config.feedback.verifier)
+        name = self._config.feedback.local_verifier
+        if name is None:
+            raise ConfigError(
+                f"feedback.verifier = {self._config.feedback.verifier}: names no checkpoint, so "
+                "there is no judge to start"
+            )
+        model = resolve_checkpoint(name)
         return JudgeGroup(
             self._start("judge", "judge", lambda _: (JudgeActor, (model, self._config)))
         )

@@ -19,14 +19,20 @@ Stage = Literal[
 Status = Literal["done", "partial", "stale", "missing"]
 
 _SAMPLING = (
-    "seed", "data.train", "data.image_root", "data.feedback_prompts", "policy.model",
+    "seed", "data.train", "data.image_root", "data.seed", "data.feedback_prompts", "policy.model",
     "policy.dtype", "policy.max_new_tokens", "policy.temperature", "feedback.samples_per_prompt",
 )  # fmt: skip
 _EVALUATION = (
-    "seed", "data.held_out", "data.image_root", "data.eval_prompts", "policy.model",
+    "seed", "data.held_out", "data.image_root", "data.seed", "data.eval_prompts", "policy.model",
     "policy.dtype", "policy.max_new_tokens", "segment", "eval",
 )  # fmt: skip
-_RUN_ONLY = {"resume", "checkpoint_every", "keep_checkpoints"}
+_RUN_ONLY = {
+    *("resume", "checkpoint_every", "keep_checkpoints"),
+    *("max_cost", "max_tokens", "price_input", "price_output", "image_tokens"),
+    *("concurrency", "requests_per_minute", "tokens_per_minute", "timeout_s", "attempts"),
+    *("backoff_s", "breaker", "api_key_env", "api_key_file"),
+}
+"""Keys that change how the work is done, not what comes out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +45,7 @@ class StageSpec:
 
 STAGES: dict[Stage, StageSpec] = {
     "sample": StageSpec(keys=_SAMPLING),
-    "annotate": StageSpec(keys=("segment", "feedback"), after=("sample",)),
+    "annotate": StageSpec(keys=("segment", "feedback", "endpoints"), after=("sample",)),
     "train-reward": StageSpec(keys=("reward",), after=("annotate",)),
     "eval-before": StageSpec(keys=_EVALUATION, after=("train-reward",)),
     "train": StageSpec(keys=("data.ppo_prompts", "policy", "ppo"), after=("train-reward",)),
@@ -113,4 +119,8 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _without_run_only(section: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name not in _RUN_ONLY}
+    return {
+        name: _without_run_only(value) if isinstance(value, dict) else value
+        for name, value in section.items()
+        if name not in _RUN_ONLY
+    }

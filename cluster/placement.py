@@ -68,11 +68,12 @@ def model_size(path: Path) -> ModelSize:
 
 
 def plan_roles(config: Config) -> tuple[Bundle, ...]:
-    """Plan every actor of the PPO stage, one bundle each (the judge runs only while annotating)."""
+    """Plan every actor of the PPO stage, one bundle each (the judge runs only while annotating, and
+    only where the verifier is a checkpoint)."""
     cluster, width = config.cluster, 2 if config.policy.dtype == "bfloat16" else 4
     policy = model_size(resolve_checkpoint(config.policy.model))
     reward = model_size(resolve_checkpoint(config.reward_backbone))
-    judge = model_size(resolve_checkpoint(config.feedback.verifier))
+    judge = config.feedback.local_verifier
     kv_gib = cluster.engine.kv_cache_mib / 1024
     train = 16  # bytes per trained parameter: fp32 weight, gradient and two Adam moments
     need = {
@@ -83,7 +84,6 @@ def plan_roles(config: Config) -> tuple[Bundle, ...]:
         "learner": policy.parameters * width / _GIB
         + policy.lora_parameters(config.policy.lora) * train / _GIB
         + _activation_gib(config, policy),
-        "judge": judge.parameters * width / _GIB + kv_gib,
     }
     bundles: list[Bundle] = []
     bundles += _bundles("rollout", cluster.rollout, need["rollout"])
@@ -91,7 +91,9 @@ def plan_roles(config: Config) -> tuple[Bundle, ...]:
         bundles += _bundles("reward", cluster.reward, need["reward"], prefix=f"reward-{kind}")
     bundles += _bundles("reference", cluster.reference, need["reference"])
     bundles += _bundles("learner", cluster.learner, need["learner"])
-    bundles += _bundles("judge", cluster.judge, need["judge"])
+    if judge is not None:
+        weights = model_size(resolve_checkpoint(judge)).parameters * width / _GIB
+        bundles += _bundles("judge", cluster.judge, weights + kv_gib)
     return tuple(bundles)
 
 

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fgaif.errors import ConfigError
 from fgaif.types import KINDS, Kind
 
+API = "api:"
+"""Before the name of an entry of ``endpoints``."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(
@@ -22,12 +25,16 @@ class DataConfig(_Section):
     """Images and prompts."""
 
     train: str = "scenes:train"
-    """Prompts of steps 1 and 3: `scenes:SPLIT` (embedded world) or a .jsonl/.parquet file of rows
-    with `image`, `prompt` and optionally `id`."""
+    """Prompts of steps 1 and 3: `scenes:SPLIT` (embedded world), a .jsonl/.parquet file of rows
+    with `image`, `prompt` and optionally `id`, or `coco:PATH`, a COCO folder or annotation file."""
     held_out: str = "scenes:test"
     """Prompts of the evaluation and of the reward models' final check, never trained on."""
     image_root: Path | None = None
-    """Folder that relative image paths start from; default: the folder of the prompts file."""
+    """Folder that relative image paths start from; default: the folder of the prompts file, or of
+    COCO's images."""
+    seed: int = 0
+    """Draws the images of `coco:PATH`; apart from `seed`, so that runs compared over seeds see the
+    same images."""
     feedback_prompts: int = Field(2000, ge=1)
     """Prompts sampled for AI feedback (the paper: 3,500 images)."""
     ppo_prompts: int = Field(2000, ge=1)
@@ -144,6 +151,26 @@ class FeedbackConfig(_Section):
     def verifiers(self) -> tuple[str, ...]:
         """The verifiers as a tuple."""
         return (self.verifier,) if isinstance(self.verifier, str) else self.verifier
+
+    @property
+    def local_verifier(self) -> str | None:
+        """The checkpoint among the verifiers, which runs on our own actors."""
+        return next((name for name in self.verifiers if not name.startswith(API)), None)
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> Self:
+        local = [name for name in self.verifiers if not name.startswith(API)]
+        if not self.verifiers or len(local) > 1 or len(set(self.verifiers)) < len(self.verifiers):
+            raise ValueError(
+                f"feedback.verifier = {list(self.verifiers)}: give one or more different ones, at "
+                "most one of them a checkpoint; serve others with `fgaif openai-server`"
+            )
+        if self.extractor == "model" and not local:
+            raise ValueError(
+                "feedback.extractor = 'model' asks the verifier checkpoint, but every verifier is "
+                "an API: use feedback.extractor=api:NAME"
+            )
+        return self
 
 
 class RewardConfig(_Section):
@@ -379,6 +406,18 @@ class Config(_Section):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     study: StudyConfig = StudyConfig()
+
+    @model_validator(mode="after")
+    def _endpoints_exist(self) -> Self:
+        for key, names in (
+            ("feedback.extractor", (self.feedback.extractor,)),
+            ("feedback.verifier", self.feedback.verifiers),
+        ):
+            for name in names:
+                if name.startswith(API) and name.removeprefix(API) not in self.endpoints:
+                    known = ", ".join(self.endpoints) or "none"
+                    raise ValueError(f"{key} = {name!r}: no such entry of endpoints ({known})")
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -1,7 +1,7 @@
 """From verdicts to labels, and from the truth to how good the feedback was."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +75,7 @@ def label_segments(
 
 
 def feedback_accuracy(
-    labeled: Sequence[LabeledResponse], oracle: Oracle
+    labeled: Iterable[LabeledResponse], oracle: Oracle
 ) -> dict[Kind, KindAccuracy]:
     """Compare verdicts with the truth, per kind, over the facts that the oracle can judge."""
     counts: Counter[tuple[Kind, str]] = Counter()
@@ -100,15 +100,15 @@ def feedback_accuracy(
     }
 
 
-def class_balance(labeled: Sequence[LabeledResponse]) -> dict[Kind, dict[str, int]]:
+def class_balance(labeled: Iterable[LabeledResponse]) -> dict[Kind, dict[str, int]]:
     """Count the labels of each kind: ``none``, ``ok``, ``hallu``, ``unknown``."""
-    labels = [item.labels for item in labeled] or [np.empty((0, len(KINDS)), dtype=np.int64)]
-    stacked = np.concatenate(labels)
     names = {**{int(c): c.name.lower() for c in SegmentClass}, UNKNOWN: "unknown"}
-    return {
-        kind: {name: int((stacked[:, column] == code).sum()) for code, name in names.items()}
-        for column, kind in enumerate(KINDS)
-    }
+    counts = {kind: dict.fromkeys(names.values(), 0) for kind in KINDS}
+    for item in labeled:
+        for kind, column in zip(KINDS, item.labels.T.tolist(), strict=True):
+            for code in column:
+                counts[kind][names[code]] += 1
+    return counts
 
 
 def _answer(fact: Fact, verdicts: Mapping[str, Verdict]) -> Answer | None:

@@ -13,6 +13,7 @@ from fgaif.errors import DataError
 from fgaif.types import FloatArray, ImageRef, Prompt, Response
 
 _CACHE_BYTES = 256 * 2**20
+_PROMPTS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,8 @@ class Encoder:
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of the rendered prompt with the image placeholder expanded."""
         if text not in self._prompts:
+            if len(self._prompts) >= _PROMPTS:
+                self._prompts.clear()
             self._prompts[text] = self.expand(self.tokenizer(self.render(text))["input_ids"])
         return self._prompts[text]
 

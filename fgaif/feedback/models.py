@@ -1,0 +1,78 @@
+"""From the configuration to the models of step 1: who extracts, who verifies, what it may cost."""
+
+from fgaif.chat.cached import CachedChat
+from fgaif.chat.endpoint import Endpoint
+from fgaif.chat.limits import Budget, Usage
+from fgaif.chat.messages import ChatModel
+from fgaif.chat.store import ReplyStore
+from fgaif.config import API, Config
+from fgaif.errors import ConfigError
+from fgaif.feedback.annotate import Annotator
+from fgaif.feedback.extract import ModelFacts
+from fgaif.feedback.facts import FactExtractor, FactVerifier, SceneFacts, WholeSegments
+from fgaif.feedback.verify import VerifierPanel, YesNoVerifier, load_fact_prompt
+
+
+class FeedbackModels:
+    """The chat models that a run's feedback section names, behind one reply store and one budget.
+
+    ``local`` answers for the verifier checkpoint, which runs on our own actors.
+    """
+
+    def __init__(self, config: Config, store: ReplyStore, local: ChatModel | None) -> None:
+        self._config = config
+        self._store = store
+        self._local = local
+        self._budget = Budget(config.feedback.max_cost, config.feedback.max_tokens)
+        self._chats: dict[str, CachedChat] = {}
+
+    def annotator(self) -> Annotator:
+        """Extractor and verifiers as configured."""
+        return Annotator(self.extractor(), self.verifier(), self._config.segment.min_words)
+
+    def extractor(self) -> FactExtractor:
+        """Who states the atomic facts."""
+        feedback = self._config.feedback
+        if feedback.extractor == "scenes":
+            return SceneFacts()
+        if feedback.extractor == "segment":
+            return WholeSegments()
+        name = feedback.local_verifier if feedback.extractor == "model" else feedback.extractor
+        assert name is not None, "checked with the configuration"
+        endpoint = self._config.endpoints.get(name.removeprefix(API))
+        return ModelFacts(
+            self._chat(name),
+            per=feedback.extract_per,
+            prompts_dir=feedback.prompts_dir,
+            text_form=endpoint is not None and endpoint.structured == "text",
+            max_facts=feedback.max_facts,
+            reads=feedback.reads,
+        )
+
+    def verifier(self) -> FactVerifier:
+        """Who checks them; several vote."""
+        feedback = self._config.feedback
+        prompt = load_fact_prompt(feedback.prompt)
+        members = [
+            YesNoVerifier(
+                self._chat(name), prompt=prompt, abstain=feedback.abstain, reads=feedback.reads
+            )
+            for name in feedback.verifiers
+        ]
+        return members[0] if len(members) == 1 else VerifierPanel(members)
+
+    def usage(self) -> Usage:
+        """Requests, tokens and money of this process so far."""
+        return self._budget.usage()
+
+    def _chat(self, name: str) -> CachedChat:
+        if name not in self._chats:
+            self._chats[name] = CachedChat(self._open(name), self._store)
+        return self._chats[name]
+
+    def _open(self, name: str) -> ChatModel:
+        if name.startswith(API):
+            return Endpoint(self._config.endpoints[name.removeprefix(API)], self._budget)
+        if self._local is None:
+            raise ConfigError(f"feedback.verifier = {name!r}: its engine was not started")
+        return self._local
