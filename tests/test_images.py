@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fgaif.data.images import PixelCache, check_image, image_ref, load_image
+from fgaif.data.images import PixelCache, check_image, image_ref, load_image, read_image
 from fgaif.errors import DataError
 from fgaif.types import ImageRef
 
@@ -140,3 +140,22 @@ def test_cache_does_not_keep_what_is_larger_than_itself() -> None:
     cache = PixelCache(max_bytes=8)
     assert cache.get("a", lambda: np.zeros(100)).shape == (100,)
     assert (len(cache), cache.nbytes) == (0, 0)
+
+
+def test_a_file_is_read_only_as_it_was_listed(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png")
+    ref = check_image(path)
+    file = read_image(ref)
+    assert (file.format, file.width, file.height, file.upright) == ("PNG", 8, 6, True)
+    assert file.content == path.read_bytes()
+    write_image(path, (9, 6))
+    with pytest.raises(DataError, match=r"a\.png: changed since it was listed"):
+        read_image(ref)
+
+
+def test_a_rotated_photograph_is_told_apart(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = write_image(tmp_path / "a.jpg", exif=exif)
+    assert not read_image(image_ref(path)).upright
+    assert load_image(image_ref(path)).size == (6, 8)

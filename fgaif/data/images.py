@@ -6,8 +6,9 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,21 @@ _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 
 # What Pillow's decoders raise on broken files, besides OSError.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+
+_EXIF_ORIENTATION = 0x0112
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFile:
+    """A file's bytes and what its header says: Pillow's format name, pixels, EXIF rotation."""
+
+    content: bytes
+    format: str
+    width: int
+    height: int
+    upright: bool
 
 
 def image_ref(path: str | Path, root: Path | None = None) -> ImageRef:
@@ -52,9 +68,23 @@ def check_image(
         DataError: as ``image_ref``, or the image is broken or has more than ``max_pixels``.
     """
     ref, content = _read(path, root)
-    whole_jpeg = content.startswith(_JPEG_START) and content.endswith(_JPEG_END)
-    _decode(ref.path, content, max_pixels, _header_only if whole_jpeg else _to_rgb)
+    _header(ref.path, content, max_pixels)
     return ref
+
+
+def read_image(ref: ImageRef, max_pixels: int = MAX_PIXELS) -> ImageFile:
+    """Read an image's file, confirmed to be the content that ``ref`` names, and its header.
+
+    Raises:
+        DataError: as ``check_image``, or the file was changed since ``ref`` was made.
+    """
+    now, content = _read(ref.path, None)
+    if now.sha256 != ref.sha256:
+        raise DataError(
+            f"image {ref.path}: changed since it was listed (SHA-256 {now.sha256[:12]}, was "
+            f"{ref.sha256[:12]}); put the old file back or start a new run"
+        )
+    return _header(ref.path, content, max_pixels)
 
 
 def load_image(ref: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -113,9 +143,7 @@ def _read(path: str | Path, root: Path | None) -> tuple[ImageRef, bytes]:
     return ImageRef(path=str(resolved), sha256=hashlib.sha256(content).hexdigest()), content
 
 
-def _decode(
-    path: str, content: bytes, max_pixels: int, decode: Callable[[Image.Image], Image.Image]
-) -> Image.Image:
+def _decode(path: str, content: bytes, max_pixels: int, decode: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
@@ -132,8 +160,21 @@ def _decode(
     )
 
 
-def _header_only(image: Image.Image) -> Image.Image:
-    return image
+def _header(path: str, content: bytes, max_pixels: int) -> ImageFile:
+    whole_jpeg = content.startswith(_JPEG_START) and content.endswith(_JPEG_END)
+
+    def header(image: Image.Image) -> ImageFile:
+        if not whole_jpeg:
+            _to_rgb(image)
+        return ImageFile(
+            content=content,
+            format=image.format or "",
+            width=image.width,
+            height=image.height,
+            upright=image.getexif().get(_EXIF_ORIENTATION, 1) in (0, 1),
+        )
+
+    return _decode(path, content, max_pixels, header)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
