@@ -1,10 +1,10 @@
-"""Prompts from JSONL or Parquet rows, or the embedded world; bad images counted, not hidden."""
+"""Prompts from JSONL or Parquet rows, COCO, or the embedded world; bad images are counted."""
 
 import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +12,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from fgaif.data.coco import find_coco, read_coco
 from fgaif.data.images import MAX_PIXELS, check_image
+from fgaif.data.rows import read_rows
 from fgaif.data.scenes.files import write_split
+from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.data.scenes.world import Split
 from fgaif.errors import DataError
 from fgaif.types import ImageRef, Prompt
 
 SCENES = "scenes:"
+COCO = "coco:"
 _CHUNK = 512
 
 _COLUMNS = ("image", "images", "prompt", "id")
@@ -84,9 +85,11 @@ def load_prompts(
     and returned as such.
 
     Args:
-        source: a .jsonl or .parquet file, or ``scenes:SPLIT`` for the embedded world.
+        source: a .jsonl or .parquet file, ``scenes:SPLIT`` for the embedded world, or ``coco:PATH``
+            with a COCO folder or one of its annotation files: one prompt, "Describe this image in
+            detail.", for each image, by image id.
         root: folder that image paths start from and must lie in; default: the folder of the file,
-            which absolute paths may leave.
+            which absolute paths may leave, and for COCO the folder of the images.
         limit: number of prompts wanted; rows beyond are not looked at.
         seed: shuffles the rows before the limit.
         cache: where ``scenes:SPLIT`` writes its images; needed for it, as is ``limit``.
@@ -95,8 +98,13 @@ def load_prompts(
     Raises:
         DataError: unreadable file, bad row, id used twice, or no usable row.
     """
-    path = _write_scenes(source, limit, cache) if source.startswith(SCENES) else Path(source)
-    rows = _read_rows(path)
+    if source.startswith(COCO):
+        found = find_coco(Path(source.removeprefix(COCO)), root)
+        path, root = found.annotations, found.image_root
+        rows = _distinct(_coco_rows(path))
+    else:
+        path = _write_scenes(source, limit, cache) if source.startswith(SCENES) else Path(source)
+        rows = _distinct(_parse_row(path, n, row) for n, row in read_rows(path, _COLUMNS))
     if seed is not None:
         random.Random(seed).shuffle(rows)
     check = partial(_check, path.parent, root, max_pixels)
@@ -137,44 +145,22 @@ def _write_scenes(source: str, limit: int | None, cache: Path | None) -> Path:
     return write_split(cache / f"{split}-{limit}", cast(Split, split), limit)
 
 
-def _read_rows(path: Path) -> list[_Row]:
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: unknown kind of file; give a .jsonl or .parquet file")
-    try:
-        rows = [_parse_row(path, number, row) for number, row in readers[path.suffix](path)]
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; give an existing file") from error
+def _coco_rows(path: Path) -> Iterator[_Row]:
+    for image in read_coco(path).values():
+        where, name = f"{path}:image {image.id}", image.file_name
+        yield _Row(where=where, id=Path(name).stem, image=name, text=DESCRIBE)
+
+
+def _distinct(rows: Iterable[_Row]) -> list[_Row]:
+    """Collect the rows and see that no id is used twice."""
+    found = list(rows)
     first: dict[str, str] = {}
-    for row in rows:
+    for row in found:
         if first.setdefault(row.id, row.where) != row.where:
             raise DataError(
                 f"{row.where}: column `id`: {row.id!r} was used at {first[row.id]}; ids must differ"
             )
-    return rows
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}:{number}: not valid JSON ({error}); write one object per line"
-                ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
-            names = [name for name in file.schema_arrow.names if name in _COLUMNS]
-            rows = file.read(columns=names).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a whole Parquet file ({error}); write it again") from error
-    yield from enumerate(rows, start=1)
+    return found
 
 
 def _parse_row(path: Path, number: int, row: Any) -> _Row:

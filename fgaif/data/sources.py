@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgaif.config import Config
-from fgaif.data.prompts import SCENES, PromptSet, load_prompts
+from fgaif.data.prompts import COCO, SCENES, PromptSet, load_prompts
 from fgaif.data.scenes.files import read_scenes
 from fgaif.data.scenes.questions import sample_question
 from fgaif.data.scenes.world import Scene
@@ -30,7 +30,9 @@ class Source:
 
 
 def open_source(name: str, config: Config, limit: int) -> Source:
-    """Load ``scenes:SPLIT`` (drawn into the run folder first) or a prompts file.
+    """Load ``scenes:SPLIT`` (drawn into the run folder first), a prompts file, or ``coco:PATH``.
+
+    Of COCO, ``limit`` images are drawn by ``data.seed``; a smaller limit draws the first of them.
 
     Raises:
         DataError: the file, a row or a column cannot be used, or there is no such split.
@@ -39,6 +41,7 @@ def open_source(name: str, config: Config, limit: int) -> Source:
         name,
         root=config.data.image_root,
         limit=limit,
+        seed=config.data.seed if name.startswith(COCO) else None,
         cache=config.run_dir / "data",
         max_pixels=config.data.max_image_pixels,
     )

@@ -1,0 +1,73 @@
+"""Numbered rows of JSONL and Parquet files, read as a stream; errors name file and row."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fgaif.errors import DataError
+
+ParseLine = Callable[[str], Any]
+"""From one line to a value; ValueError or RecursionError mean a malformed line."""
+
+
+def read_rows(
+    path: Path, columns: tuple[str, ...], parse: ParseLine = json.loads
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, row) of a .jsonl or .parquet file; blank lines are passed over.
+
+    Args:
+        columns: read of a Parquet file, where they exist; a JSONL row is given whole.
+        parse: reads one line of a JSONL file.
+
+    Raises:
+        DataError: no such file, another kind of file, a line that cannot be parsed, or half a file.
+    """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path}: unknown kind of file; give a .jsonl or .parquet file")
+    try:
+        if path.suffix == ".jsonl":
+            yield from read_lines(path, parse)
+        else:
+            yield from read_parquet(path, columns)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; give an existing file") from error
+
+
+def read_lines(path: Path, parse: ParseLine = json.loads) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of the lines that are not blank.
+
+    Raises:
+        DataError: a line cannot be parsed or is not UTF-8.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{path}:{number}: not valid JSON ({error}); write one object per line"
+                ) from error
+
+
+def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
+    """Yield (number, row) of a Parquet file, those of ``columns`` that it has, batch by batch.
+
+    Raises:
+        DataError: not a whole Parquet file.
+    """
+    number = 0
+    try:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+            names = [name for name in file.schema_arrow.names if name in columns]
+            for batch in file.iter_batches(batch_size=1024, columns=names):
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
+                    number += 1
+                    yield number, row
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a whole Parquet file ({error}); write it again") from error
