@@ -19,6 +19,8 @@ class Scored:
 
     ``stats`` (N, D) holds per item what is summed; ``figures`` makes the benchmark's numbers from
     the sums, for one sum (D,) and for many (R, D): so resampling items is one matrix product.
+    ``groups`` are the names, in order of the columns, that ``figures`` was made for (splits, types,
+    categories): from them and the benchmark's name saved results get their figures again.
     ``units`` (N,) names what is resampled together, as a rule the image. ``items`` (N,) say for
     people what was asked and answered (``id``, ``image``, ``question``, ``answer``, ...), and
     ``badness`` (N,) which of them went worst. ``counts`` are what was left out, by reason;
@@ -30,6 +32,7 @@ class Scored:
     units: tuple[str, ...]
     stats: Stats
     figures: Figures
+    groups: tuple[str, ...] = ()
     items: tuple[Json, ...] = ()
     badness: Stats | None = None
     counts: dict[str, int] = field(default_factory=dict)
