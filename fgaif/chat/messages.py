@@ -11,6 +11,8 @@ from typing import Protocol
 from fgaif.errors import ConfigError, FgaifError
 from fgaif.types import ImageRef, Json
 
+_SLOT = re.compile(r"\{(\w+)\}")
+
 
 class RequestFailed(FgaifError, RuntimeError):
     """One request got no reply, retries included; the others may go on. One line, no secrets."""
@@ -89,8 +91,7 @@ class PromptFile:
     def fill(self, **slots: str) -> str:
         """Put the values into their slots, each exactly as it is."""
         # In one pass, so that a value which looks like a slot stays as it is.
-        names = re.compile("|".join(re.escape(f"{{{name}}}") for name in slots))
-        return names.sub(lambda slot: slots[slot[0][1:-1]], self.text)
+        return _SLOT.sub(lambda slot: slots.get(slot[1], slot[0]), self.text)
 
 
 def load_prompt(path: Path, slots: Sequence[str]) -> PromptFile:

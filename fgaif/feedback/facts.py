@@ -1,7 +1,8 @@
 """Who turns segments into atomic facts, and who checks them: the seams of step 1."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fgaif.data.scenes.facts import parse_facts
@@ -10,10 +11,18 @@ from fgaif.types import KINDS, Fact, FactQuery, Response, Segment, Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractedFacts:
-    """Facts of a response, and the indexes of segments that could not be (wholly) understood."""
+    """Facts of a response, and the indexes of segments that could not be (wholly) understood.
+
+    ``dropped`` counts the facts that were left out, by reason. ``unreadable`` counts the replies
+    that could not be read, those included after which the question was put again. ``failed`` says
+    that a request got no reply at all: a later run may do better.
+    """
 
     facts: tuple[Fact, ...]
     malformed: tuple[int, ...] = ()
+    dropped: dict[str, int] = field(default_factory=dict)
+    unreadable: int = 0
+    failed: bool = False
 
 
 class FactExtractor(Protocol):
@@ -23,13 +32,13 @@ class FactExtractor(Protocol):
     def name(self) -> str:
         """Model and prompt version, for the provenance of labels."""
 
-    def extract(
-        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
-    ) -> list[ExtractedFacts]:
-        """Return the facts of each response's segments, in order.
+    async def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
+        """Return the facts of a response's segments.
 
-        A segment that cannot be parsed is reported as malformed; only an extractor that cannot be
-        asked at all raises.
+        A segment that cannot be understood, or whose request failed, is reported as malformed.
+
+        Raises:
+            ServiceError: the model cannot be asked at all.
         """
 
 
@@ -44,11 +53,11 @@ class FactVerifier(Protocol):
     def prompt_version(self) -> str:
         """Name and digest of the prompt."""
 
-    def verify(self, queries: Sequence[FactQuery]) -> list[Verdict]:
-        """Return one verdict per query, in order.
+    async def verify(self, query: FactQuery) -> Verdict:
+        """Return the verdict; ``unknown`` with ``problem`` where the model gave none.
 
-        ``unknown`` with ``p_yes`` says that the model is undecided; ``unknown`` without it that
-        asking failed, so that it is asked again by a later run. Raises if nothing can be asked.
+        Raises:
+            ServiceError: the model cannot be asked at all.
         """
 
 
@@ -58,11 +67,9 @@ class SceneFacts:
 
     name: str = "scenes"
 
-    def extract(
-        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
-    ) -> list[ExtractedFacts]:
+    async def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
         """Parse each segment; text that is not of this world is malformed."""
-        return [self.parse(*pair) for pair in zip(responses, segments, strict=True)]
+        return self.parse(response, segments)
 
     def parse(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
         """Parse the segments of one response."""
@@ -87,18 +94,29 @@ class WholeSegments:
 
     name: str = "segment"
 
-    def extract(
-        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
-    ) -> list[ExtractedFacts]:
+    async def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
         """State every segment with words in it, once per kind."""
-        return [
-            ExtractedFacts(
-                facts=tuple(
-                    Fact(kind=kind, text=text, segment=part.index)
-                    for part in parts
-                    if (text := " ".join(response.text[part.char_start : part.char_end].split()))
-                    for kind in KINDS
-                )
-            )
-            for response, parts in zip(responses, segments, strict=True)
-        ]
+        facts = (
+            Fact(kind=kind, text=text, segment=segment.index)
+            for segment in segments
+            if (text := segment_text(response, segment))
+            for kind in KINDS
+        )
+        return ExtractedFacts(facts=tuple(facts))
+
+
+def segment_text(response: Response, segment: Segment) -> str:
+    """Return the words of a segment on one line."""
+    return " ".join(response.text[segment.char_start : segment.char_end].split())
+
+
+def merge_facts(parts: Iterable[ExtractedFacts]) -> ExtractedFacts:
+    """Put together what was found in different segments of one response."""
+    found = tuple(parts)
+    return ExtractedFacts(
+        facts=tuple(fact for part in found for fact in part.facts),
+        malformed=tuple(index for part in found for index in part.malformed),
+        dropped=dict(sum((Counter(part.dropped) for part in found), Counter())),
+        unreadable=sum(part.unreadable for part in found),
+        failed=any(part.failed for part in found),
+    )

@@ -1,43 +1,28 @@
-"""Put facts to a yes/no model, with a versioned prompt; a failure never becomes a verdict."""
+"""Put facts to a chat model, with a versioned prompt; a failure never becomes a verdict."""
 
-import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
-from fgaif.errors import ActorError, ConfigError
-from fgaif.types import Answer, FactQuery, Prompt, Verdict
+from fgaif.chat.messages import ChatModel, ChatRequest, PromptFile, RequestFailed, load_prompt
+from fgaif.errors import ConfigError
+from fgaif.feedback.annotate import gather_all
+from fgaif.feedback.facts import FactVerifier
+from fgaif.types import Answer, FactQuery, Problem, Verdict
 
 PROMPTS = Path(__file__).parent / "prompts"
-"""``statement`` is the embedded world's; ``faithscore`` has FaithScore's wording, word for word."""
+"""``statement`` is the embedded world's; ``check`` asks any LVLM for one word; ``faithscore`` has
+FaithScore's wording, word for word."""
 
-_FACT = "{fact}"
 _WORD = re.compile(r"[a-z]+")
-
-YesNoModel = Callable[[Sequence[Prompt]], list[float]]
-"""Returns p(yes) / (p(yes) + p(no)) of the first answer token for each prompt, in order; NaN where
-asking failed. It raises if the model as a whole cannot be asked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FactPrompt:
-    """The question put for each fact; ``version`` is its name and a digest of its text."""
-
-    version: str
-    text: str
-
-    def ask(self, query: FactQuery) -> Prompt:
-        """Return the prompt for a fact of an image."""
-        return Prompt(
-            id=f"{query.image.sha256[:16]}:{query.text}",
-            image=query.image,
-            text=self.text.replace(_FACT, query.text),
-        )
+_MARKS = " \t\n\u2581\u0120"  # white space, also as SentencePiece and byte-level BPE write it
+_MIN_MASS = 0.1
+_MAX_TOKENS = 8
 
 
-def load_fact_prompt(name: str) -> FactPrompt:
+def load_fact_prompt(name: str) -> PromptFile:
     """Read a prompt by its name in ``fgaif/feedback/prompts``, or from a path.
 
     Raises:
@@ -46,19 +31,13 @@ def load_fact_prompt(name: str) -> FactPrompt:
     shipped = PROMPTS / f"{name}.txt"
     path = shipped if "/" not in name and shipped.is_file() else Path(name)
     try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(sorted(file.stem for file in PROMPTS.glob("*.txt")))
+        return load_prompt(path, ["fact"])
+    except ConfigError as error:
+        stems = sorted(file.stem for file in PROMPTS.glob("*.txt"))
+        known = ", ".join(stem for stem in stems if not stem.startswith("facts"))
         raise ConfigError(
-            f"feedback.prompt = {name!r}: cannot be read; give a text file or one of {known}"
+            f"feedback.prompt = {name!r}: {error}; the package brings {known}"
         ) from error
-    if text.count(_FACT) != 1:
-        raise ConfigError(
-            f"feedback.prompt = {name!r}: {path} holds {_FACT} {text.count(_FACT)} times; "
-            "put it once, where the fact goes"
-        )
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return FactPrompt(version=f"{path.stem}-{digest}", text=text)
 
 
 def parse_answer(text: str) -> Answer:
@@ -69,39 +48,108 @@ def parse_answer(text: str) -> Answer:
     return "yes" if words[0] == "yes" else "no"
 
 
+def yes_probability(first_token: Sequence[tuple[str, float]]) -> float | None:
+    """Return P(yes) / (P(yes) + P(no)) of the first token.
+
+    P(yes) is the sum of exp(log-prob) over the alternatives that are "yes" but for case and white
+    space, P(no) the same for "no". None if the two together have less than a tenth of the mass:
+    then the model began to say something else, and their ratio tells nothing.
+    """
+    mass = {"yes": 0.0, "no": 0.0}
+    for token, logprob in first_token:
+        word = token.strip(_MARKS).lower()
+        if word in mass and logprob < 0.01:  # leaves out NaN; rounding may leave a trace above 0
+            mass[word] += math.exp(logprob)
+    total = mass["yes"] + mass["no"]
+    return mass["yes"] / total if total >= _MIN_MASS else None
+
+
 class YesNoVerifier:
-    """A verifier over any yes/no model: ``unknown`` within ``abstain`` of p(yes) = 0.5."""
+    """A verifier over any chat model.
+
+    Where the model gives the log-probs of the first token, the verdict is ``unknown`` within
+    ``abstain`` of p(yes) = 0.5; at exactly one half it always is. Else the text decides; one that
+    is no clear answer is asked for again, up to ``reads`` times in all.
+    """
 
     def __init__(
-        self, model: YesNoModel, *, model_id: str, prompt: FactPrompt, abstain: float = 0.0
+        self, model: ChatModel, prompt: PromptFile, *, abstain: float = 0.0, reads: int = 3
     ) -> None:
         self._model = model
         self._prompt = prompt
         self._abstain = abstain
-        self.name = f"{model_id} abstain={abstain:g}"
+        self._reads = reads
+        self.name = f"{model.name} abstain={abstain:g}"
         self.prompt_version = prompt.version
 
-    def verify(self, queries: Sequence[FactQuery]) -> list[Verdict]:
-        """Return one verdict per query, in order; see ``FactVerifier``.
+    async def verify(self, query: FactQuery) -> Verdict:
+        """Return the verdict; see ``FactVerifier``."""
+        for attempt in range(self._reads):
+            try:
+                reply = await self._model.ask(self._request(query, attempt))
+            except RequestFailed:
+                return Verdict(query=query, answer="unknown", problem="failed")
+            p_yes = yes_probability(reply.first_token)
+            if p_yes is not None:
+                return Verdict(query=query, answer=self._answer(p_yes), p_yes=p_yes)
+            answer = parse_answer(reply.text)
+            if answer != "unknown":
+                return Verdict(query=query, answer=answer)
+        return Verdict(query=query, answer="unknown", problem="unreadable")
 
-        Raises:
-            ActorError: the model returned another number of answers, or no probability.
-        """
-        probabilities = self._model([self._prompt.ask(query) for query in queries])
-        if len(probabilities) != len(queries):
-            raise ActorError(
-                f"verifier {self.name}: {len(probabilities)} answers to {len(queries)} questions"
-            )
-        return [
-            self._verdict(query, p_yes) for query, p_yes in zip(queries, probabilities, strict=True)
-        ]
+    def _answer(self, p_yes: float) -> Answer:
+        if abs(p_yes - 0.5) <= self._abstain:
+            return "unknown"
+        return "yes" if p_yes > 0.5 else "no"
 
-    def _verdict(self, query: FactQuery, p_yes: float) -> Verdict:
-        if math.isnan(p_yes):
-            return Verdict(query=query, answer="unknown")
-        if not 0 <= p_yes <= 1:
-            raise ActorError(f"verifier {self.name}: p(yes) = {p_yes} for {query.text!r}")
-        # At exactly one half the model says neither, whatever the band.
-        undecided = abs(p_yes - 0.5) <= self._abstain
-        answer: Answer = "unknown" if undecided else "yes" if p_yes > 0.5 else "no"
-        return Verdict(query=query, answer=answer, p_yes=float(p_yes))
+    def _request(self, query: FactQuery, attempt: int) -> ChatRequest:
+        return ChatRequest(
+            prompt_version=self._prompt.version,
+            subject=query.text,
+            text=self._prompt.fill(fact=query.text),
+            image=query.image,
+            max_tokens=_MAX_TOKENS,
+            yes_no=True,
+            attempt=attempt,
+        )
+
+
+class VerifierPanel:
+    """Several verifiers: the answer of more than half of all members, else ``unknown``.
+
+    ``votes`` are in the members' order; ``p_yes`` is their mean, where all give it, and may be on
+    the other side of one half than the majority. If nothing is decided, ``problem`` is that of a
+    member: "failed" rather than "unreadable", because asking again may then decide it.
+    """
+
+    def __init__(self, members: Sequence[FactVerifier]) -> None:
+        if not members:
+            raise ConfigError("feedback.verifier = []: names no verifier; give at least one")
+        self._members = tuple(members)
+        self.name = " + ".join(member.name for member in members)
+        self.prompt_version = " + ".join(member.prompt_version for member in members)
+
+    async def verify(self, query: FactQuery) -> Verdict:
+        """Ask all members at once; see ``FactVerifier``."""
+        verdicts = await gather_all(member.verify(query) for member in self._members)
+        votes = tuple(verdict.answer for verdict in verdicts)
+        answer: Answer = "unknown"
+        if votes.count("yes") * 2 > len(votes):
+            answer = "yes"
+        elif votes.count("no") * 2 > len(votes):
+            answer = "no"
+        chances = [verdict.p_yes for verdict in verdicts if verdict.p_yes is not None]
+        problems: set[Problem] = {verdict.problem for verdict in verdicts}
+        return Verdict(
+            query=query,
+            answer=answer,
+            p_yes=fmean(chances) if len(chances) == len(votes) else None,
+            problem=_worst(problems) if answer == "unknown" else "",
+            votes=votes,
+        )
+
+
+def _worst(problems: set[Problem]) -> Problem:
+    if "failed" in problems:
+        return "failed"
+    return "unreadable" if "unreadable" in problems else ""
