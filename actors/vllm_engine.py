@@ -27,10 +27,10 @@ from fgaif.types import FloatArray, Json, Prompt
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 # The engine runs in the actor's process: three processes would import vllm one after the other.
 # Without TORCHDYNAMO_DISABLE the first request with log-probs compiles a helper for 15-20 s.
-_CPU_ENVIRONMENT = {
+CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCHDYNAMO_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
@@ -55,15 +55,15 @@ class VllmEngine:
     def __init__(self, model_dir: Path, config: Config) -> None:
         start = time.perf_counter()
         engine, on_gpu = config.cluster.engine, torch.cuda.is_available()
-        for name, value in (_ENVIRONMENT if on_gpu else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
+        for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT | CPU_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
         from vllm import LLM
 
         processor = load_processor(model_dir)
         model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
-        self.max_model_len = min(engine.max_model_len, model.text_config.max_position_embeddings)
+        self.max_model_len = context_length(model_dir, config)
         try:
-            llm = LLM(str(model_dir), **_settings(config, self.max_model_len, on_gpu))
+            llm = LLM(str(model_dir), **engine_settings(config, self.max_model_len, on_gpu))
         except ValueError as error:
             raise ConfigError(
                 f"vLLM refuses {model_dir} with cluster.engine = {engine.model_dump()}: {error}"
@@ -272,7 +272,14 @@ def _first_ids(tokenizer: Any, word: str) -> set[int]:
     return {ids[0] for ids in pieces if len(ids) == 1} or {ids[0] for ids in pieces}
 
 
-def _settings(config: Config, max_model_len: int, on_gpu: bool) -> Json:
+def context_length(model_dir: Path, config: Config) -> int:
+    """Tokens of prompt and answer together: as configured, as far as the model goes."""
+    model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
+    return min(config.cluster.engine.max_model_len, model.text_config.max_position_embeddings)
+
+
+def engine_settings(config: Config, max_model_len: int, on_gpu: bool) -> Json:
+    """vLLM's engine arguments, here and in the server."""
     engine = config.cluster.engine
     device: Json = (
         {"gpu_memory_utilization": engine.gpu_memory_utilization}

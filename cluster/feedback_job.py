@@ -9,9 +9,8 @@ import asyncio
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +30,7 @@ from fgaif.config import Config
 from fgaif.feedback.annotate import gather_all
 from fgaif.feedback.models import FeedbackModels
 from fgaif.feedback.segment import segment_responses
-from fgaif.feedback.store import JsonlStore, encode_labeled, label_store, response_store
+from fgaif.feedback.store import JsonlStore, encode_labeled, response_store
 from fgaif.files import write_whole
 from fgaif.types import LabeledResponse, Response
 
@@ -157,7 +156,9 @@ def _dataset(
     here = ray.get_runtime_context().get_node_id()
     parallel = min(_CONCURRENT_CHUNKS, len(chunks))
     backend = tokenizer.backend_tokenizer.to_str()
-    return ray.data.from_items(list(range(len(chunks))), override_num_blocks=len(chunks)).map_batches(
+    return ray.data.from_items(
+        list(range(len(chunks))), override_num_blocks=len(chunks)
+    ).map_batches(
         AnnotateChunk,
         fn_constructor_args=(config, backend, chunks, judges, judge_name),
         batch_size=None,

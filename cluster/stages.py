@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -23,11 +23,13 @@ from rich.progress import (
 from rich.table import Table
 
 from cluster.driver import PpoData, PpoDriver
-from cluster.launch import Cluster, JudgeGroup
+from cluster.feedback_job import annotate_responses
+from cluster.launch import Cluster
 from cluster.ledger import ORDER, STAGES, Ledger, Stage
 from cluster.placement import plan_roles, plan_table
 from cluster.roles import Roles
 from cluster.train_rewards import train_rewards
+from fgaif.chat.limits import Usage
 from fgaif.config import Config, dump_config, with_overrides
 from fgaif.data.order import request_seed
 from fgaif.data.scenes.facts import oracle
@@ -40,13 +42,11 @@ from fgaif.eval.pope import PopeQuestion
 from fgaif.eval.report import build_report, console_table
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.eval.store import Phase, write_eval
-from fgaif.feedback.annotate import annotate
-from fgaif.feedback.facts import FactExtractor, SceneFacts, WholeSegments
+from fgaif.feedback.annotate import feedback_losses
+from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.labels import Oracle, class_balance, feedback_accuracy
-from fgaif.feedback.model_facts import ModelFacts
 from fgaif.feedback.segment import segment_response
-from fgaif.feedback.store import VerdictStore, label_store, response_store
-from fgaif.feedback.verify import YesNoVerifier, load_fact_prompt
+from fgaif.feedback.store import label_store, response_store
 from fgaif.files import write_whole
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
@@ -56,7 +56,7 @@ from fgaif.reward.metrics import reward_metrics
 from fgaif.tracking import Tracker
 from fgaif.types import KINDS, GenerationRequest, Json, LabeledResponse, Response, Segment
 
-_REQUESTS, _QUESTIONS = 256, 1024
+_REQUESTS = 256
 """Items per call and replica: few enough for a moving progress bar, enough for full batches."""
 
 _OUTPUTS: dict[Stage, tuple[str, ...]] = {
@@ -67,7 +67,7 @@ _OUTPUTS: dict[Stage, tuple[str, ...]] = {
     "train": ("policy",),
     "eval-after": ("eval/after.json", "eval/after_captions.jsonl"),
 }
-"""What a stage is done anew without; verdicts stay, being keyed by all that they depend on."""
+"""What a stage is done anew without; replies stay, being keyed by all that they depend on."""
 
 
 def run_stages(
@@ -93,7 +93,7 @@ def run_stages(
     if heavy:
         with Cluster(config) as cluster:
             run = Run(config, cluster, console)
-            if "annotate" in heavy:
+            if "annotate" in heavy and config.feedback.local_verifier is not None:
                 cluster.judges()  # loads while the policy samples
             for stage in heavy:
                 run.prepare(stage, ledger, force)
@@ -201,59 +201,47 @@ class Run:
     def annotate(self) -> None:
         """Step 1b: segments, facts, verdicts, labels."""
         config, folder = self._config, self._dir / "feedback"
-        responses = list(response_store(self._dir / "responses" / "responses.jsonl"))
-        verdicts = VerdictStore(folder / "verdicts.jsonl")
         labels = label_store(folder / "labels.jsonl")
-        known = {item.response.id for item in labels}
-        todo = [response for response in responses if response.id not in known]
-        judges = self._cluster.judges()
-        model_id = checkpoint_digest(resolve_checkpoint(config.feedback.verifier))[:16]
-        verifier = YesNoVerifier(
-            lambda prompts: judges.p_yes(prompts).result(),
-            model_id=model_id,
-            prompt=load_fact_prompt(config.feedback.prompt),
-            abstain=config.feedback.abstain,
-        )
-        extractor = self._extractor(judges, model_id)
-        size = _REQUESTS * config.cluster.judge.replicas
-        with self._progress("verifying facts") as progress:
-            for start in range(0, len(todo), size):
-                progress(len(known) + start, len(responses))
-                chunk = todo[start : start + size]
-                labels.append(
-                    annotate(
-                        chunk,
-                        self._tokenizer,
-                        extractor,
-                        verifier,
-                        verdicts,
-                        min_words=config.segment.min_words,
-                        batch_size=_QUESTIONS * config.cluster.judge.replicas,
-                    )
-                )
-            progress(len(responses), len(responses))
-        self._write_summary(folder / "summary.json", list(labels))
+        judges, judge_name = None, ""
+        if config.feedback.local_verifier is not None:
+            judges = self._cluster.judges()
+            checkpoint = resolve_checkpoint(config.feedback.local_verifier)
+            judge_name = checkpoint_digest(checkpoint)[:16]
+        with self._progress("labelling responses") as progress:
+
+            def report(done: int, total: int, usage: Usage | None) -> None:
+                text = usage.line() if usage else ""
+                progress(done, total, note=text)
+
+            annotate_responses(config, labels, self._tokenizer, judges, judge_name, report)
+        self._write_summary(folder / "summary.json", labels)
         self._cluster.stop("judge")
 
-    def _extractor(self, judges: JudgeGroup, model_id: str) -> FactExtractor:
-        choice = self._config.feedback.extractor
-        if choice != "model":
-            return SceneFacts() if choice == "scenes" else WholeSegments()
-        return ModelFacts(lambda asked: judges.complete(asked).result(), model_id=model_id)
-
-    def _write_summary(self, path: Path, labeled: Sequence[LabeledResponse]) -> None:
-        """Class balance, and accuracy against the oracle where there is one."""
+    def _write_summary(self, path: Path, labeled: Iterable[LabeledResponse]) -> None:
+        """Class balance, what was left out, and accuracy against the oracle where there is one."""
         truth = self._oracle()
         kinds = feedback_accuracy(labeled, truth) if truth else {}
+        losses = feedback_losses(labeled)
+        responses = losses.pop("responses", 0)
         write_json(
             path,
             {
                 "accuracy": {k: a.accuracy for k, a in kinds.items() if a.judged},
                 "facts": {kind: asdict(item) for kind, item in kinds.items()},
                 "classes": class_balance(labeled),
+                "responses": responses,
+                "losses": losses,
                 "skipped": {"rows": len(self.train_source.prompts.skipped)},
             },
         )
+        if any(losses.values()):
+            text = ", ".join(f"{count} {name}" for name, count in losses.items() if count)
+            self._console.print(f"left out: {text}", markup=False)
+        if losses.get("facts failed") or losses.get("responses failed"):
+            self._console.print(
+                "failed requests are asked again by `fgaif annotate --force`, which pays for no "
+                "stored reply"
+            )
 
     def train_reward(self) -> None:
         """Step 2: one reward model per kind."""
@@ -415,12 +403,13 @@ class Run:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self._console) as bars:
-            tasks = {name: bars.add_task(name, total=None) for name in names}
+            tasks = {name: bars.add_task(name, total=None, note="") for name in names}
 
-            def report(done: int, total: int, name: str = names[0]) -> None:
-                bars.update(tasks[name], completed=done, total=total)
+            def report(done: int, total: int, name: str = names[0], note: str = "") -> None:
+                bars.update(tasks[name], completed=done, total=total, note=note)
 
             yield report
 

@@ -143,9 +143,10 @@ class FeedbackConfig(_Section):
     reads: int = Field(3, ge=1)
     """Times that a question is put whose replies cannot be read."""
     max_cost: float | None = Field(None, gt=0)
-    """Money, in the currency of the prices, that the replies of this run may cost."""
+    """Money, in the currency of the prices, that all replies of this run may cost, those of
+    earlier tries included."""
     max_tokens: int | None = Field(None, ge=1)
-    """Tokens, input and output, that this run may use."""
+    """Tokens, input and output, that all replies of this run may use."""
 
     @property
     def verifiers(self) -> tuple[str, ...]:

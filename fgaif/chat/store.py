@@ -101,6 +101,13 @@ class ReplyStore:
                     name: json.loads(named[name]) for name in ("request", "reply") if named[name]
                 }
 
+    def tokens(self, model: str) -> tuple[int, int]:
+        """Input and output tokens of all replies of a model so far."""
+        query = "SELECT SUM(input_tokens), SUM(output_tokens) FROM replies WHERE model = ?"
+        with self._errors():
+            row = self._file.execute(query, (model,)).fetchone()
+        return int(row[0] or 0), int(row[1] or 0)
+
     def __len__(self) -> int:
         """Replies without the failures."""
         return self._count("failure IS NULL")

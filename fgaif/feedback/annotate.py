@@ -1,15 +1,18 @@
 """Step 1 after sampling: one response to one labelled response."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import TypeVar
 
 from fgaif.errors import ServiceError
 from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier
 from fgaif.feedback.labels import label_segments
-from fgaif.types import FactQuery, LabeledResponse, Response, Segment
+from fgaif.types import UNKNOWN, FactQuery, LabeledResponse, Response, Segment
 
 T = TypeVar("T")
+DROPPED = "dropped "
+"""Before the reason, in the provenance of a response some of whose facts were left out."""
 
 
 class Annotator:
@@ -49,6 +52,8 @@ class Annotator:
         )
 
     def _provenance(self, response: Response, found: ExtractedFacts) -> dict[str, str]:
+        trouble = {"unreadable": found.unreadable, "failed": int(found.failed)}
+        trouble |= {f"{DROPPED}{reason}": count for reason, count in found.dropped.items()}
         return {
             "extractor": self._extractor.name,
             "verifier": self._verifier.name,
@@ -57,7 +62,27 @@ class Annotator:
             "policy_version": str(response.policy_version),
             "image_sha256": response.prompt.image.sha256,
             "malformed": ",".join(map(str, found.malformed)),
-        }
+        } | {name: str(count) for name, count in sorted(trouble.items()) if count}
+
+
+def feedback_losses(labeled: Iterable[LabeledResponse]) -> dict[str, int]:
+    """Count what the labels had to do without, over all responses, one pass.
+
+    Verdicts of a fact that several segments state count once per response.
+    """
+    counts: Counter[str] = Counter()
+    for item in labeled:
+        counts["responses"] += 1
+        counts["segments with an unknown label"] += int((item.labels == UNKNOWN).any(axis=1).sum())
+        counts["responses failed"] += int("failed" in item.provenance)
+        counts["replies unreadable"] += int(item.provenance.get("unreadable", "0"))
+        for name, count in item.provenance.items():
+            if name.startswith(DROPPED):
+                counts[f"facts {name}"] += int(count)
+        for verdict in item.verdicts.values():
+            if verdict.answer == "unknown":
+                counts[f"facts {verdict.problem or 'undecided'}"] += 1
+    return dict(counts)
 
 
 def fact_texts(found: ExtractedFacts) -> list[str]:

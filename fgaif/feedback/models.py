@@ -2,7 +2,7 @@
 
 from fgaif.chat.cached import CachedChat
 from fgaif.chat.endpoint import Endpoint
-from fgaif.chat.limits import Budget, Usage
+from fgaif.chat.limits import Budget, Usage, price
 from fgaif.chat.messages import ChatModel
 from fgaif.chat.store import ReplyStore
 from fgaif.config import API, Config
@@ -54,9 +54,7 @@ class FeedbackModels:
         feedback = self._config.feedback
         prompt = load_fact_prompt(feedback.prompt)
         members = [
-            YesNoVerifier(
-                self._chat(name), prompt=prompt, abstain=feedback.abstain, reads=feedback.reads
-            )
+            YesNoVerifier(self._chat(name), prompt, abstain=feedback.abstain, reads=feedback.reads)
             for name in feedback.verifiers
         ]
         return members[0] if len(members) == 1 else VerifierPanel(members)
@@ -72,7 +70,11 @@ class FeedbackModels:
 
     def _open(self, name: str) -> ChatModel:
         if name.startswith(API):
-            return Endpoint(self._config.endpoints[name.removeprefix(API)], self._budget)
+            settings = self._config.endpoints[name.removeprefix(API)]
+            endpoint = Endpoint(settings, self._budget)
+            # What earlier runs of this job paid counts towards its budget.
+            self._budget.charge(price(settings, *self._store.tokens(endpoint.name)))
+            return endpoint
         if self._local is None:
             raise ConfigError(f"feedback.verifier = {name!r}: its engine was not started")
         return self._local

@@ -1,0 +1,52 @@
+"""vLLM's own OpenAI-compatible server for a local checkpoint, with settings that work here."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT, context_length, engine_settings
+from fgaif.config import Config
+from fgaif.errors import ConfigError
+
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Where vLLM reads the key that clients must send; unset, it asks for none."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def server_command(model: Path, name: str, config: Config, host: str, port: int) -> list[str]:
+    """The command that serves ``model`` under ``name`` with ``config.cluster.engine``.
+
+    Raises:
+        ConfigError: an address that others can reach, without a key.
+    """
+    if host not in LOOPBACK and not os.environ.get(KEY_VARIABLE):
+        raise ConfigError(
+            f"--host {host}: others can reach it, so set {KEY_VARIABLE} to a key that they must "
+            "send, or serve on 127.0.0.1"
+        )
+    on_gpu = torch.cuda.is_available()
+    settings = engine_settings(config, context_length(model, config), on_gpu)
+    del settings["worker_extension_cls"]  # the server's weights stay as they are
+    settings |= {"model": str(model), "served_model_name": name, "host": host, "port": port}
+    flags = [part for key, value in settings.items() for part in _flag(key, value)]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def server_environment() -> dict[str, str]:
+    """Environment of the server process; what is set already stays."""
+    ours = dict(ENVIRONMENT)
+    if not torch.cuda.is_available():
+        # Bound threads would all sit on core 0, beside everything else.
+        ours |= CPU_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return ours | dict(os.environ)
