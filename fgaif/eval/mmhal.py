@@ -18,15 +18,7 @@ import numpy as np
 
 from fgaif.chat.messages import ChatModel, ChatRequest, PromptFile, load_prompt
 from fgaif.errors import DataError
-from fgaif.eval.judge import (
-    CONCURRENCY,
-    PROMPTS,
-    READS,
-    Judgement,
-    Progress,
-    failures,
-    judge_all,
-)
+from fgaif.eval.judge import CONCURRENCY, PROMPTS, READS, Judgement, Progress, failures, judge_all
 from fgaif.eval.rows import Row, read_rows
 from fgaif.eval.scored import Figures, Scored, Stats, ratio
 from fgaif.types import Json
@@ -260,7 +252,6 @@ def _check_question(item: MmhalItem, row: Row) -> None:
 
 
 def _request(prompt: PromptFile, item: MmhalItem) -> ChatRequest:
-    # The answer comes last: what it says is never taken for a slot.
     text = prompt.fill(
         image_content=", ".join(item.contents),
         question=item.question,
