@@ -1,14 +1,11 @@
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from fgaif.data.scenes.questions import verify_question
-from fgaif.errors import ActorError, ConfigError, DataError
+from fgaif.errors import DataError
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.labels import class_balance, feedback_accuracy, label_segments
-from fgaif.feedback.verify import FactPrompt, YesNoVerifier, load_fact_prompt, parse_answer
 from fgaif.types import (
     UNKNOWN,
     Answer,
@@ -149,89 +146,9 @@ def test_scene_facts_go_by_segment_and_name_what_they_presuppose() -> None:
         Segment(index=0, char_start=0, char_end=21, token_start=0, token_end=1),
         Segment(index=1, char_start=21, char_end=31, token_start=1, token_end=2),
     ]
-    found = SceneFacts().extract([respond(text)], [segments])[0]
+    found = SceneFacts().parse(respond(text), segments)
     assert [(f.kind, f.text, f.segment, f.requires) for f in found.facts] == [
         ("object", "There is a moon.", 0, ()),
         ("attribute", "There is a red moon.", 0, ("There is a moon.",)),
     ]
     assert found.malformed == (1,)
-
-
-class Model:
-    """Answers with fixed probabilities, and remembers what it was asked."""
-
-    def __init__(self, *answers: float) -> None:
-        self.answers, self.asked = list(answers), []
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[float]:
-        self.asked += [prompt.text for prompt in prompts]
-        return self.answers
-
-
-def verify(model: Model, texts: Sequence[str], abstain: float = 0.0) -> list[Verdict]:
-    verifier = YesNoVerifier(
-        model, model_id="m", prompt=load_fact_prompt("statement"), abstain=abstain
-    )
-    return verifier.verify([FactQuery(image=IMAGE, text=text) for text in texts])
-
-
-def test_verdicts_follow_the_probability_and_abstain_around_one_half() -> None:
-    model = Model(0.9, 0.1, 0.55, 0.5)
-    verdicts = verify(model, list("abcd"))
-    assert [v.answer for v in verdicts] == ["yes", "no", "yes", "unknown"]
-    assert [v.p_yes for v in verdicts] == [0.9, 0.1, 0.55, 0.5]
-    assert model.asked[0] == "Statement: a Is this right?"
-    assert [v.answer for v in verify(model, list("abcd"), abstain=0.1)][2] == "unknown"
-
-
-def test_a_failure_is_never_an_answer() -> None:
-    assert verify(Model(math.nan), ["a"]) == [
-        Verdict(query=FactQuery(image=IMAGE, text="a"), answer="unknown", p_yes=None)
-    ]
-    with pytest.raises(ActorError, match="1 answers to 2 questions"):
-        verify(Model(0.5), ["a", "b"])
-    with pytest.raises(ActorError, match=r"p\(yes\) = 1\.5 for 'a'"):
-        verify(Model(1.5), ["a"])
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (" Yes.", "yes"),
-        ("no, it is blue", "no"),
-        ("**Yes**", "yes"),
-        ("Yes and no", "unknown"),
-        ("Nobody knows", "unknown"),
-        ("I think yes", "unknown"),
-        ("", "unknown"),
-    ],
-)
-def test_written_answers_are_read_strictly(text: str, answer: Answer) -> None:
-    assert parse_answer(text) == answer
-
-
-def test_shipped_prompts_are_the_worlds_and_faithscores() -> None:
-    query = FactQuery(image=IMAGE, text="There is a {red} moon.")
-    statement, faithscore = load_fact_prompt("statement"), load_fact_prompt("faithscore")
-    assert statement.ask(query).text == verify_question(query.text)
-    assert faithscore.ask(query).text == (
-        "Statement: There is a {red} moon. Is this statement is right according to the image? "
-        "Please answer yes or no."
-    )
-    assert statement.version.startswith("statement-")
-    assert statement.version != faithscore.version
-
-
-def test_a_prompt_may_be_a_file_and_its_version_changes_with_its_text(tmp_path) -> None:
-    path = tmp_path / "mine.txt"
-    path.write_text("Is it true? {fact}")
-    first = load_fact_prompt(str(path))
-    assert first.text == "Is it true? {fact}"
-    path.write_text("Is it right? {fact}")
-    assert load_fact_prompt(str(path)).version != first.version
-    path.write_text("Is it true?")
-    with pytest.raises(ConfigError, match=r"mine\.txt holds \{fact\} 0 times"):
-        load_fact_prompt(str(path))
-    with pytest.raises(ConfigError, match=r"feedback\.prompt = 'nope'.*faithscore, statement"):
-        load_fact_prompt("nope")
-    assert isinstance(first, FactPrompt)

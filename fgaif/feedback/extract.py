@@ -35,7 +35,7 @@ class ModelFacts:
         per: ``segment`` puts each segment in a request of its own, the response around it.
         text_form: use the plain-text form from the start.
         max_facts: facts of one kind in one segment.
-        prompts_dir: folder with ``facts.txt`` and ``facts_text.txt``, each with the slot ``{segments}``
+        prompts_dir: folder with ``facts.txt`` and ``facts_text.txt``, each with ``{segments}`` once
             (or ``facts_segment.txt`` and ``facts_segment_text.txt``, with ``{response}`` and
             ``{segment}``); with ``text_form`` only the second.
 

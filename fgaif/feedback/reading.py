@@ -162,13 +162,14 @@ def _keep(
 
 
 def _entries(text: str, count: int, dropped: Counter[str]) -> _Entries:
-    """Read either form. Both go through the same model, which also refuses broken Unicode."""
+    """Read either form; both go through the same checks."""
     fenced = _FENCED.search(text)
     try:
         data = json.loads(fenced[1] if fenced else text, object_pairs_hook=_distinct)
     except ValueError:
         data = _text_form(text, count, dropped)
     entries = _Entries.model_validate(data)
+    json.dumps(data, ensure_ascii=False).encode()  # raises on half characters (lone surrogates)
     if len(entries.segments) != count:
         raise ValueError(f"{len(entries.segments)} entries for {count} segments")
     return entries
