@@ -1,97 +1,125 @@
 """CHAIR: objects that captions name and images do not show (Rohrbach et al., 2018).
 
-A ``Vocabulary`` maps words and phrases to objects. The embedded world uses its nouns; a COCO table
-in the official format (one line per object: its name, then synonyms) reads with ``from_lines``.
+A ``Vocabulary`` maps words and phrases to objects: the embedded world's nouns, the 80 categories of
+COCO (``fgaif.eval.coco_words``), or any table of one object per line.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from lemminflect import getLemma
 
 from fgaif.errors import DataError
+from fgaif.eval.answers import Caption
+from fgaif.eval.scored import Scored, Stats
+from fgaif.types import Json
 
-_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-_IRREGULAR = {
-    "men": "man",
-    "women": "woman",
-    "children": "child",
-    "people": "person",
-    "mice": "mouse",
-    "geese": "goose",
-}
+# A word, the ending of a possessive (as in "dog" + "'s"), or a punctuation mark, which ends phrases
+_TOKEN = re.compile(r"[^\W_]+(?:(?:-|['’](?!s\b))[^\W_]+)*|['’]s\b|\S")
+COLUMNS = ("captions", "hallucinating", "mentions", "hallucinated", "shown", "covered", "words")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Names of objects by phrase. ``phrases`` maps a lower-case phrase in the singular, words
-    separated by one space, to its object; the longest phrase at a place wins."""
+    """Names of objects by phrase.
 
-    phrases: Mapping[str, str]
+    ``phrases`` maps a lower-case phrase, its last word in the singular, to an object, or to None
+    if it names none, as "home plate" is no plate; the longest phrase at a place wins.
+    ``dropped_beside`` maps a phrase to a word: beside that word in the same text the phrase names
+    nothing, as the seat of a toilet is no chair.
+    """
+
+    phrases: Mapping[str, str | None]
+    dropped_beside: Mapping[str, str] = field(default_factory=dict)
+    _longest: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        longest: dict[str, int] = {}
+        for first, *rest in map(str.split, self.phrases):
+            longest[first] = max(longest.get(first, 0), 1 + len(rest))
+        object.__setattr__(self, "_longest", longest)
+
+    @property
+    def objects(self) -> frozenset[str]:
+        """The objects that have a name here."""
+        return frozenset(name for name in self.phrases.values() if name is not None)
 
     @classmethod
     def from_nouns(cls, nouns: Iterable[str]) -> "Vocabulary":
         """Make a vocabulary in which each noun names itself."""
-        return cls(phrases={noun: noun for noun in nouns})
+        return cls(phrases={_phrase(noun): noun for noun in nouns})
 
     @classmethod
     def from_lines(
-        cls, lines: Iterable[str], phrases: Mapping[str, str] | None = None
+        cls,
+        lines: Iterable[str],
+        same_as: Mapping[str, str | None] | None = None,
+        dropped_beside: Mapping[str, str] | None = None,
     ) -> "Vocabulary":
         """Read CHAIR's table, one object per line: name, then comma-separated synonyms.
 
-        ``phrases`` adds or overrides entries, as in "baby dog" for "dog". A synonym that stands in
-        two lines belongs to the last, as in the official script.
+        ``same_as`` adds phrases that the table lacks: each names what another word names, as
+        "baby dog" what "dog" does, or nothing, if that word is None or unknown. A synonym that
+        stands in two lines belongs to the last, as in the official script.
 
         Raises:
             DataError: no line names an object.
         """
-        table: dict[str, str] = {}
+        table: dict[str, str | None] = {}
         for line in lines:
             names = [" ".join(name.lower().split()) for name in line.split(",") if name.strip()]
-            table.update(dict.fromkeys(names, names[0]) if names else {})
+            table.update({_phrase(name): names[0] for name in names})
         if not table:
             raise DataError("the synonym table is empty: give one line per object, name first")
-        return cls(phrases={**table, **(phrases or {})})
+        extra = {
+            _phrase(phrase): table.get(_phrase(word)) if word else None
+            for phrase, word in (same_as or {}).items()
+        }
+        return cls(phrases={**extra, **table}, dropped_beside=dropped_beside or {})
 
     def mentions(self, text: str) -> list[str]:
         """Find the objects that a text names, in order, once for each time it does."""
-        words = _WORD.findall(text.lower())
-        longest = max((phrase.count(" ") + 1 for phrase in self.phrases), default=0)
-        found, at = [], 0
-        while at < len(words):
-            for size in range(min(longest, len(words) - at), 0, -1):
-                name = self._look_up(words[at : at + size])
-                if name is not None:
-                    found.append(name)
+        tokens = tokenize(text)
+        forms = [singular(token) for token in tokens]
+        found: list[tuple[str, str]] = []
+        at = 0
+        while at < len(tokens):
+            size = 1
+            longest = max(self._longest.get(tokens[at], 0), self._longest.get(forms[at], 0))
+            for size in range(longest, 0, -1):
+                phrase = self._known(tokens[at : at + size], forms[at : at + size])
+                if phrase is not None:
+                    name = self.phrases[phrase]
+                    found += [(phrase, name)] if name is not None else []
                     break
-            else:
-                size = 1
             at += size
-        return found
+        dropped = {phrase for phrase, beside in self.dropped_beside.items() if beside in forms}
+        return [name for phrase, name in found if phrase not in dropped]
 
-    def _look_up(self, words: Sequence[str]) -> str | None:
-        *front, last = words
-        for ending in (last, *singulars(last)):
-            name = self.phrases.get(" ".join([*front, ending]))
-            if name is not None:
-                return name
+    def _known(self, words: Sequence[str], forms: Sequence[str]) -> str | None:
+        for phrase in (" ".join(words), " ".join([*words[:-1], forms[-1]]), " ".join(forms)):
+            if phrase in self.phrases:
+                return phrase
         return None
 
 
-def singulars(word: str) -> list[str]:
-    """Return forms that may be the singular of an English word; a look-up tells which one is."""
-    if word in _IRREGULAR:
-        return [_IRREGULAR[word]]
-    if not word.endswith("s") or len(word) < 3:
-        return []
-    forms = [word[:-1]]
-    if word.endswith("es"):
-        forms.append(word[:-2])
-    if word.endswith("ies"):
-        forms.append(word[:-3] + "y")
-    if word.endswith("ves"):
-        forms += [word[:-3] + "f", word[:-3] + "fe"]
-    return forms
+def tokenize(text: str) -> list[str]:
+    """Cut a text into lower-case words and single punctuation marks; "dog's" gives "dog", "'s"."""
+    return _TOKEN.findall(text.lower())
+
+
+def _phrase(text: str) -> str:
+    return " ".join(tokenize(text))
+
+
+@lru_cache(maxsize=1 << 16)
+def singular(word: str) -> str:
+    """Return the singular of a lower-case English noun; a verb's or unknown form stays as it is."""
+    return str(getLemma(word, upos="NOUN")[0]) or word
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +137,108 @@ def chair(mentions: Sequence[Sequence[str]], objects: Sequence[Collection[str]])
 
     Sums run over the corpus: a caption with many mentions weighs more in ``chair_i``.
     """
-    pairs = list(zip(mentions, objects, strict=True))
-    wrong = [sum(name not in truth for name in named) for named, truth in pairs]
-    named_total = sum(len(named) for named in mentions)
-    shown_total = sum(len(set(truth)) for truth in objects)
-    covered = sum(len(set(named) & set(truth)) for named, truth in pairs)
-    return ChairScores(
-        chair_s=sum(count > 0 for count in wrong) / len(pairs) if pairs else None,
-        chair_i=sum(wrong) / named_total if named_total else None,
-        recall=covered / shown_total if shown_total else None,
+    rows = [caption_stats(*pair) for pair in zip(mentions, objects, strict=True)]
+    sums = np.array(rows, np.float64).reshape(-1, len(COLUMNS)).sum(axis=0)
+    named = {k: None if math.isnan(v) else float(v) for k, v in chair_figures(sums).items()}
+    return ChairScores(chair_s=named["chair_s"], chair_i=named["chair_i"], recall=named["recall"])
+
+
+def caption_stats(mentions: Sequence[str], objects: Collection[str], words: int = 0) -> list[float]:
+    """Count for one caption what is summed, in the order of ``COLUMNS``."""
+    wrong = sum(name not in objects for name in mentions)
+    shown = set(objects)
+    return [1, wrong > 0, len(mentions), wrong, len(shown), len(shown & set(mentions)), words]
+
+
+def chair_figures(sums: Stats) -> dict[str, Stats]:
+    """Compute the figures from sums (..., 7) of ``COLUMNS``; NaN without a denominator.
+
+    chair_i = hallucinated / mentions; chair_s = hallucinating / captions; recall = covered / shown
+    (distinct objects per caption); length = words / captions.
+    """
+    captions, hallucinating, mentions, hallucinated, shown, covered, words = np.moveaxis(
+        np.asarray(sums, np.float64), -1, 0
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "chair_i": hallucinated / mentions,
+            "chair_s": hallucinating / captions,
+            "recall": covered / shown,
+            "length": words / captions,
+        }
+
+
+def chair_truth(
+    instances: Mapping[str, Iterable[str]],
+    references: Mapping[str, Iterable[str]],
+    vocabulary: Vocabulary,
+) -> dict[str, frozenset[str]]:
+    """Unite per image the annotated objects with those that its reference captions name.
+
+    ``instances`` holds category names by image (as ``answers.image_name`` gives it), ``references``
+    captions. Categories that the vocabulary does not know cannot be named either, and are left out.
+    """
+    truth: dict[str, set[str]] = {}
+    for image, categories in instances.items():
+        names = {vocabulary.phrases.get(_phrase(category)) for category in categories}
+        truth.setdefault(image, set()).update(name for name in names if name is not None)
+    for image, captions in references.items():
+        for caption in captions:
+            truth.setdefault(image, set()).update(vocabulary.mentions(caption))
+    return {image: frozenset(names) for image, names in truth.items()}
+
+
+def score_chair(
+    captions: Sequence[Caption],
+    truth: Mapping[str, Collection[str]],
+    vocabulary: Vocabulary,
+    *,
+    asked: Collection[str] = (),
+) -> Scored:
+    """Score captions against the objects of their images.
+
+    Figures: ``chair_i``, ``chair_s``, ``recall``, ``length`` (mean number of words between blanks).
+    A caption of an image that ``truth`` does not know is left out and counted
+    (``captions_without_truth``), as is an image of ``asked`` that has no caption
+    (``images_without_caption``).
+
+    Raises:
+        DataError: no caption is of a known image.
+    """
+    known = [caption for caption in captions if caption.image in truth]
+    if not known:
+        example = f"{captions[0].where}: image {captions[0].image!r}" if captions else "no captions"
+        raise DataError(
+            f"CHAIR: the ground truth knows no image of the captions ({example}); give annotations "
+            "of the images that were captioned"
+        )
+    rows: list[list[float]] = []
+    items: list[Json] = []
+    for caption in known:
+        mentions, shown = vocabulary.mentions(caption.text), truth[caption.image]
+        rows.append(caption_stats(mentions, shown, len(caption.text.split())))
+        items.append(
+            {
+                "id": caption.id,
+                "image": caption.image,
+                "question": caption.question,
+                "answer": caption.text,
+                "named": mentions,
+                "hallucinated": [name for name in mentions if name not in shown],
+                "shown": sorted(shown),
+            }
+        )
+    stats = np.array(rows, np.float64)
+    return Scored(
+        benchmark="chair",
+        ids=tuple(caption.id for caption in known),
+        units=tuple(caption.image for caption in known),
+        stats=stats,
+        figures=chair_figures,
+        items=tuple(items),
+        badness=stats[:, COLUMNS.index("hallucinated")],
+        counts={
+            "captions_without_truth": len(captions) - len(known),
+            "images_without_caption": len(set(asked) - {caption.image for caption in captions}),
+        },
     )

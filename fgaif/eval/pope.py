@@ -2,19 +2,31 @@
 
 Per image three objects that it shows and three that it does not, the absent ones drawn at random,
 by how common they are (popular), or by how often they go with a shown one (adversarial).
+Questions are built here or read from the official files; ``pope_score`` scores answer files.
 """
 
+import json
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args
 
 from fgaif.errors import DataError
+from fgaif.eval.answers import check_ids
+from fgaif.eval.rows import read_rows
+from fgaif.files import write_whole
 from fgaif.types import ImageRef, PopeMetrics
 
 Strategy = Literal["random", "popular", "adversarial"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+_CONSONANT = re.compile(r"eu|ewe|one\b|once|uk|uni(?![nm])|us[aeiu]|ute")  # sounds of y and w
+_SILENT_H = re.compile(r"hour|heir|hono")
+_PAIRS = {"scissors", "skis", "glasses", "sunglasses", "goggles", "pants", "trousers", "jeans"}
+_MASS = {"broccoli"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +41,33 @@ class PopeQuestion:
     @property
     def text(self) -> str:
         """The question, for example "Is there a moon in the image?"."""
-        return f"Is there {indefinite(self.object)} {self.object} in the image?"
+        return question_text(self.object)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PopeRow:
+    """A row of an official file: ``image`` is a file name, ``where`` the row as FILE:LINE."""
+
+    where: str
+    id: str
+    image: str
+    text: str
+    label: bool
+
+
+def question_text(noun: str) -> str:
+    """Ask for an object: "a dog", "an umbrella", "a pair of skis", or "broccoli" alone."""
+    if noun in _MASS:
+        return f"Is there {noun} in the image?"
+    counted = f"pair of {noun}" if noun in _PAIRS else noun
+    return f"Is there {indefinite(counted)} {counted} in the image?"
 
 
 def indefinite(noun: str) -> str:
-    """Choose "a" or "an" by the first letter, the rule of the official questions."""
-    return "an" if noun[:1].lower() in "aeiou" else "a"
+    """Choose "a" or "an" by the sound of the first word: "an hour", "a unicycle"."""
+    word = noun.lower()
+    vowel = word[:1] in set("aeiou") and not _CONSONANT.match(word)
+    return "an" if vowel or _SILENT_H.match(word) else "a"
 
 
 def build_questions(
@@ -55,26 +88,77 @@ def build_questions(
     Raises:
         DataError: no image shows any object.
     """
+    asked = _draw([names for _, names in images], strategy, per_image, seed, related)
+    return [
+        PopeQuestion(image=image, strategy=strategy, object=name, label=label)
+        for (image, _), pairs in zip(images, asked, strict=True)
+        for name, label in pairs
+    ]
+
+
+def build_rows(
+    images: Sequence[tuple[str, Sequence[str]]],
+    strategy: Strategy,
+    *,
+    count: int | None = 500,
+    per_image: int = 6,
+    seed: int = 0,
+) -> list[PopeRow]:
+    """Build a file's questions from (image file, objects in annotation order), numbered from 1.
+
+    As in the official set, only images with at least ``per_image // 2`` distinct objects take
+    part, ``count`` of them are drawn (all if None), and frequencies count the drawn ones alone.
+    The same ``seed`` draws the same images for every strategy.
+
+    Raises:
+        DataError: fewer such images than ``count``, or none.
+    """
+    wanted = per_image // 2
+    rich = [(image, names) for image, names in images if len(set(names)) >= wanted]
+    if len(rich) < (count or 1):
+        raise DataError(
+            f"POPE: {len(rich)} of {len(images)} images show {wanted} objects or more, but "
+            f"{count or 1} are needed; give more annotated images or ask for fewer"
+        )
+    drawn = rich if count is None else random.Random(f"pope images {seed}").sample(rich, count)
+    asked = _draw([names for _, names in drawn], strategy, per_image, seed)
+    flat = [
+        (image, *pair) for (image, _), pairs in zip(drawn, asked, strict=True) for pair in pairs
+    ]
+    return [
+        PopeRow(
+            where=f"question {n}", id=str(n), image=image, text=question_text(name), label=label
+        )
+        for n, (image, name, label) in enumerate(flat, start=1)
+    ]
+
+
+def _draw(
+    objects: Sequence[Sequence[str]],
+    strategy: Strategy,
+    per_image: int,
+    seed: int,
+    related: Mapping[str, Sequence[str]] | None = None,
+) -> list[list[tuple[str, bool]]]:
+    """Choose for each image (object, whether it shows it), shown and absent by turns."""
     rng = random.Random(f"pope {strategy} {seed}")
-    counts = Counter(name for _, objects in images for name in dict.fromkeys(objects))
+    counts = Counter(name for names in objects for name in dict.fromkeys(names))
     if not counts:
         raise DataError("POPE needs images with at least one known object; none of them has any")
     popular = [name for name, _ in counts.most_common()]
-    beside = related if related is not None else co_occurrence([o for _, o in images])
-    questions: list[PopeQuestion] = []
-    for image, objects in images:
-        used = set(objects)
-        for shown in list(dict.fromkeys(objects))[: per_image // 2]:
+    beside = related if related is not None else co_occurrence(objects)
+    drawn: list[list[tuple[str, bool]]] = []
+    for names in objects:
+        used = set(names)
+        drawn.append([])
+        for shown in list(dict.fromkeys(names))[: per_image // 2]:
             ranked = {"random": (), "popular": popular, "adversarial": beside.get(shown, ())}
             absent = _absent(ranked[strategy], used, popular, rng)
             if absent is None:
                 break
             used.add(absent)
-            questions += [
-                PopeQuestion(image=image, strategy=strategy, object=shown, label=True),
-                PopeQuestion(image=image, strategy=strategy, object=absent, label=False),
-            ]
-    return questions
+            drawn[-1] += [(shown, True), (absent, False)]
+    return drawn
 
 
 def _absent(
@@ -97,11 +181,48 @@ def co_occurrence(objects: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     return {name: [other for other, _ in counter.most_common()] for name, counter in counts.items()}
 
 
+def write_questions(path: Path, rows: Sequence[PopeRow]) -> None:
+    """Write questions in the official format, a JSON object per line."""
+    lines = [
+        {
+            "question_id": int(row.id) if row.id.isdecimal() else row.id,
+            "image": row.image,
+            "text": row.text,
+            "label": "yes" if row.label else "no",
+        }
+        for row in rows
+    ]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_questions(path: Path) -> list[PopeRow]:
+    """Read the official format: ``question_id``, ``image``, ``text``, ``label`` (yes or no).
+
+    Raises:
+        DataError: the file or a row cannot be used (names row and key), or an id comes twice.
+    """
+    rows = []
+    for row in read_rows(path):
+        label = row.text("label").strip().lower()
+        if label not in ("yes", "no"):
+            raise row.wrong("label", label, "yes or no")
+        rows.append(
+            PopeRow(
+                where=row.where,
+                id=row.identity("question_id"),
+                image=row.text("image"),
+                text=row.text("text"),
+                label=label == "yes",
+            )
+        )
+    check_ids((row.where, row.id) for row in rows)
+    return rows
+
+
 def read_answer(text: str) -> bool:
-    """Read a free answer by the official rule, here for any case: the word "no" or "not" before
-    the first full stop means no, anything else means yes."""
-    words = text.split(".")[0].replace(",", "").casefold().split()
-    return not {"no", "not"} & set(words)
+    """Read a free answer by the official rule, to the letter: of the words between blanks before
+    the first full stop, commas dropped, "No", "not" or "no" means no; anything else means yes."""
+    return not {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" "))
 
 
 def pope_metrics(answers: Sequence[bool], labels: Sequence[bool]) -> PopeMetrics:
