@@ -1,0 +1,240 @@
+"""A chat model behind an OpenAI-compatible API: retries, limits and fallbacks around one client.
+
+ask -> image as data URI -> [ budget -> gate (places, rates, pauses) -> send ] -> Reply
+                              ^------------- again, after a pause ---------'
+"""
+
+import asyncio
+import logging
+import time
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from tenacity.wait import wait_exponential_jitter
+
+from fgaif.chat.failures import Failure, classify, one_line
+from fgaif.chat.images import DataUris
+from fgaif.chat.limits import Budget, Clock, Gate, Sleep, Spend, estimate, price
+from fgaif.chat.messages import ChatRequest, Reply, RequestFailed
+from fgaif.chat.secrets import is_loopback, read_key, redact_logs
+from fgaif.chat.wire import Dialect, Unreadable, arguments, decode, read_reply, read_usage
+from fgaif.config import EndpointConfig
+from fgaif.data.images import MAX_PIXELS
+from fgaif.errors import ConfigError, DataError, ServiceError
+
+log = logging.getLogger(__name__)
+
+_LONGEST_BACKOFF_S = 60.0
+
+
+class _Failed(Exception):
+    """One try without a reply, on its way to the retries."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+class Endpoint:
+    """The entry ``endpoints.<entry>`` of the configuration, as a chat model.
+
+    One per process and event loop; ``budget`` is shared by all endpoints of a job. ``name`` has no
+    port: a local server that is started again on another one continues the same replies.
+
+    Raises:
+        ConfigError: no key, a base_url that cannot be used, or a cost limit without prices.
+    """
+
+    def __init__(
+        self,
+        entry: str,
+        config: EndpointConfig,
+        budget: Budget,
+        *,
+        max_image_pixels: int = MAX_PIXELS,
+        sleep: Sleep = asyncio.sleep,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        host = _host(entry, config)
+        _check_prices(entry, config, budget)
+        settings = f"{config.structured},side={config.max_image_side},logprobs={config.logprobs}"
+        self.name = f"{config.model}@{host}[{settings}]"
+        self.config = config
+        self._where = f"endpoints.{entry} ({config.model} at {config.base_url})"
+        self._budget = budget
+        self._gate = Gate(config, sleep, clock)
+        self._sleep = sleep
+        self._uris = DataUris(config.max_image_side, max_image_pixels)
+        self._client = _client(read_key(entry, config), config)
+        self._create = self._client.chat.completions.with_raw_response.create
+        self._dialect = Dialect(
+            structured=config.structured, top_logprobs=20 if config.logprobs else 0
+        )
+        self._backoff = wait_exponential_jitter(
+            initial=config.backoff_s, max=_LONGEST_BACKOFF_S, jitter=config.backoff_s
+        )
+        # One wave of failures, all that were on their way, is not yet a row.
+        self._breaker = max(config.breaker, config.concurrency + 1)
+        self._failures = 0
+        self._stopped: str | None = None
+        redact_logs()
+
+    async def ask(self, request: ChatRequest) -> Reply:
+        """Return the reply; raises like :meth:`ChatModel.ask`."""
+        self._check()
+        try:
+            image = await self._uris.get(request.image) if request.image else None
+        except DataError as error:
+            self._budget.count(failed=1)
+            raise RequestFailed(one_line(str(error))) from None
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.config.attempts),
+            wait=self._wait,
+            retry=retry_if_exception(_may_retry),
+            before_sleep=self._before_sleep,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            return await retrying(self._attempt, request, image, estimate(request, self.config))
+        except _Failed as failed:
+            failure = failed.failure
+        # Raised out here so that no client error, which may hold the key, is its context.
+        self._budget.count(failed=1)
+        tries = retrying.statistics.get("attempt_number", 1)
+        raise RequestFailed(f"{self._where}: {failure.reason} (tries: {tries})")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def _attempt(self, request: ChatRequest, image: str | None, spend: Spend) -> Reply:
+        self._check()
+        try:
+            await self._budget.reserve(spend)
+        except ServiceError as error:
+            raise self._stop(str(error)) from None
+        try:
+            async with self._gate.place(spend.tokens):
+                self._check()
+                outcome = await self._send(request, image, spend)
+        finally:
+            self._budget.release(spend)
+        if isinstance(outcome, Failure):
+            raise self._failed(outcome)
+        self._failures = 0
+        return outcome
+
+    async def _send(self, request: ChatRequest, image: str | None, spend: Spend) -> Reply | Failure:
+        while True:
+            dialect = self._dialect
+            sent = arguments(request, image, self.config.model, dialect)
+            self._budget.count(requests=1)
+            try:
+                async with asyncio.timeout(self.config.timeout_s):
+                    response = await self._create(**sent)
+            except (openai.APIError, TimeoutError, UnicodeEncodeError) as error:
+                failure = classify(error, self.config)
+            else:
+                return self._read(response.http_response.content, request, spend)
+            simpler = dialect.without(failure.refused, sent) if failure.refused else None
+            if simpler is None:
+                return failure
+            if self._dialect is dialect:  # else a request beside this one has found out already
+                self._dialect = simpler
+                log.warning("%s: %s; from now on: %s", self._where, failure.reason, simpler)
+
+    def _read(self, content: bytes, request: ChatRequest, spend: Spend) -> Reply | Failure:
+        used = spend  # what cannot be read may have cost all that it was estimated at
+        try:
+            data = decode(content)
+            used = price(self.config, *(read_usage(data) or (spend.input_tokens, 0)))
+            reply = read_reply(data, request, spend.input_tokens)
+            used = price(self.config, reply.input_tokens, reply.output_tokens)
+        except Unreadable as error:
+            return Failure(cause="unreadable", reason=one_line(str(error)))
+        finally:
+            self._budget.charge(used)
+        self._budget.count(replies=1)
+        return reply
+
+    def _failed(self, failure: Failure) -> Exception:
+        if failure.action == "stop":
+            return self._stop(f"{self._where}: {failure.reason}")
+        # All requests on their way meet the same rate limit: it counts once.
+        if not (failure.action == "pause" and self._gate.paused):
+            self._failures += 1
+        if self._failures >= self._breaker:
+            return self._stop(
+                f"{self._where}: {self._failures} failures in a row, the last: {failure.reason}; "
+                "see that the server works, then resume; the replies so far are kept"
+            )
+        return _Failed(failure)
+
+    def _wait(self, state: RetryCallState) -> float:
+        wait = _failure(state).retry_after
+        return self._backoff(state) if wait is None else wait
+
+    def _before_sleep(self, state: RetryCallState) -> None:
+        failure = _failure(state)
+        self._budget.count(retry=failure.cause)
+        if failure.action == "pause" and state.next_action is not None:
+            self._gate.pause(state.next_action.sleep)
+
+    def _stop(self, message: str) -> ServiceError:
+        self._stopped = self._stopped or message
+        return ServiceError(self._stopped)
+
+    def _check(self) -> None:
+        if self._stopped is not None:
+            raise ServiceError(self._stopped)
+
+
+def _may_retry(error: BaseException) -> bool:
+    return isinstance(error, _Failed) and error.failure.action != "fail"
+
+
+def _failure(state: RetryCallState) -> Failure:
+    error = state.outcome and state.outcome.exception()
+    assert isinstance(error, _Failed), "nothing else is retried"
+    return error.failure
+
+
+def _client(key: str, config: EndpointConfig) -> openai.AsyncOpenAI:
+    """One client, without its own retries and time-outs; a proxy is not asked for this machine."""
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency)
+    return openai.AsyncOpenAI(
+        api_key=key,
+        base_url=config.base_url,
+        timeout=None,
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(
+            limits=limits, trust_env=not is_loopback(config.base_url)
+        ),
+    )
+
+
+def _host(entry: str, config: EndpointConfig) -> str:
+    url = urlsplit(config.base_url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ConfigError(
+            f"endpoints.{entry}.base_url = {config.base_url!r}: give an address such as "
+            "https://api.openai.com/v1"
+        )
+    if url.username or url.password or url.query:
+        raise ConfigError(
+            f"endpoints.{entry}.base_url: holds a user, a password or a query at {url.hostname}; "
+            "keys belong in the environment or in api_key_file"
+        )
+    return url.hostname
+
+
+def _check_prices(entry: str, config: EndpointConfig, budget: Budget) -> None:
+    free = config.price_input == 0 and config.price_output == 0
+    if budget.max_cost is not None and free and not is_loopback(config.base_url):
+        raise ConfigError(
+            f"endpoints.{entry}: price_input and price_output are 0, so that feedback.max_cost = "
+            f"{budget.max_cost:g} stops nothing; set the prices of a million tokens"
+        )

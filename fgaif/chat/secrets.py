@@ -1,0 +1,90 @@
+"""API keys: read from a file or the environment, and kept out of every message and log."""
+
+import ipaddress
+import logging
+import os
+import re
+import traceback
+from urllib.parse import urlsplit
+
+from fgaif.config import EndpointConfig
+from fgaif.errors import ConfigError
+
+NO_KEY = "none"
+"""Sent to servers on this machine where no key is set; the client refuses an empty one."""
+
+_keys: set[str] = set()
+
+# Keys that we never read but that a server or a proxy may show.
+_SHAPES = re.compile(r"(?i)\b(bearer\s+)[^\s\"',}\\]+|\bsk-[\w*.-]{8,}")
+
+_LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
+
+
+def read_key(entry: str, config: EndpointConfig) -> str:
+    """Return the key of ``endpoints.<entry>``; from now on :func:`redact` removes it.
+
+    A server on this machine needs none and then gets ``none``.
+
+    Raises:
+        ConfigError: no key, an unreadable file, or a key that cannot be an HTTP header.
+    """
+    where = f"environment variable {config.api_key_env}"
+    key = os.environ.get(config.api_key_env, "").strip()
+    if config.api_key_file is not None:
+        where = f"endpoints.{entry}.api_key_file = {config.api_key_file}"
+        try:
+            key = config.api_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "is no text"
+            raise ConfigError(f"{where}: {reason}; name a file that holds the key alone") from None
+    if not key and is_loopback(config.base_url):
+        return NO_KEY
+    if not key:
+        raise ConfigError(
+            f"endpoints.{entry}: no key for {config.base_url}; set the environment variable "
+            f"{config.api_key_env}, or endpoints.{entry}.api_key_file to a file that holds it"
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(f"{where}: holds no key (blanks or control characters in it); correct it")
+    _keys.add(key)
+    return key
+
+
+def is_loopback(base_url: str) -> bool:
+    """Tell whether a URL leads to this machine."""
+    host = urlsplit(base_url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def redact(text: str) -> str:
+    """Replace every key that was read, and whatever looks like one, by ``[key]``."""
+    for key in sorted(_keys, key=len, reverse=True):
+        text = text.replace(key, "[key]")
+    return _SHAPES.sub(lambda match: f"{match[1] or ''}[key]", text)
+
+
+class RedactKeys(logging.Filter):
+    """Redacts records, tracebacks included; it drops none."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Put the redacted text in the place of message and arguments."""
+        record.msg, record.args = redact(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = redact("".join(traceback.format_exception(*record.exc_info)).rstrip())
+        return True
+
+
+def redact_logs() -> None:
+    """Attach :class:`RedactKeys` to all loggers of the API client and its HTTP libraries.
+
+    A logger's filter does not see the records of its children, so each child gets its own.
+    """
+    names = [n for n in logging.root.manager.loggerDict if n.partition(".")[0] in _LOGGERS]
+    for name in {*names, *_LOGGERS}:
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, RedactKeys) for known in logger.filters):
+            logger.addFilter(RedactKeys())
