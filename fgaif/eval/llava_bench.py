@@ -165,7 +165,7 @@ def _scored(
         ids=tuple(identity for identity, *_ in graded),
         units=tuple(image for _, image, *_ in graded),
         stats=stats,
-        figures=_figures,
+        figures=llava_bench_figures,
         items=tuple(items),
         badness=np.array([grades[0] - grades[1] for *_, grades in graded]),
         counts=counts,
@@ -173,7 +173,8 @@ def _scored(
     )
 
 
-def _figures(sums: Stats) -> Mapping[str, Stats]:
+def llava_bench_figures(sums: Stats) -> Mapping[str, Stats]:
+    """Compute the figures from sums (..., 7): items, then reference and model grade by category."""
     reference, model = sums[..., 1::2], sums[..., 2::2]
     by_category = 100 * ratio(model, reference)
     total_reference, total_model = reference.sum(axis=-1), model.sum(axis=-1)

@@ -195,7 +195,8 @@ async def score_mmhal(
         ids=tuple(item.id for item in items),
         units=tuple(item.image_id for item in items),
         stats=np.array([_stats(item, j.value, types) for item, j in pairs]).reshape(len(items), -1),
-        figures=_figures(types),
+        figures=mmhal_figures(types),
+        groups=tuple(types),
         items=tuple(_shown(item, j) for item, j in pairs),
         badness=np.array([-1.0 if j.value is None else 6.0 - j.value for _, j in pairs]),
         counts={**bench.counts, **failures(judgements)},
@@ -271,7 +272,9 @@ def _stats(item: MmhalItem, rating: int | None, types: Sequence[str]) -> list[fl
     return [1.0, *values, *own]
 
 
-def _figures(types: Sequence[str]) -> Figures:
+def mmhal_figures(types: Sequence[str]) -> Figures:
+    """Make the figures for question types, in order of their columns."""
+
     def figures(sums: Stats) -> dict[str, Stats]:
         answers, judged, rated, hallucinated = (sums[..., column] for column in range(4))
         found = {

@@ -150,7 +150,8 @@ def score_pope(
         ids=tuple(item["id"] for item in items),
         units=tuple(image_name(item["image"]) for item in items),
         stats=stats,
-        figures=_Figures(splits),
+        figures=PopeFigures(splits),
+        groups=splits,
         items=tuple(items),
         badness=1 - stats.reshape(-1, len(splits), width).sum(1)[:, COLUMNS.index("correct")],
         counts={"questions_without_answer": unanswered, "answers_without_question": unasked},
@@ -175,12 +176,13 @@ def _answer_stats(text: str, label: bool) -> Stats:
 
 
 @dataclass(frozen=True, slots=True)
-class _Figures:
-    """From sums (..., splits * columns) to figures by name; a class, so that it can be pickled."""
+class PopeFigures:
+    """The figures of splits, in order of their columns; a class, so that it can be pickled."""
 
     splits: tuple[str, ...]
 
     def __call__(self, sums: Stats) -> dict[str, Stats]:
+        """From sums (..., splits * columns) to figures by name."""
         shape = (len(self.splits), len(COLUMNS))
         columns = np.asarray(sums, np.float64).reshape(*np.shape(sums)[:-1], *shape)
         by_split = {s: pope_figures(columns[..., i, :]) for i, s in enumerate(self.splits)}
