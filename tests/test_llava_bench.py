@@ -3,13 +3,14 @@
 import asyncio
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import Scripted
 
-from fgaif.chat.messages import ChatRequest, Reply
+from fgaif.chat.messages import ChatRequest
 from fgaif.errors import DataError
 from fgaif.eval.llava_bench import read_grades, score_llava_bench, score_reviews
 from fgaif.eval.llava_bench_files import CATEGORIES, Bench, load_rules, read_bench
@@ -23,20 +24,6 @@ COCO = {
         {"category": "mat", "bbox": [0.0, 0.5, 1.0, 1.0]},
     ],
 }
-
-
-class Judge:
-    """Answers by a function of the request and keeps what it was asked."""
-
-    name = "judge"
-
-    def __init__(self, answer: Callable[[ChatRequest], str]) -> None:
-        self.answer = answer
-        self.asked: list[ChatRequest] = []
-
-    async def ask(self, request: ChatRequest) -> Reply:
-        self.asked.append(request)
-        return Reply(text=self.answer(request))
 
 
 def lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -65,14 +52,14 @@ def bench(
     )
 
 
-def score(found: Bench, judge: Judge, rules: Path | None = None) -> Scored:
+def score(found: Bench, judge: Scripted, rules: Path | None = None) -> Scored:
     return asyncio.run(score_llava_bench(found, judge, load_rules(rules, found.in_the_wild)))
 
 
 def test_the_relative_score_is_a_ratio_of_means(tmp_path: Path) -> None:
     """Grades (reference, model) 8 6 | 10 5 | 5 10: 75, 50, 200, and 21/23 over all."""
     grades = {"Question 0?": "8 6", "Question 1?": "10, 5", "Question 2?": "5,10"}
-    judge = Judge(lambda r: next(g for q, g in grades.items() if q in r.text) + "\nBecause.")
+    judge = Scripted(by=lambda r: next(g for q, g in grades.items() if q in r.text) + "\nBecause.")
     scored = score(bench(tmp_path), judge)
     metrics = scored.metrics()
     assert [metrics[name] for name in CATEGORIES] == [75.0, 50.0, 200.0]
@@ -82,7 +69,7 @@ def test_the_relative_score_is_a_ratio_of_means(tmp_path: Path) -> None:
     assert scored.badness is not None
     assert scored.badness.tolist() == [2.0, 5.0, -5.0]
     assert scored.units == ("1.jpg",) * 3
-    assert scored.provenance["judge"] == "judge"
+    assert scored.provenance["judge"] == "scripted"
     assert "llava_bench_conv-" in scored.provenance["prompt"]
 
 
@@ -94,7 +81,7 @@ def test_a_failed_judgement_is_retried_then_counted_and_never_averaged(tmp_path:
             return "Assistant 2 is better."
         return "4 2" if request.attempt or "Question 0?" not in request.text else "Scores: 4 2"
 
-    judge = Judge(answer)
+    judge = Scripted(by=answer)
     scored = score(bench(tmp_path), judge)
     metrics = scored.metrics()
     assert metrics["all"] == 50.0
@@ -103,14 +90,14 @@ def test_a_failed_judgement_is_retried_then_counted_and_never_averaged(tmp_path:
     assert scored.ids == ("0", "2")
     assert [r.attempt for r in judge.asked if "Question 1?" in r.text] == [0, 1, 2]
     with pytest.raises(DataError, match="none of 3 replies"):
-        score(bench(tmp_path), Judge(lambda _: "no grades"))
+        score(bench(tmp_path), Scripted(by=lambda _: "no grades"))
 
 
 def test_the_judge_is_shown_the_official_layout(tmp_path: Path) -> None:
     rules = tmp_path / "rule.json"
     text = {name: {"role": "Bot", "prompt": f"Grade {name}."} for name in CATEGORIES}
     rules.write_text(json.dumps(text | {"other": {}}))
-    judge = Judge(lambda _: "5 5")
+    judge = Scripted(by=lambda _: "5 5")
     found = bench(tmp_path)
     scored = score(found, judge, rules)
     assert not found.in_the_wild
@@ -132,7 +119,7 @@ def test_in_the_wild_the_context_is_a_caption(tmp_path: Path, caption: str | lis
         f"llava_bench_{name}": {"role": "Bot", "prompt": f"Wild {name}."} for name in CATEGORIES
     }
     rules.write_text(json.dumps(text))
-    judge = Judge(lambda _: "5 5")
+    judge = Scripted(by=lambda _: "5 5")
     found = bench(tmp_path, context={"image": "1.jpg", "caption": caption})
     assert found.in_the_wild
     score(found, judge, rules)
@@ -244,7 +231,7 @@ def test_the_official_files_join_and_the_reference_against_itself_scores_100() -
     by_category = [sum(item.category == name for item in found.items) for name in CATEGORIES]
     assert by_category == [30, 30, 30]
     assert len({item.image for item in found.items}) == 30
-    judge = Judge(lambda _: "9 9")
+    judge = Scripted(by=lambda _: "9 9")
     scored = score(found, judge, folder / "rule.json")
     assert set(load_rules(folder / "rule.json", in_the_wild=True)) == set(CATEGORIES)
     assert [scored.metrics()[name] for name in (*CATEGORIES, "all")] == [100.0] * 4

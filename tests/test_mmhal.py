@@ -3,13 +3,14 @@
 import asyncio
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import Scripted
 
-from fgaif.chat.messages import ChatRequest, Reply, RequestFailed
+from fgaif.chat.messages import ChatRequest, RequestFailed
 from fgaif.errors import ConfigError, DataError, ServiceError
 from fgaif.eval.judge import in_parallel
 from fgaif.eval.mmhal import (
@@ -22,24 +23,6 @@ from fgaif.eval.mmhal import (
     with_answers,
 )
 from fgaif.eval.scored import Scored
-
-
-class Judge:
-    """Answers by a function of the request; an exception is raised. Keeps what it was asked."""
-
-    name = "judge"
-
-    def __init__(self, answer: Callable[[ChatRequest], str | Exception]) -> None:
-        self.answer = answer
-        self.asked: list[ChatRequest] = []
-
-    async def ask(self, request: ChatRequest) -> Reply:
-        self.asked.append(request)
-        await asyncio.sleep(0)
-        answer = self.answer(request)
-        if isinstance(answer, Exception):
-            raise answer
-        return Reply(text=answer)
 
 
 def item(number: int, kind: str, answer: str = "It is red.") -> dict[str, Any]:
@@ -65,7 +48,7 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def score(path: Path, judge: Judge) -> Scored:
+def score(path: Path, judge: Scripted) -> Scored:
     return asyncio.run(score_mmhal(read_items(path), judge, load_judge_prompt()))
 
 
@@ -79,7 +62,7 @@ def test_ratings_are_averaged_overall_and_by_the_items_own_type(tmp_path: Path) 
     kinds = ["other", "counting", "other", "counting"]
     path = write(tmp_path / "r.json", [item(n, kind) for n, kind in enumerate(kinds)])
     ratings = {0: 6, 1: 2, 2: 0, 3: 4}
-    scored = score(path, Judge(lambda request: f"Fine.\nRating: {ratings[cup(request)]}"))
+    scored = score(path, Scripted(by=lambda request: f"Fine.\nRating: {ratings[cup(request)]}"))
     assert scored.metrics() == {
         "score": 3.0,
         "hallucination_rate": 0.5,
@@ -95,7 +78,7 @@ def test_ratings_are_averaged_overall_and_by_the_items_own_type(tmp_path: Path) 
     assert scored.items[1]["rating"] == 2
     assert scored.items[1]["image"] == "1.jpg"
     assert scored.counts["items_missing"] == SIZE - 4
-    assert scored.provenance["judge"] == "judge"
+    assert scored.provenance["judge"] == "scripted"
     assert scored.provenance["prompt"] == load_judge_prompt().version
 
 
@@ -112,7 +95,7 @@ def test_an_unreadable_rating_is_asked_again_then_left_out(tmp_path: Path) -> No
         }
         return replies[cup(request)]
 
-    judge = Judge(answer)
+    judge = Scripted(by=answer)
     scored = score(path, judge)
     metrics = scored.metrics()
     assert metrics["score"] == 3.0
@@ -130,7 +113,7 @@ def test_an_unreadable_rating_is_asked_again_then_left_out(tmp_path: Path) -> No
 def test_a_judge_that_cannot_be_asked_stops_the_benchmark(tmp_path: Path) -> None:
     path = write(tmp_path / "r.json", [item(n, "other") for n in range(3)])
     with pytest.raises(ServiceError, match="no key"):
-        score(path, Judge(lambda _: ServiceError("no key")))
+        score(path, Scripted(by=lambda _: ServiceError("no key")))
 
 
 def test_after_a_failure_nothing_new_starts() -> None:
@@ -157,7 +140,7 @@ def test_after_a_failure_nothing_new_starts() -> None:
 
 def test_the_judge_sees_contents_question_standard_answer_and_answer(tmp_path: Path) -> None:
     path = write(tmp_path / "r.json", [item(7, "other", "A {question} in braces.")])
-    judge = Judge(lambda _: "Rating: 3")
+    judge = Scripted(by=lambda _: "Rating: 3")
     score(path, judge)
     text = judge.asked[0].text
     for part in ("Cup, Table", "What colour is cup 7?", "It is red.", "A {question} in braces."):

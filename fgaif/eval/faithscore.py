@@ -1,0 +1,305 @@
+"""FaithScore: the share of an answer's atomic facts that the image bears out (Jing et al., 2024).
+
+Three stages: a chat model sorts the answer's sub-sentences into descriptive and analytical ones; an
+extractor states the atomic facts of the descriptive ones; a verifier checks each distinct fact with
+the image. What fails is left out and counted, never taken for a verdict.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fgaif.chat.messages import ChatModel
+from fgaif.data.images import check_image
+from fgaif.errors import DataError
+from fgaif.eval.judge import CONCURRENCY, READS, Progress, in_parallel, judge
+from fgaif.eval.rows import Row, read_rows
+from fgaif.eval.scored import Scored, Stats, ratio
+from fgaif.eval.subsentences import (
+    PROMPT,
+    Span,
+    faithful,
+    label_request,
+    load_label_prompt,
+    on_one_line,
+    read_labels,
+    sub_sentences,
+)
+from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier
+from fgaif.types import KINDS, Answer, Fact, FactQuery, ImageRef, Json, Prompt, Response, Segment
+
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredImage:
+    """An answer about an image; ``image`` is the image's name in the file."""
+
+    id: str
+    image: str
+    ref: ImageRef
+    answer: str
+    question: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checked:
+    """An answer after the stages. ``problem`` names the stage that failed, or is empty.
+
+    ``pieces`` are the descriptive sub-sentences and ``unsure`` the places of those of which not
+    every fact was understood; ``verdicts`` are by the text of the fact.
+    """
+
+    pieces: tuple[str, ...] = ()
+    unsure: frozenset[int] = frozenset()
+    facts: tuple[Fact, ...] = ()
+    verdicts: dict[str, Answer]
+    problem: str = ""
+
+
+def read_lines(path: Path, image_root: Path) -> list[AnsweredImage]:
+    """Read lines ``{"answer", "image"}``; ``text`` may stand for ``answer`` (as model_vqa has it).
+
+    ``id`` or ``question_id`` names an answer, else its image does, with "#2" and so on where a file
+    has several of one; ``question`` or ``prompt`` is shown to people.
+
+    Args:
+        image_root: folder that image paths start from and must lie in.
+
+    Raises:
+        DataError: the file, a row or an image cannot be used (names row and key), or an id is there
+            twice.
+    """
+    answers: dict[str, AnsweredImage] = {}
+    images: dict[str, ImageRef] = {}
+    repeats: Counter[str] = Counter()
+    for row in read_rows(path):
+        image = row.text("image")
+        if image not in images:
+            images[image] = _image(row, image, image_root)
+        repeats[image] += 1
+        own = image if repeats[image] == 1 else f"{image}#{repeats[image]}"
+        name = next((key for key in ("id", "question_id") if key in row.data), None)
+        identity = row.identity(name) if name else own
+        if identity in answers:
+            raise DataError(f"{row.where}: key `{name}`: {identity!r} is there twice; ids differ")
+        asked = next((key for key in ("question", "prompt") if row.data.get(key)), None)
+        answers[identity] = AnsweredImage(
+            id=identity,
+            image=image,
+            ref=images[image],
+            answer=row.text("answer", "text", empty=True),
+            question=row.text(asked) if asked else "",
+        )
+    return list(answers.values())
+
+
+class FaithScorer:
+    """The three stages over given models; any number of answers at a time.
+
+    Args:
+        labeler: sorts sub-sentences; None takes them all as descriptive.
+        prompt: what the labeler is told, with the slot ``{sub_sentences}``.
+        min_words: as for the splitting of training responses.
+        reads: times that the labeler is asked while its reply cannot be read.
+    """
+
+    def __init__(
+        self,
+        extractor: FactExtractor,
+        verifier: FactVerifier,
+        labeler: ChatModel | None,
+        *,
+        prompt: Path = PROMPT,
+        min_words: int = 5,
+        reads: int = READS,
+    ) -> None:
+        self._extractor = extractor
+        self._verifier = verifier
+        self._labeler = labeler
+        self._prompt = load_label_prompt(prompt)
+        self._min_words = min_words
+        self._reads = reads
+
+    async def score(
+        self,
+        answers: Sequence[AnsweredImage],
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: Progress | None = None,
+    ) -> Scored:
+        """Score answers, ``concurrency`` of them at a time.
+
+        Figures: ``faithscore`` (mean over answers of consistent / facts, 0 for an answer without
+        facts), ``faithscore_s`` (mean of faithful / descriptive sub-sentences, 1 without any),
+        ``facts`` per answer, and over all facts of a kind the consistent share: ``object``,
+        ``attribute``, ``relation``. Facts with an unknown verdict are in none of them.
+
+        Counts: ``answers_without_facts``, ``facts_unknown``, ``segments_malformed``; and of answers
+        left out ``answers_unlabelled`` (stage 1), ``answers_unextracted`` (stage 2: no facts, and
+        not everything understood), ``answers_unverified`` (stage 3: every verdict unknown).
+
+        Raises:
+            ServiceError: a model cannot be asked at all.
+            DataError: no answer is left.
+        """
+        checked = await in_parallel(self._check, answers, concurrency, progress)
+        problems = Counter(check.problem for check in checked)
+        pairs = [
+            (item, check) for item, check in zip(answers, checked, strict=True) if not check.problem
+        ]
+        left_out = {
+            f"answers_{problem}": problems[problem]
+            for problem in ("unlabelled", "unextracted", "unverified")
+        }
+        if not pairs:
+            raise DataError(f"FaithScore: no answer of {len(answers)} could be scored: {left_out}")
+        stats = np.array([_stats(check) for _, check in pairs], np.float64)
+        given = Counter(answer for check in checked for answer in check.verdicts.values())
+        return Scored(
+            benchmark="faithscore",
+            ids=tuple(item.id for item, _ in pairs),
+            units=tuple(item.image for item, _ in pairs),
+            stats=stats,
+            figures=faithscore_figures,
+            items=tuple(_shown(item, check) for item, check in pairs),
+            badness=1 - stats[:, 1],
+            counts={
+                "answers_without_facts": sum(not check.facts for _, check in pairs),
+                "facts_unknown": given["unknown"],
+                "segments_malformed": sum(len(check.unsure) for check in checked),
+                **left_out,
+            },
+            provenance=self._provenance(),
+        )
+
+    async def _check(self, item: AnsweredImage) -> _Checked:
+        spans = sub_sentences(item.answer, self._min_words)
+        kept = await self._descriptive(item, spans)
+        if kept is None:
+            return _Checked(verdicts={}, problem="unlabelled")
+        found = await self._extract(item, kept)
+        facts = tuple({fact.text: fact for fact in reversed(found.facts)}.values())[::-1]
+        unsure = frozenset(found.malformed)
+        if not facts and unsure:
+            return _Checked(verdicts={}, unsure=unsure, problem="unextracted")
+        queries = [FactQuery(image=item.ref, text=fact.text) for fact in facts]
+        verdicts = await in_parallel(self._verifier.verify, queries, _AT_ONCE)
+        answers = {verdict.query.text: verdict.answer for verdict in verdicts}
+        return _Checked(
+            pieces=tuple(on_one_line(item.answer, span) for span in kept),
+            unsure=unsure,
+            facts=facts,
+            verdicts=answers,
+            problem="unverified" if answers and set(answers.values()) == {"unknown"} else "",
+        )
+
+    async def _descriptive(self, item: AnsweredImage, spans: list[Span]) -> list[Span] | None:
+        if self._labeler is None or not spans:
+            return spans
+        texts = [on_one_line(item.answer, span) for span in spans]
+        judged = await judge(
+            self._labeler,
+            label_request(self._prompt, texts),
+            lambda reply: read_labels(reply, len(texts)),
+            self._reads,
+        )
+        if judged.value is None:
+            return None
+        return [span for span, kept in zip(spans, judged.value, strict=True) if kept]
+
+    async def _extract(self, item: AnsweredImage, spans: Sequence[Span]) -> ExtractedFacts:
+        """Ask for the facts of the descriptive sub-sentences; there are no token ids to span."""
+        if not spans:
+            return ExtractedFacts(facts=())
+        response = Response(
+            prompt=Prompt(id=item.id, image=item.ref, text=item.question),
+            sample=0,
+            text=item.answer,
+            token_ids=np.empty(0, np.int64),
+            rollout_logprobs=np.empty(0, np.float32),
+            finish="stop",
+            policy_version=0,
+        )
+        segments = [
+            Segment(index=index, char_start=start, char_end=end, token_start=0, token_end=0)
+            for index, (start, end) in enumerate(spans)
+        ]
+        return await self._extractor.extract(response, segments)
+
+    def _provenance(self) -> dict[str, str]:
+        stage1 = f"{self._labeler.name} {self._prompt.version}" if self._labeler else "none"
+        return {
+            "stage1": stage1,
+            "extractor": self._extractor.name,
+            "verifier": self._verifier.name,
+            "prompt": self._verifier.prompt_version,
+            "min_words": str(self._min_words),
+        }
+
+
+def _image(row: Row, image: str, root: Path) -> ImageRef:
+    try:
+        return check_image(image, root)
+    except DataError as error:
+        raise DataError(f"{row.where}: key `image`: {error}") from error
+
+
+def _stats(check: _Checked) -> list[float]:
+    """Columns: answers, f-score, sentence f-score, facts, then per kind consistent and facts."""
+    right = [
+        (fact.kind, answer == "yes")
+        for fact in check.facts
+        if (answer := check.verdicts[fact.text]) != "unknown"
+    ]
+    per_kind: list[float] = []
+    for kind in KINDS:
+        own = [yes for of_kind, yes in right if of_kind == kind]
+        per_kind += [sum(own), len(own)]
+    flags = [flag for flag in _piece_flags(check) if flag is not None]
+    f_score = sum(yes for _, yes in right) / len(right) if right else 0.0
+    sentence = sum(flags) / len(flags) if flags else 1.0
+    return [1.0, f_score, sentence, len(right), *per_kind]
+
+
+def _piece_flags(check: _Checked) -> list[bool | None]:
+    """Whether each descriptive sub-sentence is faithful; None if what was not understood of it
+    may not be."""
+    return [
+        None if fine and place in check.unsure else fine
+        for place, fine in enumerate(faithful(check.pieces, check.facts, check.verdicts))
+    ]
+
+
+def faithscore_figures(sums: Stats) -> dict[str, Stats]:
+    """Compute the figures from sums (..., 10) of the columns of ``_stats``."""
+    answers = sums[..., 0]
+    return {
+        "faithscore": ratio(sums[..., 1], answers),
+        "faithscore_s": ratio(sums[..., 2], answers),
+        "facts": ratio(sums[..., 3], answers),
+        **{
+            kind: ratio(sums[..., 4 + 2 * place], sums[..., 5 + 2 * place])
+            for place, kind in enumerate(KINDS)
+        },
+    }
+
+
+def _shown(item: AnsweredImage, check: _Checked) -> Json:
+    return {
+        "id": item.id,
+        "image": item.image,
+        "question": item.question,
+        "answer": item.answer,
+        "descriptive": [
+            {"text": text, "faithful": flag}
+            for text, flag in zip(check.pieces, _piece_flags(check), strict=True)
+        ],
+        "facts": [
+            {"kind": fact.kind, "text": fact.text, "verdict": check.verdicts[fact.text]}
+            for fact in check.facts
+        ],
+    }
