@@ -134,11 +134,30 @@ def segment_responses(
 ) -> list[tuple[Segment, ...]]:
     """Split many responses; see :func:`segment_response`."""
     backend, specials = tokenizer.backend_tokenizer, _special_ids(tokenizer)
-    return [_segment(response, backend, specials, min_words) for response in responses]
+    return [
+        _segment(response, backend, specials, split_offsets(response.text, min_words)[1:])
+        for response in responses
+    ]
+
+
+def segment_at(response: Response, tokenizer: Any, ends: Sequence[int]) -> tuple[Segment, ...]:
+    """Split a response at given character offsets, the last of which is the text's length.
+
+    Raises:
+        DataError: as :func:`segment_response`, or a piece has no token that begins in it.
+    """
+    backend, specials = tokenizer.backend_tokenizer, _special_ids(tokenizer)
+    segments = _segment(response, backend, specials, ends)
+    if len(segments) != len(ends):
+        raise DataError(
+            f"response {response.id}: {len(ends)} pieces, but tokens begin in {len(segments)} of "
+            "them; join the pieces that are cut within a word or hold white space alone"
+        )
+    return segments
 
 
 def _segment(
-    response: Response, backend: Any, specials: Collection[int], min_words: int
+    response: Response, backend: Any, specials: Collection[int], ends: Sequence[int]
 ) -> tuple[Segment, ...]:
     text = response.text
     ids: list[int] = response.token_ids.tolist()
@@ -156,7 +175,7 @@ def _segment(
     starts = [_begin(text, max(0, start + shift), end + shift) for start, end in spans]
     segments: list[Segment] = []
     char_start = token_start = token_end = 0
-    for char_end in split_offsets(text, min_words)[1:]:
+    for char_end in ends:
         while token_end < len(ids) and (starts[token_end] < char_end or char_end == len(text)):
             token_end += 1
         if token_end > token_start:
