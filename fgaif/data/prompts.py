@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from fgaif.data.coco import find_coco, read_coco
 from fgaif.data.images import MAX_PIXELS, check_image
-from fgaif.data.rows import read_rows
+from fgaif.data.rows import read_rows, row_id, text_of
 from fgaif.data.scenes.files import write_split
 from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.data.scenes.world import Split
@@ -52,13 +52,17 @@ class PromptSet:
 
     def warning(self, examples: int = 3) -> str:
         """Say how many rows were skipped and why, with the first examples; empty if none was."""
-        if not self.skipped:
-            return ""
-        total = len(self.prompts) + len(self.skipped)
-        lines = [f"{self.source}: skipped {len(self.skipped)} of {total} rows"]
-        lines += [f"  {item.row}: {item.reason}" for item in self.skipped[:examples]]
-        more = len(self.skipped) - examples
-        return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
+        return skipped_warning(self.source, len(self.prompts), self.skipped, examples)
+
+
+def skipped_warning(source: str, used: int, skipped: Sequence[Skipped], examples: int = 3) -> str:
+    """Say how many rows of a source were skipped and why; empty if none was."""
+    if not skipped:
+        return ""
+    lines = [f"{source}: skipped {len(skipped)} of {used + len(skipped)} rows"]
+    lines += [f"  {item.row}: {item.reason}" for item in skipped[:examples]]
+    more = len(skipped) - examples
+    return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,23 +171,11 @@ def _parse_row(path: Path, number: int, row: Any) -> _Row:
     where = f"{path}:{number}"
     if not isinstance(row, dict):
         raise DataError(f"{where}: {row!r:.80}: a row must be an object with `image` and `prompt`")
-    image = row.get("image")
-    if image is None and isinstance(row.get("images"), list):
-        image = row["images"][0] if len(row["images"]) == 1 else row["images"]
-    identity = row.get("id")
-    if isinstance(identity, int):
-        identity = str(identity)
+    if row.get("image") is None and isinstance(row.get("images"), list):
+        row = {**row, "image": row["images"][0] if len(row["images"]) == 1 else row["images"]}
     return _Row(
         where=where,
-        id=_text(where, row, "id", f"{path.stem}-{number}" if identity is None else identity),
-        image=_text(where, row, "image", image),
-        text=_text(where, row, "prompt", row.get("prompt")),
+        id=row_id(where, row, f"{path.stem}-{number}"),
+        image=text_of(where, row, "image"),
+        text=text_of(where, row, "prompt"),
     )
-
-
-def _text(where: str, row: dict[str, Any], column: str, value: Any) -> str:
-    if isinstance(value, str) and value.strip():
-        return value
-    if value is None and column not in row:
-        raise DataError(f"{where}: no column `{column}`, only {', '.join(row)}; rename or add it")
-    raise DataError(f"{where}: column `{column}`: {value!r:.80}: expected a text that is not empty")

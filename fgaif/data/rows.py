@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fgaif.errors import DataError
+from fgaif.types import Json
 
 ParseLine = Callable[[str], Any]
 """From one line to a value; ValueError or RecursionError mean a malformed line."""
@@ -71,3 +72,29 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, An
                     yield number, row
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}); write it again") from error
+
+
+def text_of(where: str, row: Json, column: str) -> str:
+    """Return a column that must hold a text which is not blank.
+
+    Raises:
+        DataError: it is missing or holds something else.
+    """
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        return value
+    if value is None and column not in row:
+        raise DataError(f"{where}: no column `{column}`, only {', '.join(row)}; rename or add it")
+    raise DataError(f"{where}: column `{column}`: {value!r:.80}: expected a text that is not empty")
+
+
+def row_id(where: str, row: Json, default: str) -> str:
+    """Return the column `id`, a text or an integer, or the default where there is none.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    value = row.get("id")
+    if value is None:
+        return default
+    return str(value) if isinstance(value, int) else text_of(where, row, "id")

@@ -1,0 +1,134 @@
+"""Responses that our policy did not sample: tokenised with its tokenizer, so that they fit in."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fgaif.data.images import MAX_PIXELS, check_image
+from fgaif.data.prompts import Skipped, skipped_warning
+from fgaif.data.rows import read_rows, row_id, text_of
+from fgaif.errors import DataError
+from fgaif.types import ImageRef, Prompt, Response
+
+_COLUMNS = ("id", "image", "prompt", "response", "text")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenResponses:
+    """Responses of a file in order, and the rows left out because of their image."""
+
+    source: str
+    responses: tuple[Response, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def warning(self, examples: int = 3) -> str:
+        """Say how many rows were skipped and why, with the first examples; empty if none was."""
+        return skipped_warning(self.source, len(self.responses), self.skipped, examples)
+
+
+class ResponseMaker:
+    """Makes responses of the rows of one file; images must lie in ``root`` and are checked once.
+
+    Rows with the same id are samples 0, 1, ... of one prompt. ``skipped`` collects the rows whose
+    image cannot be used.
+    """
+
+    def __init__(self, root: Path, tokenizer: Any, max_pixels: int = MAX_PIXELS) -> None:
+        self._root = root
+        self.tokenizer = tokenizer
+        self._max_pixels = max_pixels
+        self._images: dict[str, ImageRef | str] = {}
+        self._prompts: dict[str, Prompt] = {}
+        self._samples: dict[str, int] = {}
+        self.skipped: list[Skipped] = []
+
+    def make(self, where: str, *, id: str, image: str, prompt: str, text: str) -> Response | None:
+        """Return the response, with log-probs of zero and EOS at its end; None if it is skipped.
+
+        Raises:
+            DataError: the tokenizer cannot write the text exactly, or the id was used for another
+                image or prompt.
+        """
+        ref = self._image(image)
+        if isinstance(ref, str):
+            self.skipped.append(Skipped(row=where, reason=ref))
+            return None
+        asked = Prompt(id=id, image=ref, text=prompt)
+        if self._prompts.setdefault(id, asked) != asked:
+            raise DataError(f"{where}: id {id!r} was used for another image or prompt; rename it")
+        ids = [*self._tokenize(where, text), self.tokenizer.eos_token_id]
+        sample = self._samples[id] = self._samples.get(id, -1) + 1
+        return Response(
+            prompt=asked,
+            sample=sample,
+            text=text,
+            token_ids=np.array(ids, dtype=np.int64),
+            rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
+            finish="stop",
+            policy_version=0,
+        )
+
+    def _image(self, image: str) -> ImageRef | str:
+        if image not in self._images:
+            try:
+                self._images[image] = check_image(image, self._root, self._max_pixels)
+            except DataError as error:
+                self._images[image] = str(error)
+        return self._images[image]
+
+    def _tokenize(self, where: str, text: str) -> list[int]:
+        backend = self.tokenizer.backend_tokenizer
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        written = backend.decode(ids, skip_special_tokens=True)
+        if written != text:
+            raise DataError(
+                f"{where}: the policy's tokenizer writes {_differ(text, written)}; take special "
+                "tokens and characters that it does not know out of the text"
+            )
+        return ids
+
+
+def read_responses(
+    path: Path, tokenizer: Any, *, root: Path | None = None, max_pixels: int = MAX_PIXELS
+) -> GivenResponses:
+    """Read rows {"image", "prompt", "response" (or "text"), "id"?} of a .jsonl or .parquet file.
+
+    Args:
+        tokenizer: the policy's, a ``PreTrainedTokenizerFast``.
+        root: folder that image paths start from and must lie in; default: the file's folder.
+        max_pixels: larger images count as broken.
+
+    Raises:
+        DataError: unreadable file, bad row or text (names ``FILE:ROW``), or no usable row.
+    """
+    maker = ResponseMaker(root or path.parent, tokenizer, max_pixels)
+    responses: list[Response] = []
+    for number, row in read_rows(path, _COLUMNS):
+        where = f"{path}:{number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: {row!r:.80}: a row must be an object")
+        column = "text" if row.get("response") is None and "text" in row else "response"
+        response = maker.make(
+            where,
+            id=row_id(where, row, f"{path.stem}-{number}"),
+            image=text_of(where, row, "image"),
+            prompt=text_of(where, row, "prompt"),
+            text=text_of(where, row, column),
+        )
+        if response is not None:
+            responses.append(response)
+    given = GivenResponses(
+        source=str(path), responses=tuple(responses), skipped=tuple(maker.skipped)
+    )
+    if not responses:
+        raise DataError(given.warning() or f"{path}: no rows; add some")
+    return given
+
+
+def _differ(text: str, written: str) -> str:
+    pairs = enumerate(zip(text, written, strict=False))
+    start = next((i for i, (a, b) in pairs if a != b), min(len(text), len(written)))
+    begin = max(0, start - 10)
+    return f"{written[begin : start + 20]!r} for {text[begin : start + 20]!r}"

@@ -1,0 +1,80 @@
+"""Labelled responses as Parquet: the objects of labels.jsonl, verdicts as a map by fact."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fgaif.data.rows import read_rows
+from fgaif.errors import DataError
+from fgaif.feedback.store import decode_labeled, encode_labeled, label_store
+from fgaif.types import Json, LabeledResponse
+
+_TEXT, _INT = pa.string(), pa.int64()
+_ANSWER = {"answer": _TEXT, "p_yes": pa.float64(), "problem": _TEXT, "votes": pa.list_(_TEXT)}
+_FACT = {"kind": _TEXT, "text": _TEXT, "segment": _INT, "requires": pa.list_(_TEXT)}
+_PROMPT = {"id": _TEXT, "image": pa.struct({"path": _TEXT, "sha256": _TEXT}), "text": _TEXT}
+_RESPONSE = {
+    "prompt": pa.struct(_PROMPT),
+    "sample": _INT,
+    "text": _TEXT,
+    "token_ids": pa.list_(_INT),
+    "rollout_logprobs": pa.list_(pa.float32()),
+    "finish": _TEXT,
+    "policy_version": _INT,
+}
+_SPAN = dict.fromkeys(("index", "char_start", "char_end", "token_start", "token_end"), _INT)
+LABELS = pa.schema(
+    {
+        "response": pa.struct(_RESPONSE),
+        "segments": pa.list_(pa.struct(_SPAN)),
+        "facts": pa.list_(pa.struct(_FACT)),
+        "verdicts": pa.map_(_TEXT, pa.struct(_ANSWER)),
+        "labels": pa.list_(pa.list_(_INT)),
+        "provenance": pa.map_(_TEXT, _TEXT),
+    }
+)
+"""Columns of a file of labelled responses."""
+
+_BATCH = 1024
+
+
+def write_labels(labeled: Iterable[LabeledResponse], path: Path) -> int:
+    """Write a .parquet file, replacing an older one as a whole; return the number of rows."""
+    return write_parquet(path, map(_encode, labeled), LABELS)
+
+
+def read_labels(path: Path) -> Iterator[LabeledResponse]:
+    """Read a .parquet file that :func:`write_labels` wrote, or a labels.jsonl, as a stream.
+
+    Raises:
+        DataError: unreadable file or malformed row (names ``FILE:ROW``).
+    """
+    if path.suffix != ".parquet":
+        yield from label_store(path)
+        return
+    for number, row in read_rows(path, tuple(LABELS.names)):
+        try:
+            yield decode_labeled(row)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}:{number}: malformed ({error!r}); write it again") from error
+
+
+def write_parquet(path: Path, rows: Iterable[Json], schema: pa.Schema) -> int:
+    """Write rows in batches beside ``path`` and rename; return their number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    remaining, count = iter(rows), 0
+    with pq.ParquetWriter(aside, schema) as writer:
+        while batch := list(islice(remaining, _BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            count += len(batch)
+    aside.replace(path)
+    return count
+
+
+def _encode(item: LabeledResponse) -> Json:
+    row = encode_labeled(item)
+    return row | {name: list(row[name].items()) for name in ("verdicts", "provenance")}
