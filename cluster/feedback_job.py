@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tokenizers import Tokenizer
 
 from cluster.failures import translate
 from cluster.launch import JudgeGroup
 from fgaif.chat.batched import BatchedChat
 from fgaif.chat.limits import Usage
+from fgaif.chat.messages import gather_all
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config
-from fgaif.feedback.annotate import gather_all
 from fgaif.feedback.models import FeedbackModels
 from fgaif.feedback.segment import segment_responses
 from fgaif.feedback.store import JsonlStore, encode_labeled, response_store
@@ -66,6 +65,7 @@ class AnnotateChunk:
         self._chunks = chunks
         self._rows_done = 0
         self._progress = folder / "progress.json"
+        self._writing = threading.Lock()
         self._room = asyncio.Semaphore(_ROWS_IN_FLIGHT)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -75,7 +75,9 @@ class AnnotateChunk:
         """Label the chunk with this number; the loop works on several chunks at the same time."""
         (number,) = batch["item"].tolist()
         work = asyncio.run_coroutine_threadsafe(self._label(*self._chunks[number]), self._loop)
-        return {"line": [json.dumps(encode_labeled(item)) for item in work.result()]}
+        lines = [json.dumps(encode_labeled(item)) for item in work.result()]
+        self._write_progress()
+        return {"line": lines}
 
     async def _label(self, position: int, count: int) -> list[LabeledResponse]:
         responses = list(self._responses.read(position, count))
@@ -91,9 +93,13 @@ class AnnotateChunk:
     async def _report(self) -> None:
         """Keep a small file up to date: a chunk may take minutes where requests are rationed."""
         while True:
-            state = {"rows": self._rows_done, "usage": asdict(self._models.usage())}
-            await asyncio.to_thread(write_whole, self._progress, json.dumps(state))
+            await asyncio.to_thread(self._write_progress)
             await asyncio.sleep(_POLL_S)
+
+    def _write_progress(self) -> None:
+        state = {"rows": self._rows_done, "usage": asdict(self._models.usage())}
+        with self._writing:
+            write_whole(self._progress, json.dumps(state))
 
 
 def annotate_responses(
@@ -169,8 +175,7 @@ def _dataset(
             enable_true_multi_threading=True,
         ),
         num_cpus=0,
-        # The stores lie on this machine.
-        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        label_selector={"ray.io/node-id": here},  # the stores lie on this machine
     )
 
 

@@ -210,8 +210,7 @@ class Run:
         with self._progress("labelling responses") as progress:
 
             def report(done: int, total: int, usage: Usage | None) -> None:
-                text = usage.line() if usage else ""
-                progress(done, total, note=text)
+                progress(done, total, note=usage.line() if usage and usage.requests else "")
 
             annotate_responses(config, labels, self._tokenizer, judges, judge_name, report)
         self._write_summary(folder / "summary.json", labels)

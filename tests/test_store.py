@@ -1,36 +1,39 @@
 import errno
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fgaif.data.scenes.facts import oracle
 from fgaif.data.scenes.tokenizer import build_tokenizer
-from fgaif.data.scenes.world import scene_at
-from fgaif.errors import ActorError, DataError
-from fgaif.feedback.annotate import annotate
+from fgaif.errors import DataError
 from fgaif.feedback.facts import SceneFacts
+from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import (
     JsonlStore,
-    VerdictStore,
     decode_response,
     encode_response,
     label_store,
     response_store,
 )
-from fgaif.types import FactQuery, ImageRef, LabeledResponse, Prompt, Response, Verdict
+from fgaif.types import (
+    KINDS,
+    UNKNOWN,
+    FactQuery,
+    ImageRef,
+    LabeledResponse,
+    Prompt,
+    Response,
+    Verdict,
+)
 
 TOKENIZER = build_tokenizer()
-SCENE = scene_at("val", 0)
 TEXT = "There is a red moon, from the house the moon is left. There is a large moon. This is odd."
 
 
@@ -48,6 +51,31 @@ def respond(text: str = TEXT, name: str = "p", sha256: str = "a" * 64) -> Respon
     )
 
 
+def labeled_response(text: str = TEXT, name: str = "p") -> LabeledResponse:
+    response = respond(text, name)
+    segments = segment_response(response, TOKENIZER, 4)
+    facts = SceneFacts().parse(response, segments).facts
+    image = response.prompt.image
+    verdicts = {
+        fact.text: Verdict(
+            query=FactQuery(image=image, text=fact.text),
+            answer="unknown",
+            p_yes=0.1 * number,
+            problem="unreadable" if number else "",
+            votes=("yes", "no"),
+        )
+        for number, fact in enumerate(facts)
+    }
+    return LabeledResponse(
+        response=response,
+        segments=segments,
+        facts=facts,
+        verdicts=verdicts,
+        labels=np.full((len(segments), len(KINDS)), UNKNOWN),
+        provenance={"verifier": "none"},
+    )
+
+
 def same_response(first: Response, second: Response) -> bool:
     arrays = ("token_ids", "rollout_logprobs")
     plain = {name: np.zeros(0) for name in arrays}
@@ -56,34 +84,6 @@ def same_response(first: Response, second: Response) -> bool:
         and getattr(first, name).dtype == getattr(second, name).dtype
         for name in arrays
     ) and str(replace(first, **plain)) == str(replace(second, **plain))
-
-
-class Verifier:
-    """Answers from the scene's truth; fails on texts in ``broken``; keeps what it was asked."""
-
-    name = "truth"
-    prompt_version = "v1"
-
-    def __init__(self, broken: Sequence[str] = (), dies_after: float = math.inf) -> None:
-        self.broken, self.dies_after = broken, dies_after
-        self.asked: list[tuple[str, str]] = []
-
-    def verify(self, queries: Sequence[FactQuery]) -> list[Verdict]:
-        if len(self.asked) >= self.dies_after:
-            raise ActorError("the judge died")
-        self.asked += [(query.image.sha256, query.text) for query in queries]
-        return [self.answer(query) for query in queries]
-
-    def answer(self, query: FactQuery) -> Verdict:
-        if query.text in self.broken:
-            return Verdict(query=query, answer="unknown")
-        p_yes = 0.9 if oracle(SCENE, query.text) else 0.1
-        return Verdict(query=query, answer="yes" if p_yes > 0.5 else "no", p_yes=p_yes)
-
-
-def run(responses: Sequence[Response], verifier: Verifier, path: Path) -> list[LabeledResponse]:
-    store = VerdictStore(path)
-    return annotate(responses, TOKENIZER, SceneFacts(), verifier, store, min_words=4, batch_size=2)
 
 
 def test_responses_round_trip_exactly(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_responses_round_trip_exactly(tmp_path: Path) -> None:
 
 
 def test_labels_round_trip_exactly(tmp_path: Path) -> None:
-    labeled = run([respond(), respond("", name="empty")], Verifier(), tmp_path / "verdicts.jsonl")
+    labeled = [labeled_response(), labeled_response("", name="empty")]
     store = label_store(tmp_path / "labels.jsonl")
     store.append(labeled)
     read = label_store(store.path)
@@ -121,11 +121,30 @@ def test_a_torn_last_line_is_dropped_said_and_overwritten(
     with path.open("a") as file:
         file.write('{"n": 33')
     store = numbers(path)
-    assert store.items == [1, 2]
+    assert list(store) == [1, 2]
     assert f"{path}:3: dropped the last line" in caplog.text
     assert path.read_text().endswith("33")  # reading changes nothing
     store.append([4])
     assert path.read_text() == '{"n": 1}\n{"n": 2}\n{"n": 4}\n'
+
+
+@pytest.mark.parametrize(("every", "start"), [(1, 0), (3, 0), (4, 2), (20, 9), (5, 10)])
+def test_chunks_cover_the_rows_from_any_start(tmp_path: Path, every: int, start: int) -> None:
+    store = numbers(tmp_path / "n.jsonl")
+    store.append([10**n for n in range(10)])
+    chunks = list(store.offsets(every, start))
+    read = [n for position, count in chunks for n in store.read(position, count)]
+    assert read == list(store)[start:]
+    assert all(count == every for _, count in chunks[:-1])
+
+
+def test_a_malformed_line_in_a_later_chunk_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "n.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n{"n": "x"}\n')
+    store = numbers(path)
+    position = [begin for begin, _ in store.offsets(2)][1]
+    with pytest.raises(DataError, match=r"n\.jsonl:3: malformed"):
+        list(store.read(position, 1))
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"m": 1}', '{"n": "x"}', "3", ""])
@@ -133,7 +152,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "n.jsonl"
     path.write_text(f'{{"n": 1}}\n{line}\n{{"n": 2}}\n')
     with pytest.raises(DataError, match=r"n\.jsonl:2: malformed"):
-        numbers(path)
+        list(numbers(path))
 
 
 def test_a_response_with_other_lengths_is_named(tmp_path: Path) -> None:
@@ -142,7 +161,7 @@ def test_a_response_with_other_lengths_is_named(tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=r"responses\.jsonl:1: .*log-probabilities"):
-        response_store(path)
+        list(response_store(path))
     with pytest.raises(ValueError, match="finish = 'maybe'"):
         decode_response({**encode_response(respond()), "finish": "maybe"})
 
@@ -164,7 +183,7 @@ def test_a_full_disk_loses_nothing_earlier(tmp_path: Path, monkeypatch: pytest.M
             store.append([2, 3])
     assert path.read_text() == '{"n": 1}\n'
     store.append([4])
-    assert numbers(path).items == store.items == [1, 4]
+    assert list(numbers(path)) == list(store) == [1, 4]
 
 
 def test_a_killed_writer_leaves_whole_batches(tmp_path: Path) -> None:
@@ -184,79 +203,6 @@ def test_a_killed_writer_leaves_whole_batches(tmp_path: Path) -> None:
     store = numbers(path)
     complete = len(store) // 50
     assert complete >= 10
-    assert store.items[: complete * 50] == [n for n in range(complete) for _ in range(50)]
+    assert list(store)[: complete * 50] == [n for n in range(complete) for _ in range(50)]
     store.append([-1])
-    assert numbers(path).items[-1] == -1
-
-
-def test_annotate_asks_each_question_once_even_over_responses_of_one_image(tmp_path: Path) -> None:
-    verifier = Verifier()
-    responses = [respond(), respond(name="q"), respond(name="other", sha256="b" * 64)]
-    labeled = run(responses, verifier, tmp_path / "verdicts.jsonl")
-    assert len(verifier.asked) == len(set(verifier.asked)) == 10  # five facts, two images
-    assert [item.response.id for item in labeled] == ["p#1", "q#1", "other#1"]
-    assert labeled[1].verdicts["There is a moon."].query.image.path == "/q.png"
-    assert labeled[0].labels.shape == (4, 3)
-    assert labeled[0].labels[3].tolist() == [-1, -1, -1]
-    assert labeled[0].provenance == {
-        "extractor": "scenes",
-        "verifier": "truth",
-        "prompt_version": "v1",
-        "min_words": "4",
-        "policy_version": "3",
-        "image_sha256": "a" * 64,
-        "malformed": "3",
-    }
-
-
-def test_annotate_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    path, responses = tmp_path / "verdicts.jsonl", [respond(), respond(sha256="b" * 64)]
-    first, second = Verifier(dies_after=4), Verifier()
-    with pytest.raises(ActorError, match="the judge died"):
-        run(responses, first, path)
-    labeled = run(responses, second, path)
-    assert len(first.asked) == 4
-    assert len(second.asked) == 6
-    assert not set(first.asked) & set(second.asked)
-    fresh = run(responses, Verifier(), tmp_path / "fresh.jsonl")
-    assert all(np.array_equal(a.labels, b.labels) for a, b in zip(labeled, fresh, strict=True))
-    assert [a.verdicts for a in labeled] == [b.verdicts for b in fresh]
-
-
-def test_failed_questions_are_unknown_now_and_asked_again(tmp_path: Path) -> None:
-    path, broken = tmp_path / "verdicts.jsonl", ["There is a moon."]
-    labeled = run([respond()], Verifier(broken=broken), path)[0]
-    assert labeled.labels[0].tolist() == [-1, -1, 0]
-    again = Verifier()
-    assert run([respond()], again, path)[0].verdicts["There is a moon."].answer != "unknown"
-    assert again.asked == [("a" * 64, "There is a moon.")]
-
-
-def test_another_prompt_or_verifier_asks_anew(tmp_path: Path) -> None:
-    path = tmp_path / "verdicts.jsonl"
-    run([respond()], Verifier(), path)
-    for name in ("name", "prompt_version"):
-        other = Verifier()
-        setattr(other, name, "another")
-        run([respond()], other, path)
-        assert len(other.asked) == 5
-
-
-def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
-    class Confused(Verifier):
-        def verify(self, queries: Sequence[FactQuery]) -> list[Verdict]:
-            return super().verify(queries)[::-1]
-
-    with pytest.raises(ActorError, match="do not match"):
-        run([respond()], Confused(), tmp_path / "verdicts.jsonl")
-
-
-def test_progress_counts_facts(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    store = VerdictStore(tmp_path / "verdicts.jsonl")
-    annotate(
-        *([respond()], TOKENIZER, SceneFacts(), Verifier(), store),
-        batch_size=2,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert list(numbers(path))[-1] == -1

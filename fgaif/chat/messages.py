@@ -1,17 +1,21 @@
 """What is asked of a chat model and what comes back: one user message, at most one image."""
 
+import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from fgaif.errors import ConfigError, FgaifError
+from fgaif.errors import ConfigError, FgaifError, ServiceError
 from fgaif.types import ImageRef, Json
 
 _SLOT = re.compile(r"\{(\w+)\}")
+
+
+T = TypeVar("T")
 
 
 class RequestFailed(FgaifError, RuntimeError):
@@ -111,3 +115,16 @@ def load_prompt(path: Path, slots: Sequence[str]) -> PromptFile:
             )
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return PromptFile(version=f"{path.stem}-{digest}", text=text)
+
+
+async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """Wait for all, also after one failed, so that no reply on its way is thrown away.
+
+    Raises:
+        ServiceError: of several failures the one that says why nothing can be asked.
+    """
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    failures = [result for result in results if isinstance(result, BaseException)]
+    for failure in sorted(failures, key=lambda error: not isinstance(error, ServiceError)):
+        raise failure
+    return [result for result in results if not isinstance(result, BaseException)]

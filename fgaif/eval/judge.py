@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from fgaif.chat.messages import ChatModel, ChatRequest, RequestFailed
-from fgaif.feedback.annotate import gather_all
+from fgaif.chat.messages import ChatModel, ChatRequest, RequestFailed, gather_all
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -1,16 +1,13 @@
 """Step 1 after sampling: one response to one labelled response."""
 
-import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
-from fgaif.errors import ServiceError
+from fgaif.chat.messages import gather_all
 from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier
 from fgaif.feedback.labels import label_segments
 from fgaif.types import UNKNOWN, FactQuery, LabeledResponse, Response, Segment
 
-T = TypeVar("T")
 DROPPED = "dropped "
 """Before the reason, in the provenance of a response some of whose facts were left out."""
 
@@ -91,16 +88,3 @@ def fact_texts(found: ExtractedFacts) -> list[str]:
     for fact in found.facts:
         texts.update(dict.fromkeys((*fact.requires, fact.text)))
     return list(texts)
-
-
-async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """Wait for all, also after one failed, so that no reply on its way is thrown away.
-
-    Raises:
-        ServiceError: of several failures the one that says why nothing can be asked.
-    """
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    failures = [result for result in results if isinstance(result, BaseException)]
-    for failure in sorted(failures, key=lambda error: not isinstance(error, ServiceError)):
-        raise failure
-    return [result for result in results if not isinstance(result, BaseException)]

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from fgaif.chat.messages import ChatModel, ChatRequest, RequestFailed, load_prompt
-from fgaif.feedback.annotate import gather_all
+from fgaif.chat.messages import ChatModel, ChatRequest, RequestFailed, gather_all, load_prompt
 from fgaif.feedback.facts import ExtractedFacts, merge_facts, segment_text
 from fgaif.feedback.reading import facts_schema, read_facts
 from fgaif.types import Response, Segment

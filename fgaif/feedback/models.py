@@ -70,8 +70,10 @@ class FeedbackModels:
 
     def _open(self, name: str) -> ChatModel:
         if name.startswith(API):
-            settings = self._config.endpoints[name.removeprefix(API)]
-            endpoint = Endpoint(settings, self._budget)
+            entry = name.removeprefix(API)
+            settings = self._config.endpoints[entry]
+            pixels = self._config.data.max_image_pixels
+            endpoint = Endpoint(entry, settings, self._budget, max_image_pixels=pixels)
             # What earlier runs of this job paid counts towards its budget.
             self._budget.charge(price(settings, *self._store.tokens(endpoint.name)))
             return endpoint

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from fgaif.chat.messages import ChatModel, ChatRequest, PromptFile, RequestFailed, load_prompt
+from fgaif.chat.messages import (
+    ChatModel,
+    ChatRequest,
+    PromptFile,
+    RequestFailed,
+    gather_all,
+    load_prompt,
+)
 from fgaif.errors import ConfigError
-from fgaif.feedback.annotate import gather_all
 from fgaif.feedback.facts import FactVerifier
 from fgaif.types import Answer, FactQuery, Problem, Verdict
 
