@@ -1,13 +1,15 @@
 """CHAIR: words to objects, the rules of the official script, and the figures by hand."""
 
+import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fgaif.errors import DataError
-from fgaif.eval.answers import Caption
+from fgaif.eval.answers import Caption, read_captions
 from fgaif.eval.chair import Vocabulary, chair, chair_truth, score_chair, singular
 from fgaif.eval.coco_words import coco_vocabulary
 
@@ -206,3 +208,15 @@ def test_a_silent_caption_has_no_hallucination_rate() -> None:
     metrics = score_chair(captions(("1", "")), {"1": {"dog"}}, COCO).metrics()
     assert np.isnan(metrics["chair_i"])
     assert (metrics["chair_s"], metrics["recall"], metrics["length"]) == (0, 0, 0)
+
+
+@pytest.mark.skipif("FGAIF_OFFICIAL_DATA" not in os.environ, reason="no official files")
+def test_the_official_table_and_ours_agree_on_most_mentions_of_real_captions() -> None:
+    folder = Path(os.environ["FGAIF_OFFICIAL_DATA"])
+    official = coco_vocabulary(folder / "chair_synonyms.txt")
+    assert official.objects == COCO.objects
+    common = both = 0
+    for caption in read_captions(folder / "lvlm_captions_llava.jsonl"):
+        ours, theirs = (Counter(table.mentions(caption.text)) for table in (COCO, official))
+        common, both = common + (ours & theirs).total(), both + ours.total() + theirs.total()
+    assert 2 * common / both > 0.98

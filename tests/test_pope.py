@@ -1,6 +1,7 @@
 """POPE: sampling rule, question and answer files, and figures by hand."""
 
 import json
+import os
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -354,3 +355,20 @@ def test_files_that_do_not_belong_together_are_refused() -> None:
         score_pope({"random": ROWS}, {"popular": by_id("yes")})
     with pytest.raises(DataError, match="random: no answer fits a question"):
         score_pope({"random": ROWS}, {"random": [answer(1, "yes", id="77")]})
+
+
+@pytest.mark.skipif("FGAIF_OFFICIAL_DATA" not in os.environ, reason="no official files")
+@pytest.mark.parametrize(("split", "size"), [("random", 2910), ("popular", 3000)])
+def test_official_files_ask_what_we_would_ask(split: str, size: int) -> None:
+    """Theirs write "imange" after "an" and take any noun as one thing; the rest is the same."""
+    folder = Path(os.environ["FGAIF_OFFICIAL_DATA"])
+    rows = read_questions(folder / f"coco_pope_{split}.jsonl")
+    assert (len(rows), sum(row.label for row in rows)) == (size, 1500)
+    ours = {question_text(noun) for noun in coco_vocabulary().objects}
+    others = {row.text.replace("imange", "image") for row in rows} - ours
+    assert others == {
+        f"Is there a {noun} in the image?" for noun in ("skis", "scissors", "broccoli")
+    }
+    always = [Answer(where=row.where, id=row.id, text="Yes") for row in rows]
+    metrics = score_pope({split: rows}, {split: always}).metrics()
+    assert (metrics["accuracy"], metrics["recall"]) == (1500 / size, 1)

@@ -103,12 +103,13 @@ def build_rows(
     count: int | None = 500,
     per_image: int = 6,
     seed: int = 0,
+    related: Mapping[str, Sequence[str]] | None = None,
 ) -> list[PopeRow]:
     """Build a file's questions from (image file, objects in annotation order), numbered from 1.
 
     As in the official set, only images with at least ``per_image // 2`` distinct objects take
     part, ``count`` of them are drawn (all if None), and frequencies count the drawn ones alone.
-    The same ``seed`` draws the same images for every strategy.
+    The same ``seed`` draws the same images for every strategy; ``related`` as above.
 
     Raises:
         DataError: fewer such images than ``count``, or none.
@@ -121,7 +122,7 @@ def build_rows(
             f"{count or 1} are needed; give more annotated images or ask for fewer"
         )
     drawn = rich if count is None else random.Random(f"pope images {seed}").sample(rich, count)
-    asked = _draw([names for _, names in drawn], strategy, per_image, seed)
+    asked = _draw([names for _, names in drawn], strategy, per_image, seed, related)
     flat = [
         (image, *pair) for (image, _), pairs in zip(drawn, asked, strict=True) for pair in pairs
     ]
@@ -138,7 +139,7 @@ def _draw(
     strategy: Strategy,
     per_image: int,
     seed: int,
-    related: Mapping[str, Sequence[str]] | None = None,
+    related: Mapping[str, Sequence[str]] | None,
 ) -> list[list[tuple[str, bool]]]:
     """Choose for each image (object, whether it shows it), shown and absent by turns."""
     rng = random.Random(f"pope {strategy} {seed}")

@@ -28,7 +28,7 @@ CATEGORIES = sorted(coco_vocabulary().objects)
 FILLERS = (
     "the image features several of them standing near each other while some more are visible in "
     "background and appear to be enjoying a sunny day with bright colors on their left side"
-).split()
+)
 # Words that no dictionary knows, so that the cache of singular forms is not flattered
 SYLLABLES = ("ba", "ko", "li", "mun", "ra", "ste", "vor", "wex")
 
@@ -82,7 +82,7 @@ def make_chair(folder: Path, count: int, rng: random.Random) -> dict[str, list[s
 
 def sentence(rng: random.Random, words: int) -> str:
     """One word in eight names an object, one in thirty is rare."""
-    names = rng.choices(CATEGORIES, k=words)
+    names, fillers = rng.choices(CATEGORIES, k=words), FILLERS.split()
     rare = ["".join(rng.choices(SYLLABLES, k=3)) + rng.choice(["", "s"]) for _ in range(words)]
     pick = [rng.random() for _ in range(words)]
     return " ".join(
@@ -90,7 +90,7 @@ def sentence(rng: random.Random, words: int) -> str:
         if pick[i] < 1 / 8
         else rare[i]
         if pick[i] > 29 / 30
-        else rng.choice(FILLERS)
+        else rng.choice(fillers)
         for i in range(words)
     )
 
