@@ -217,17 +217,7 @@ def score_chair(
     for caption in known:
         mentions, shown = vocabulary.mentions(caption.text), truth[caption.image]
         rows.append(caption_stats(mentions, shown, len(caption.text.split())))
-        items.append(
-            {
-                "id": caption.id,
-                "image": caption.image,
-                "question": caption.question,
-                "answer": caption.text,
-                "named": mentions,
-                "hallucinated": [name for name in mentions if name not in shown],
-                "shown": sorted(shown),
-            }
-        )
+        items.append(_item(caption, mentions, shown))
     stats = np.array(rows, np.float64)
     return Scored(
         benchmark="chair",
@@ -242,3 +232,15 @@ def score_chair(
             "images_without_caption": len(set(asked) - {caption.image for caption in captions}),
         },
     )
+
+
+def _item(caption: Caption, mentions: Sequence[str], shown: Collection[str]) -> Json:
+    return {
+        "id": caption.id,
+        "image": caption.image,
+        "question": caption.question,
+        "answer": caption.text,
+        "named": list(mentions),
+        "hallucinated": [name for name in mentions if name not in shown],
+        "shown": sorted(shown),
+    }
