@@ -117,13 +117,13 @@ class Endpoint:
         except ServiceError as error:
             raise self._stop(str(error)) from None
         try:
-            async with self._gate.place(spend.tokens):
+            async with self._gate.place(spend.tokens) as sent_at:
                 self._check()
                 outcome = await self._send(request, image, spend)
         finally:
             self._budget.release(spend)
         if isinstance(outcome, Failure):
-            raise self._failed(outcome)
+            raise self._failed(outcome, sent_at)
         self._failures = 0
         return outcome
 
@@ -160,11 +160,11 @@ class Endpoint:
         self._budget.count(replies=1)
         return reply
 
-    def _failed(self, failure: Failure) -> Exception:
+    def _failed(self, failure: Failure, sent_at: float) -> Exception:
         if failure.action == "stop":
             return self._stop(f"{self._where}: {failure.reason}")
         # All requests on their way meet the same rate limit: it counts once.
-        if not (failure.action == "pause" and self._gate.paused):
+        if not (failure.action == "pause" and self._gate.paused_since(sent_at)):
             self._failures += 1
         if self._failures >= self._breaker:
             return self._stop(

@@ -202,18 +202,17 @@ class Gate:
         self._clock = clock
         self._resume_at = 0.0
 
-    @property
-    def paused(self) -> bool:
-        """Whether nothing is sent at the moment."""
-        return self._resume_at > self._clock()
+    def paused_since(self, sent_at: float) -> bool:
+        """Whether a pause was begun by others after a request was sent."""
+        return self._resume_at > sent_at
 
     def pause(self, seconds: float) -> None:
         """Send nothing for ``seconds`` from now; a longer pause stays."""
         self._resume_at = max(self._resume_at, self._clock() + seconds)
 
     @asynccontextmanager
-    async def place(self, tokens: int) -> AsyncIterator[None]:
-        """Hold a place while a request of about ``tokens`` is on its way."""
+    async def place(self, tokens: int) -> AsyncIterator[float]:
+        """Hold a place while a request of about ``tokens`` is on its way; gives when it goes."""
         async with self._places:
             if self._requests is not None:
                 await self._requests.take(1)
@@ -221,4 +220,4 @@ class Gate:
                 await self._tokens.take(tokens)
             while (left := self._resume_at - self._clock()) > 0:
                 await self._sleep(left)
-            yield
+            yield self._clock()
