@@ -16,8 +16,8 @@ from cluster.lane import Lane
 from fgaif.config import Config
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
-from fgaif.reward.checkpoint import RewardCard, save_reward_model
-from fgaif.reward.dataset import prepare_data
+from fgaif.reward.checkpoint import NoiseCard, RewardCard, save_reward_model
+from fgaif.reward.dataset import RewardData, read_data
 from fgaif.reward.inputs import RewardEncoder, load_reward_encoder, tokenizer_digest
 from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
 from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
@@ -65,7 +65,7 @@ def _train_kind(
     features: FeatureCache,
 ) -> RewardModel:
     config, settings = lane.config, lane.config.reward
-    data = prepare_data(kind, rows, val_fraction=settings.val_fraction, seed=config.seed)
+    data = read_data(kind, rows, config)
     seed = config.seed * len(KINDS) + KINDS.index(kind)
     model = new_reward_model(backbone, settings.lora, settings.head, seed)
     engine = _ZeroEngine(model, config, planned_steps(len(data.train), settings))
@@ -94,12 +94,28 @@ def _train_kind(
             tokenizer_digest=tokenizer_digest(encoder.encoder.tokenizer),
             min_words=config.segment.min_words,
             input_digest=lane.digests[kind],
+            noise=_noise_card(kind, config, data),
             metrics=metrics,
         )
         save_reward_model(lane.out_dir / kind, model, result.state, card)
         lane.queue.put((kind, result.planned_steps, result.planned_steps, metrics))
     engine.close()
     return model
+
+
+def _noise_card(kind: Kind, config: Config, data: RewardData) -> NoiseCard | None:
+    noise, flips = config.reward.noise.get(kind), data.flips
+    if noise is None or flips is None:
+        return None
+    return NoiseCard(
+        ok_to_hallu=noise.rate_ok_to_hallu,
+        hallu_to_ok=noise.rate_hallu_to_ok,
+        seed=config.reward.noise_seed,
+        flipped_ok=flips.ok_to_hallu,
+        flipped_hallu=flips.hallu_to_ok,
+        ok=flips.ok,
+        hallu=flips.hallu,
+    )
 
 
 class _ZeroEngine:

@@ -25,7 +25,7 @@ from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.reward.checkpoint import CARD, checkpoint_digest, read_card
-from fgaif.reward.dataset import prepare_data
+from fgaif.reward.dataset import read_data
 from fgaif.types import KINDS, Kind, LabeledResponse
 
 Progress = Callable[[Kind, int, int, dict[str, float]], None]
@@ -64,7 +64,7 @@ def train_rewards(
         if kind not in pending:
             progress(kind, 1, 1, read_card(out_dir / kind).metrics)
     for kind in pending:  # data that cannot be trained on is found before anything is started
-        prepare_data(kind, rows, val_fraction=config.reward.val_fraction, seed=config.seed)
+        read_data(kind, rows, config)
     if pending:
         os.environ.update(_RAY_TRAIN_ENV)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
@@ -101,8 +101,11 @@ def input_digest(
         "zero_stage",
         "backbone",
     }
-    settings = config.reward.model_dump_json(exclude=placing)
+    noise = config.reward.noise.get(kind)
+    settings = config.reward.model_dump_json(exclude=placing | {"noise", "noise_seed"})
     parts = [kind, settings, str(config.seed), config.policy.dtype, backbone_digest]
+    if noise is not None:  # without noise the digest is that of versions that knew none
+        parts += [noise.model_dump_json(), str(config.reward.noise_seed)]
     digest = hashlib.sha256("\n".join(parts).encode())
     for row in rows:
         response = row.response

@@ -174,6 +174,36 @@ class FeedbackConfig(_Section):
         return self
 
 
+class NoiseConfig(_Section):
+    """Label noise of one kind, as probabilities; for studies of the feedback's quality."""
+
+    ok_to_hallu: float = Field(0.0, ge=0, le=1)
+    """Share of the OK segments that are labelled HALLU."""
+    hallu_to_ok: float = Field(0.0, ge=0, le=1)
+    """Share of the HALLU segments that are labelled OK."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Both rates at once (symmetric noise)."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.flip and (self.ok_to_hallu or self.hallu_to_ok):
+            raise ValueError(
+                f"flip = {self.flip} sets both rates; leave it 0 to set ok_to_hallu = "
+                f"{self.ok_to_hallu} and hallu_to_ok = {self.hallu_to_ok}"
+            )
+        return self
+
+    @property
+    def rate_ok_to_hallu(self) -> float:
+        """Probability that an OK segment is labelled HALLU."""
+        return self.flip or self.ok_to_hallu
+
+    @property
+    def rate_hallu_to_ok(self) -> float:
+        """Probability that a HALLU segment is labelled OK."""
+        return self.flip or self.hallu_to_ok
+
+
 class RewardConfig(_Section):
     """Step 2: one reward model per kind."""
 
@@ -198,6 +228,11 @@ class RewardConfig(_Section):
     """Validation passes over the planned training."""
     class_balance: bool = True
     """Weigh classes by the inverse square root of their frequency."""
+    noise: dict[Kind, NoiseConfig] = {}
+    """Labels made wrong on purpose when they are read for training, by kind; the stored labels stay
+    clean."""
+    noise_seed: int = 0
+    """Draws the labels that `noise` makes wrong."""
     head: Literal["linear", "mlp"] = "linear"
     """`linear` is the paper's; `mlp` adds one hidden layer."""
     zero_stage: Literal[0, 1, 2, 3] = 1

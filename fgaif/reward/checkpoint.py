@@ -24,6 +24,22 @@ _BLOCK = 2**20
 _BLOCKS_PER_FILE = 64
 
 
+class NoiseCard(BaseModel):
+    """Labels that were made wrong on purpose, training and validation images together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    ok_to_hallu: float
+    """Probability that an OK segment was labelled HALLU."""
+    hallu_to_ok: float
+    seed: int
+    flipped_ok: int
+    """OK segments that were labelled HALLU, of ``ok`` in all."""
+    flipped_hallu: int
+    ok: int
+    hallu: int
+
+
 class RewardCard(BaseModel):
     """What a reward model is and what it was made from; the content of ``reward.json``."""
 
@@ -42,6 +58,8 @@ class RewardCard(BaseModel):
     """Splitting of the training data (segment.min_words)."""
     input_digest: str
     """Digest of everything the training depended on; equal inputs need no second training."""
+    noise: NoiseCard | None = None
+    """Label noise of the training, if any; the metrics are measured with it."""
     metrics: dict[str, float]
     """On the images held out for early stopping."""
 
@@ -178,9 +196,19 @@ LoRA adapter (PEFT) and a {card.head} head (`{HEAD}`) that classify each sub-sen
 as {", ".join(card.classes)} with respect to its {card.kind} facts, read at the separator after the
 sub-sentence. It fits only the backbone whose digest is in `{CARD}`.
 
-Held-out images of the training data, labels by AI feedback:
+{_noise_note(card.noise)}Held-out images of the training data, labels by AI feedback:
 
 | metric | value |
 |---|---|
 {figures}
 """
+
+
+def _noise_note(noise: NoiseCard | None) -> str:
+    if noise is None:
+        return ""
+    return (
+        f"Trained with label noise on purpose (seed {noise.seed}): of {noise.ok} OK segments "
+        f"{noise.flipped_ok} labelled HALLU (rate {noise.ok_to_hallu}), of {noise.hallu} HALLU "
+        f"segments {noise.flipped_hallu} labelled OK (rate {noise.hallu_to_ok}).\n\n"
+    )

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fgaif.config import Config, NoiseConfig
 from fgaif.errors import DataError
+from fgaif.feedback.noise import Flips, flip_rows
 from fgaif.types import KINDS, UNKNOWN, FloatArray, IntArray, Kind, LabeledResponse, SegmentClass
 
 _WINDOW = 8
@@ -24,22 +26,51 @@ class RewardData:
     """Segments left out because a verdict is missing."""
     unused_responses: int
     """Responses left out because no segment is judged."""
+    flips: Flips | None = None
+    """Labels made wrong on purpose, where there is noise."""
 
     def labels(self, row: LabeledResponse) -> IntArray:
         """Classes (S,) of a row's segments, or UNKNOWN."""
         return row.labels[:, KINDS.index(self.kind)]
 
 
+def read_data(kind: Kind, rows: Sequence[LabeledResponse], config: Config) -> RewardData:
+    """What a reward model is trained on, with the label noise configured for its kind.
+
+    Raises:
+        DataError: as :func:`prepare_data`.
+    """
+    settings = config.reward
+    return prepare_data(
+        kind,
+        rows,
+        val_fraction=settings.val_fraction,
+        seed=config.seed,
+        noise=settings.noise.get(kind),
+        noise_seed=settings.noise_seed,
+    )
+
+
 def prepare_data(
-    kind: Kind, rows: Sequence[LabeledResponse], *, val_fraction: float, seed: int
+    kind: Kind,
+    rows: Sequence[LabeledResponse],
+    *,
+    val_fraction: float,
+    seed: int,
+    noise: NoiseConfig | None = None,
+    noise_seed: int = 0,
 ) -> RewardData:
     """Select the rows that a kind can learn from and hold out whole images.
 
-    Images are ordered by a hash of seed and content, so the split depends on nothing else.
+    Images are ordered by a hash of seed and content, so the split depends on nothing else. Label
+    noise hits the images held out too, as errors of the feedback do.
 
     Raises:
         DataError: fewer than two images have a judged segment.
     """
+    flips = None
+    if noise is not None:
+        rows, flips = flip_rows(rows, kind, noise, noise_seed)
     labels = [row.labels[:, KINDS.index(kind)] for row in rows]
     usable = [row for row, y in zip(rows, labels, strict=True) if (y != UNKNOWN).any()]
     images = sorted(
@@ -59,6 +90,7 @@ def prepare_data(
         val=tuple(row for row, out in zip(usable, in_val, strict=True) if out),
         unknown_segments=sum(int((y == UNKNOWN).sum()) for y in labels),
         unused_responses=len(rows) - len(usable),
+        flips=flips,
     )
 
 
