@@ -8,12 +8,13 @@ so memory does not grow with their number and the label file is always a prefix 
 import asyncio
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -21,17 +22,21 @@ import ray.data
 from tokenizers import Tokenizer
 
 from cluster.failures import translate
-from cluster.launch import JudgeGroup
+from fgaif import errors
 from fgaif.chat.batched import BatchedChat
 from fgaif.chat.limits import Usage
 from fgaif.chat.messages import gather_all
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config
+from fgaif.errors import FgaifError
 from fgaif.feedback.models import FeedbackModels
 from fgaif.feedback.segment import segment_responses
 from fgaif.feedback.store import JsonlStore, encode_labeled, response_store
 from fgaif.files import write_whole
 from fgaif.types import LabeledResponse, Response
+
+if TYPE_CHECKING:
+    from cluster.launch import JudgeGroup
 
 Progress = Callable[[int, int, Usage | None], None]
 """Told rows done, rows in all, and what was asked and paid so far in this run."""
@@ -50,7 +55,7 @@ class AnnotateChunk:
         config: Config,
         tokenizer: str,
         chunks: Sequence[tuple[int, int]],
-        judges: JudgeGroup | None,
+        judges: "JudgeGroup | None",
         judge_name: str,
     ) -> None:
         folder = config.run_dir / "feedback"
@@ -72,12 +77,19 @@ class AnnotateChunk:
         asyncio.run_coroutine_threadsafe(self._report(), self._loop)
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[str]]:
-        """Label the chunk with this number; the loop works on several chunks at the same time."""
+        """Label the chunk with this number; the loop works on several chunks at the same time.
+
+        An error that users can mend is returned, as (name, message): Ray Data's own wrapping
+        would lose which one it was.
+        """
         (number,) = batch["item"].tolist()
         work = asyncio.run_coroutine_threadsafe(self._label(*self._chunks[number]), self._loop)
-        lines = [json.dumps(encode_labeled(item)) for item in work.result()]
+        try:
+            lines = [json.dumps(encode_labeled(item)) for item in work.result()]
+        except FgaifError as error:
+            return {"line": [str(error)], "error": [type(error).__name__]}
         self._write_progress()
-        return {"line": lines}
+        return {"line": lines, "error": [""] * len(lines)}
 
     async def _label(self, position: int, count: int) -> list[LabeledResponse]:
         responses = list(self._responses.read(position, count))
@@ -97,7 +109,8 @@ class AnnotateChunk:
             await asyncio.sleep(_POLL_S)
 
     def _write_progress(self) -> None:
-        state = {"rows": self._rows_done, "usage": asdict(self._models.usage())}
+        usage = asdict(self._models.usage())
+        state = {"rows": self._rows_done, "usage": usage, "pid": os.getpid()}
         with self._writing:
             write_whole(self._progress, json.dumps(state))
 
@@ -106,7 +119,7 @@ def annotate_responses(
     config: Config,
     labels: JsonlStore[LabeledResponse],
     tokenizer: Any,
-    judges: JudgeGroup | None,
+    judges: "JudgeGroup | None",
     judge_name: str,
     progress: Progress,
 ) -> None:
@@ -138,9 +151,12 @@ def annotate_responses(
     watcher.start()
     try:
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            for name, message in zip(batch["error"], batch["line"], strict=True):
+                if name:
+                    raise getattr(errors, name)(message)
             labels.append_lines(batch["line"].tolist())
     except ray.exceptions.RayError as error:
-        raise translate(_inner(error), "annotation") from error
+        raise translate(error, "annotation") from error
     finally:
         stopped.set()
         watcher.join()
@@ -151,7 +167,7 @@ def _dataset(
     config: Config,
     tokenizer: Any,
     chunks: Sequence[tuple[int, int]],
-    judges: JudgeGroup | None,
+    judges: "JudgeGroup | None",
     judge_name: str,
 ) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
@@ -192,13 +208,3 @@ def _show(snapshot: Path, start: int, total: int, progress: Progress) -> None:
         return
     state = json.loads(snapshot.read_text(encoding="utf-8"))
     progress(start + state["rows"], total, Usage(**state["usage"]))
-
-
-def _inner(error: Exception) -> Exception:
-    """The task error inside the wrappers that Ray Data puts around it."""
-    cause: Any = error
-    while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(
-        cause.cause, ray.exceptions.RayTaskError
-    ):
-        cause = cause.cause
-    return cause
