@@ -1,7 +1,7 @@
 """From verdicts to labels, and from the truth to how good the feedback was."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,21 +74,28 @@ def label_segments(
     return np.array(rows, dtype=np.int64).reshape(len(segments), len(KINDS))
 
 
+def distinct_facts(
+    labeled: Iterable[LabeledResponse],
+) -> Iterator[tuple[LabeledResponse, Fact]]:
+    """Yield each fact of an image where it is first stated: it was judged once."""
+    seen: set[tuple[str, str]] = set()
+    for item in labeled:
+        sha256 = item.response.prompt.image.sha256
+        for fact in item.facts:
+            if (sha256, fact.text) not in seen:
+                seen.add((sha256, fact.text))
+                yield item, fact
+
+
 def feedback_accuracy(
     labeled: Iterable[LabeledResponse], oracle: Oracle
 ) -> dict[Kind, KindAccuracy]:
     """Compare verdicts with the truth, per kind, over the facts that the oracle can judge."""
     counts: Counter[tuple[Kind, str]] = Counter()
-    seen: set[tuple[str, str]] = set()
-    for item in labeled:
-        sha256 = item.response.prompt.image.sha256
-        for fact in item.facts:
-            if (sha256, fact.text) in seen:
-                continue
-            seen.add((sha256, fact.text))
-            truth = oracle(item.response, fact)
-            if truth is not None:
-                counts[fact.kind, _outcome(truth, item.verdicts[fact.text].answer)] += 1
+    for item, fact in distinct_facts(labeled):
+        truth = oracle(item.response, fact)
+        if truth is not None:
+            counts[fact.kind, _outcome(truth, item.verdicts[fact.text].answer)] += 1
     return {
         kind: KindAccuracy(
             judged=sum(counts[kind, outcome] for outcome in ("right", "missed", "false alarm")),
