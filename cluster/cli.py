@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cluster.eval_cli import eval_app
 from cluster.ledger import ORDER, Stage
 from fgaif import __version__
 from fgaif.config import Config, dump_config, load_config
@@ -33,6 +34,7 @@ app = typer.Typer(
     "resumes where it stopped.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong configuration or data, 130 interrupted.",
 )
+app.add_typer(eval_app)
 out = Console()
 err = Console(stderr=True)
 
@@ -115,14 +117,14 @@ def train(
     _run(config, [*(overrides or []), *extra], dry_run, force, "train")
 
 
-@app.command("eval")
+@eval_app.command("run")
 def evaluate(
     config: ConfigFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     force: Force = False,
 ) -> None:
-    """Evaluate the policy before and after training on held-out images -> RUN/eval."""
+    """The run's policy before and after training, on held-out images -> RUN/eval."""
     _run(config, overrides, dry_run, force, "eval-before", "eval-after")
 
 

@@ -433,7 +433,7 @@ def _require_upstream(ledger: Ledger, config: Config, todo: Sequence[Stage]) -> 
                 what = "has not run" if status == "missing" else "ran with other settings"
                 raise DataError(
                     f"{stage} needs {upstream}, which {what} in {config.run_dir}: run "
-                    f"`fgaif {upstream.split('-')[0] if 'eval' in upstream else upstream}` "
+                    f"`fgaif {'eval run' if 'eval' in upstream else upstream}` "
                     "with this configuration first, or `fgaif run`"
                 )
 

@@ -244,5 +244,5 @@ def test_what_was_written_reads_back(tmp_path: Path) -> None:
 
 def test_a_broken_evaluation_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "after.json").write_text('{"greedy": {}}')
-    with pytest.raises(DataError, match=r"after\.json.*fgaif eval"):
+    with pytest.raises(DataError, match=r"after\.json.*fgaif eval run"):
         read_eval(tmp_path, "after")

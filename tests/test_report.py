@@ -181,7 +181,7 @@ def test_what_is_missing_is_said_and_not_invented(tmp_path: Path) -> None:
     assert tree["before"] is None
     assert tree["rewards"] == tree["feedback"] == tree["stages"] == {}
     said = "\n".join(tree["missing"])
-    for command in ("fgaif eval", "fgaif train-reward", "fgaif annotate", "fgaif train"):
+    for command in ("fgaif eval run", "fgaif train-reward", "fgaif annotate", "fgaif train"):
         assert command in said
     assert "Not in this report" in build_report(tmp_path).read_text()
     assert not list((tmp_path / "report").glob("*.png"))
@@ -192,7 +192,7 @@ def test_only_one_phase_still_makes_a_report(run_dir: Path) -> None:
     tree = report_of(run_dir)
     assert tree["after"] is None
     assert tree["before"]["sampled"]["any"] == 0.4
-    assert tree["missing"] == ["evaluation after training: run `fgaif eval`"]
+    assert tree["missing"] == ["evaluation after training: run `fgaif eval run`"]
 
 
 def test_every_figure_is_drawn_and_a_stale_one_removed(run_dir: Path) -> None:

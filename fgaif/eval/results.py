@@ -102,7 +102,7 @@ def _read_evals(
     captions: dict[Phase, list[Json]] = {}
     for phase in PHASES:
         if not (folder / f"{phase}.json").is_file():
-            missing.append(f"evaluation {phase} training: run `fgaif eval`")
+            missing.append(f"evaluation {phase} training: run `fgaif eval run`")
             continue
         evals[phase] = read_eval(folder, phase)
         captions[phase] = _read_lines(folder / f"{phase}_captions.jsonl", missing)
@@ -122,7 +122,7 @@ def _read_rewards(
     checked = run_dir / "eval" / "rewards.json"
     if not checked.is_file() or not cards:
         return cards, "labels" if cards else None
-    against_truth = _read_json(checked, missing, "fgaif eval") or {}
+    against_truth = _read_json(checked, missing, "fgaif eval run") or {}
     for name, card in cards.items():
         metrics = dict(against_truth[name])
         calibration = metrics.pop("calibration", None)
@@ -145,14 +145,16 @@ def _read_json(path: Path, missing: list[str], command: str) -> Json | None:
 
 def _read_lines(path: Path, missing: list[str]) -> list[Json]:
     if not path.is_file():
-        missing.append(f"{path.name}, the captions to show: run `fgaif eval`")
+        missing.append(f"{path.name}, the captions to show: run `fgaif eval run`")
         return []
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise DataError(f"{path}:{number}: not valid JSON; run `fgaif eval` again") from error
+            raise DataError(
+                f"{path}:{number}: not valid JSON; run `fgaif eval run` again"
+            ) from error
     return rows
 
 

@@ -65,7 +65,9 @@ def read_eval(folder: Path, phase: Phase) -> EvalReport:
             pope_by_strategy=parts,
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: not a readable evaluation ({error}); run `fgaif eval`") from error
+        raise DataError(
+            f"{path}: not a readable evaluation ({error}); run `fgaif eval run`"
+        ) from error
 
 
 def caption_json(caption: JudgedCaption, mode: Mode) -> Json:

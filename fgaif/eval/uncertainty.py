@@ -36,7 +36,7 @@ class Difference:
     """A figure of two models on the same items: ``b - a`` in ``difference``, with its interval.
 
     ``p`` is the two-sided p-value of the paired permutation test, ``p_holm`` the same corrected for
-    all figures of the benchmark (Holm, 1979).
+    all figures of the benchmark (Holm, 1979), those that are always equal counted once.
     """
 
     a: float | None
@@ -107,14 +107,15 @@ def compare(
         for weights in _weights(len(sums_a), resamples, seed)
     )
     p_values = _sign_flip(sums_a, sums_b, a.figures, permutations, seed)
-    corrected = holm(p_values)
+    twins = _twins(drawn)
+    corrected = holm({name: p_values[name] for name in drawn if twins[name] == name})
     figures = {
         name: Difference(
             a=_known(value),
             b=_known(values_b[name]),
             difference=_estimate(values_b[name] - value, drawn[name], len(sums_a)),
             p=p_values[name],
-            p_holm=corrected[name],
+            p_holm=corrected[twins[name]],
         )
         for name, value in values_a.items()
     }
@@ -140,6 +141,12 @@ def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
         highest = max(highest, min(1.0, (len(known) - index) * p))
         corrected[name] = highest
     return corrected
+
+
+def _twins(drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, str]:
+    """For each figure the first one that equals it in every resample, mostly itself."""
+    first: dict[bytes, str] = {}
+    return {name: first.setdefault(values.tobytes(), name) for name, values in drawn.items()}
 
 
 def _matched(a: Scored, b: Scored) -> tuple[Scored, Scored, tuple[str, ...]]:

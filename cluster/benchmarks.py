@@ -1,0 +1,184 @@
+"""Answers of a checkpoint to benchmark questions: greedy, through the rollout pool, cached."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from cluster.asking import Asked
+from fgaif.config import Config, with_overrides
+from fgaif.errors import CheckpointError
+from fgaif.feedback.store import JsonlStore
+from fgaif.files import write_whole
+from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.lvlm.weights import manifest_from_adapter
+from fgaif.reward.checkpoint import checkpoint_digest
+from fgaif.types import GenerationRequest, Json, Prompt
+
+if TYPE_CHECKING:
+    from cluster.launch import Cluster, RolloutGroup
+
+_REQUESTS = 256
+"""Requests per call and replica."""
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+Progress = Callable[[int, int], None]
+Engines = Callable[[], "RolloutGroup"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A checkpoint, and the adapter that is loaded on top of it; the digests are its identity."""
+
+    checkpoint: Path
+    adapter: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``CHECKPOINT[+ADAPTER]``; a name that exists with its ``+`` is a checkpoint.
+
+        Raises:
+            CheckpointError: no such checkpoint, or no adapter in the folder.
+        """
+        whole = Path(text).expanduser().is_dir() or "+" not in text
+        name, _, adapter = (text, "", "") if whole else text.rpartition("+")
+        spec = cls(resolve_checkpoint(name), Path(adapter).expanduser() if adapter else None)
+        for file in _ADAPTER_FILES if spec.adapter else ():
+            if not (spec.adapter / file).is_file():  # type: ignore[operator]
+                raise CheckpointError(
+                    f"--model {text}: {spec.adapter}/{file} does not exist; give a LoRA adapter's "
+                    "folder after the +"
+                )
+        return spec
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over checkpoint and adapter, in short."""
+        parts = [checkpoint_digest(self.checkpoint)]
+        if self.adapter is not None:
+            parts += [_sha256(self.adapter / file) for file in _ADAPTER_FILES]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """Folder names, for people."""
+        return "+".join(path.name for path in (self.checkpoint, self.adapter) if path is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    key: str
+    text: str
+    finish: str
+
+
+def generate_answers(
+    model: ModelSpec,
+    asked: Sequence[Asked],
+    cache: Path,
+    engines: Engines,
+    *,
+    chunk: int = _REQUESTS,
+    progress: Progress = lambda done, total: None,
+) -> int:
+    """Answer all questions greedily and write the answer files; returns how many were new.
+
+    Answers are kept in ``cache`` by model digest, prompt, image content and length limit: an
+    interrupted call goes on where it stopped, and what is known starts no engine.
+    """
+    store: JsonlStore[_Answer] = JsonlStore(cache, _encode, _decode)
+    known = {answer.key: answer for answer in store}
+    todo: dict[str, GenerationRequest] = {}
+    total = 0
+    for job in asked:
+        for prompt in job.prompts:
+            total += 1
+            key = _key(model, prompt, job.max_new_tokens)
+            if key not in known:
+                todo[key] = GenerationRequest(
+                    prompt=prompt, temperature=0.0, max_new_tokens=job.max_new_tokens
+                )
+    done = total - len(todo)
+    progress(done, total)
+    keys = list(todo)
+    pool = engines() if todo else None
+    for start in range(0, len(keys), chunk):
+        part = keys[start : start + chunk]
+        assert pool is not None
+        responses = pool.generate([todo[key] for key in part]).result()
+        new = [
+            _Answer(key=key, text=response.text, finish=response.finish)
+            for key, response in zip(part, responses, strict=True)
+        ]
+        store.append(new)
+        known |= {answer.key: answer for answer in new}
+        progress(done + start + len(part), total)
+    for job in asked:
+        _write_answers(model, job, known)
+    return len(todo)
+
+
+def pending_answers(model: ModelSpec, asked: Sequence[Asked], cache: Path) -> int:
+    """Count the answers that are not in the cache yet."""
+    known = {answer.key for answer in JsonlStore(cache, _encode, _decode)}
+    wanted = {_key(model, prompt, job.max_new_tokens) for job in asked for prompt in job.prompts}
+    return len(wanted - known)
+
+
+def policy_engines(cluster: "Cluster", model: ModelSpec) -> Engines:
+    """The rollout pool of the cluster, with the model's adapter loaded on every replica."""
+
+    def start() -> "RolloutGroup":
+        rollouts = cluster.rollouts()
+        if model.adapter is not None:
+            rollouts.load_weights(manifest_from_adapter(model.adapter, version=1)).result()
+        return rollouts
+
+    return start
+
+
+def generation_config(config: Config, model: ModelSpec) -> Config:
+    """The configuration with this model as the policy and nothing reserved for other roles."""
+    idle = [
+        f"cluster.{role}.{unit}=0"
+        for role in ("reward", "reference", "learner", "judge")
+        for unit in ("cpus", "gpus")
+    ]
+    return with_overrides(config, [f"policy.model={json.dumps(str(model.checkpoint))}", *idle])
+
+
+def _key(model: ModelSpec, prompt: Prompt, max_new_tokens: int) -> str:
+    parts = [model.digest, prompt.text, prompt.image.sha256, max_new_tokens]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _write_answers(model: ModelSpec, job: Asked, known: Mapping[str, _Answer]) -> None:
+    rows = [
+        {
+            "question_id": prompt.id,
+            "image": name,
+            "prompt": prompt.text,
+            "text": (answer := known[_key(model, prompt, job.max_new_tokens)]).text,
+            "answer_id": answer.key[:22],
+            "model_id": f"{model.name} {model.digest}",
+            "metadata": {"finish": answer.finish},
+        }
+        for prompt, name in zip(job.prompts, job.images, strict=True)
+    ]
+    write_whole(job.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _encode(answer: _Answer) -> Json:
+    return {"key": answer.key, "text": answer.text, "finish": answer.finish}
+
+
+def _decode(row: Json) -> _Answer:
+    return _Answer(key=row["key"], text=row["text"], finish=row["finish"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,281 @@
+"""Run benchmark jobs: generate what is missing, ask the judges, score, write, print."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cluster.eval_jobs import Job, Judges, file_digests
+from cluster.eval_settings import Settings, judge_settings
+from fgaif.chat.store import ReplyStore
+from fgaif.config import Config, with_overrides
+from fgaif.errors import DataError
+from fgaif.eval.saved import (
+    by_length,
+    comparison_json,
+    read_scored,
+    result_json,
+    saved_benchmarks,
+    write_scored,
+)
+from fgaif.eval.scored import Scored
+from fgaif.eval.tables import (
+    Grid,
+    comparison_grid,
+    console_table,
+    markdown,
+    render_page,
+    results_grid,
+    show_items,
+)
+from fgaif.eval.uncertainty import compare, intervals
+from fgaif.files import write_whole
+from fgaif.types import Json
+
+if TYPE_CHECKING:
+    from cluster.benchmarks import ModelSpec
+
+_FACTS_PER_ANSWER = 12
+"""Assumed for the estimate of FaithScore's third stage."""
+
+
+def run_jobs(jobs: Sequence[Job], settings: Settings, out: Console, err: Console) -> None:
+    """Do everything that a call of ``fgaif eval BENCHMARK`` asks for.
+
+    Standard output carries the tables, or with ``as_json`` one JSON object and nothing else.
+
+    Raises:
+        FgaifError: whatever stopped it; generated answers and paid replies are kept.
+    """
+    for job in jobs:
+        for part in job.asked:
+            _say_skipped(err, job.benchmark, part.skipped)
+    if settings.dry_run:
+        _print_plan(jobs, settings, out)
+        return
+    if any(job.judged for job in jobs):
+        judge_settings(settings.config, settings.judge)  # before an hour of generation
+    if settings.model is not None:
+        _generate(jobs, settings, settings.model, err)
+    scored = [
+        _with_provenance(job, result, settings) for job, result in _score(jobs, settings, err)
+    ]
+    _report(scored, settings, out, err)
+
+
+def run_comparison(
+    a: Path, b: Path, out: Path | None, *, seed: int, as_json: bool, console: Console
+) -> None:
+    """Compare two result folders on the benchmarks that both hold.
+
+    Raises:
+        DataError: a folder holds no results, or they have no benchmark in common.
+    """
+    theirs = saved_benchmarks(b)
+    names = [name for name in saved_benchmarks(a) if name in theirs]
+    if not names:
+        raise DataError(f"{a} and {b} have no benchmark in common; run the same one for both")
+    comparisons = [
+        compare(by_length(read_scored(a, name)), by_length(read_scored(b, name)), seed=seed)
+        for name in names
+    ]
+    grid = comparison_grid(f"A = {a}, B = {b}", comparisons)
+    tree = {found.benchmark: comparison_json(found) for found in comparisons}
+    whole: Json = {"a": str(a), "b": str(b), "benchmarks": tree}
+    if out is not None:
+        write_whole(out / "comparison.json", _dump(whole))
+        write_whole(out / "comparison.md", markdown(grid))
+        write_whole(out / "comparison.html", render_page("fgaif: comparison", [grid], {}))
+    if as_json:
+        _print_json(whole)
+    else:
+        console.print(console_table(grid))
+
+
+def write_tables(folder: Path, images: Path | None, seed: int = 0) -> Grid:
+    """Write ``results.{json,md,html}`` over all benchmarks of a result folder."""
+    scored = [read_scored(folder, name) for name in saved_benchmarks(folder)]
+    full = [by_length(one) for one in scored]
+    results = [(one, intervals(one, seed=seed)) for one in full]
+    grid = results_grid(f"Results in {folder.name}", results)
+    tree = {one.benchmark: result_json(one, estimates, seed) for one, estimates in results}
+    worst = {f"Worst of {one.benchmark}": show_items(one, images) for one in scored}
+    write_whole(folder / "results.json", _dump(tree))
+    write_whole(folder / "results.md", markdown(grid))
+    write_whole(folder / "results.html", render_page(f"fgaif: {folder.name}", [grid], worst))
+    return grid
+
+
+def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: Console) -> None:
+    from cluster.benchmarks import generate_answers, generation_config, policy_engines
+    from cluster.launch import Cluster
+
+    asked = [part for job in jobs for part in job.asked]
+    cache = asked[0].file.parent / "answers.jsonl"
+    config = generation_config(settings.config, model)
+    with ExitStack() as stack:
+        # The cluster starts when the first engine is needed: not if all answers are known.
+        engines = lambda: policy_engines(stack.enter_context(Cluster(config)), model)()  # noqa: E731
+        report = stack.enter_context(_progress(err, "answers"))
+        chunk = 256 * config.cluster.rollout.replicas
+        new = generate_answers(model, asked, cache, engines, chunk=chunk, progress=report)
+    total = sum(len(part.prompts) for part in asked)
+    err.print(f"answers: {new} generated, {total - new} known", highlight=False)
+
+
+def _score(jobs: Sequence[Job], settings: Settings, err: Console) -> Iterator[tuple[Job, Scored]]:
+    with ExitStack() as stack:
+        verifier = None
+        if settings.verifier is not None:
+            from cluster.judging import local_verifier
+            from cluster.launch import Cluster
+            from fgaif.lvlm.model import resolve_checkpoint
+
+            config = _verifier_config(settings.config, settings.verifier)
+            cluster = stack.enter_context(Cluster(config))
+            store = stack.enter_context(ReplyStore(settings.replies))
+            verifier = local_verifier(cluster, resolve_checkpoint(settings.verifier), store)
+        for job in jobs:
+            with _progress(err, f"scoring {job.benchmark}") as report:
+                yield (
+                    job,
+                    asyncio.run(_score_one(job, Judges(verifier=verifier), settings, err, report)),
+                )
+
+
+async def _score_one(
+    job: Job,
+    judges: Judges,
+    settings: Settings,
+    err: Console,
+    report: Callable[[int, int], None],
+) -> Scored:
+    async with AsyncExitStack() as stack:
+        if job.judged:
+            from cluster.judging import open_judge
+
+            def bill(line: str) -> None:
+                err.print(f"judge: {line}", highlight=False)
+
+            chat = open_judge(settings.config, settings.judge, settings.replies, bill)
+            judges = replace(judges, judge=await stack.enter_async_context(chat))
+        return await job.score(judges, report)
+
+
+def _verifier_config(config: Config, verifier: str) -> Config:
+    idle = [
+        f"cluster.{role}.{unit}=0"
+        for role in ("rollout", "reward", "reference", "learner")
+        for unit in ("cpus", "gpus")
+    ]
+    return with_overrides(config, [f"feedback.verifier={json.dumps(verifier)}", *idle])
+
+
+def _with_provenance(job: Job, scored: Scored, settings: Settings) -> Scored:
+    about = dict(scored.provenance) | file_digests(job.files)
+    if settings.model is not None:
+        about |= {"model": f"{settings.model.name} {settings.model.digest}"}
+        about |= {"max_new_tokens": ", ".join({str(part.max_new_tokens) for part in job.asked})}
+    if settings.corruption is not None:
+        about["corruption"] = f"{settings.corruption} seed {settings.seed}"
+    skipped = sum(len(part.skipped) for part in job.asked)
+    return replace(scored, provenance=about, counts={**scored.counts, "images_unusable": skipped})
+
+
+def _report(scored: Sequence[Scored], settings: Settings, out: Console, err: Console) -> None:
+    results = [
+        (full, intervals(full, seed=settings.seed)) for full in (by_length(one) for one in scored)
+    ]
+    if settings.out is not None:
+        for one, (_, estimates) in zip(scored, results, strict=True):
+            write_scored(settings.out, one, estimates, settings.seed)
+        write_tables(settings.out, settings.images, settings.seed)
+        err.print(f"results: {settings.out / 'results.html'}", highlight=False)
+    if settings.as_json:
+        trees = {full.benchmark: result_json(full, found, settings.seed) for full, found in results}
+        _print_json(next(iter(trees.values())) if len(trees) == 1 else trees)
+    else:
+        out.print(console_table(results_grid("results", results)))
+
+
+def _print_plan(jobs: Sequence[Job], settings: Settings, out: Console) -> None:
+    from cluster.benchmarks import pending_answers
+
+    for job in jobs:
+        out.print(f"[bold]{job.benchmark}[/bold]: {job.items or 'all'} items", highlight=False)
+        for name, path in job.files.items():
+            state = "" if path.is_file() else " (to be written)"
+            out.print(f"  {name}: {path}{state}", highlight=False, soft_wrap=True)
+        if settings.model is not None and job.asked:
+            cache = job.asked[0].file.parent / "answers.jsonl"
+            pending = pending_answers(settings.model, job.asked, cache)
+            out.print(f"  {settings.model.name}: {pending} answers to generate", highlight=False)
+        if job.judged:
+            _print_cost(job, settings, out)
+
+
+def _print_cost(job: Job, settings: Settings, out: Console) -> None:
+    from cluster.judging import CountingJudge
+
+    counting = CountingJudge(judge_settings(settings.config, settings.judge))
+    missing = [path for path in job.files.values() if not path.is_file()]
+    if missing:
+        out.print(f"  judge: about {job.items} requests; the cost is known once answers are there")
+        return
+    try:
+        asyncio.run(job.score(Judges(judge=counting), lambda done, total: None))
+    except DataError as error:
+        if not counting.requests:
+            raise
+        del error  # nothing could be read, because nothing was asked
+    spend, price = counting.spend, counting.settings.price_input or counting.settings.price_output
+    out.print(
+        f"  judge {settings.judge} ({counting.settings.model}): {counting.requests} requests, at "
+        f"most about {spend.tokens:,} tokens"
+        + (f", cost {spend.cost:.4g}" if price else "; set its prices for the cost"),
+        highlight=False,
+    )
+    if job.benchmark == "faithscore":
+        out.print(
+            "  these are stage 1; stages 2 and 3 depend on the replies: about 1 and "
+            f"{_FACTS_PER_ANSWER} requests per answer, the latter with the image",
+            highlight=False,
+        )
+
+
+def _say_skipped(err: Console, benchmark: str, skipped: Sequence[object]) -> None:
+    if skipped:
+        err.print(
+            f"{benchmark}: {len(skipped)} questions left out, their images cannot be used; the "
+            f"first: {skipped[0].reason}",  # type: ignore[attr-defined]
+            style="yellow",
+            highlight=False,
+            markup=False,
+        )
+
+
+@contextmanager
+def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+        task = bars.add_task(what, total=None)
+
+        def report(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        yield report
+
+
+def _dump(tree: Mapping[str, object] | Json) -> str:
+    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+
+
+def _print_json(tree: Mapping[str, object]) -> None:
+    sys.stdout.write(json.dumps(tree, ensure_ascii=False) + "\n")

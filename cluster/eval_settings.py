@@ -1,0 +1,112 @@
+"""What holds for all benchmarks of one call of ``fgaif eval``, read from its options."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.eval_jobs import Asker
+from cluster.eval_options import Common, JudgeOptions
+from fgaif.config import Config, EndpointConfig, load_config
+from fgaif.errors import ConfigError
+from fgaif.eval.corrupt import Corruption
+
+if TYPE_CHECKING:
+    from cluster.benchmarks import ModelSpec
+
+_SCENES_CONFIG = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+_REPLIES = Path("runs") / "judge.sqlite"
+ENTRY = "judge"
+"""Name of the endpoint that ``--judge-model`` and its companions describe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What holds for all benchmarks of a call. ``verifier`` is a local checkpoint's name."""
+
+    config: Config
+    out: Path | None = None
+    model: "ModelSpec | None" = None
+    images: Path | None = None
+    corruption: str | None = None
+    judge: str | None = None
+    verifier: str | None = None
+    replies: Path
+    seed: int = 0
+    as_json: bool = False
+    dry_run: bool = False
+
+
+def settings_of(
+    common: Common, judge: JudgeOptions | None = None, verifier: str | None = None
+) -> Settings:
+    """Read configuration and model, and check that the options go together.
+
+    Raises:
+        ConfigError, CheckpointError: an option cannot be used; the message names it.
+    """
+    for name, needs in (("images", common.images), ("out", common.out)):
+        if common.model is not None and needs is None:
+            raise ConfigError(f"--model needs --{name}")
+    if common.corrupt is not None and common.model is None:
+        raise ConfigError("--corrupt changes what a model sees: it needs --model")
+    overrides = list(common.overrides or ())
+    entry = judge.judge if judge is not None else None
+    if judge is not None and judge.judge_model is not None:
+        entry = ENTRY
+        overrides += _endpoint(judge)
+    base = _SCENES_CONFIG if (common.model or "").startswith("scenes:") or verifier else None
+    return Settings(
+        config=load_config(common.config or base, overrides),
+        out=common.out,
+        model=_model(common.model) if common.model is not None else None,
+        images=common.images,
+        corruption=common.corrupt,
+        judge=entry,
+        verifier=verifier,
+        replies=common.out / "judge.sqlite" if common.out is not None else _REPLIES,
+        seed=common.seed,
+        as_json=common.json,
+        dry_run=common.dry_run,
+    )
+
+
+def judge_settings(config: Config, entry: str | None) -> EndpointConfig:
+    """The judge's entry of ``endpoints``.
+
+    Raises:
+        ConfigError: none is named, or there is no such entry.
+    """
+    known = ", ".join(config.endpoints) or "none"
+    if entry is None:
+        raise ConfigError(
+            "this benchmark needs a judge: give --judge NAME, an entry of `endpoints` in the "
+            f"configuration (there: {known}), or --judge-model with --judge-url"
+        )
+    if entry not in config.endpoints:
+        raise ConfigError(f"--judge {entry}: no such entry in `endpoints`; known: {known}")
+    return config.endpoints[entry]
+
+
+def asker_of(settings: Settings) -> Asker | None:
+    """How answers are generated; None where they exist."""
+    if settings.model is None:
+        return None
+    assert settings.images is not None, "checked with the options"
+    assert settings.out is not None, "checked with the options"
+    corruption = settings.corruption and Corruption.parse(settings.corruption, settings.seed)
+    return Asker(images=settings.images, out=settings.out, corruption=corruption or None)
+
+
+def _model(text: str) -> "ModelSpec":
+    from cluster.benchmarks import ModelSpec  # torch: not for scoring
+
+    return ModelSpec.parse(text)
+
+
+def _endpoint(judge: JudgeOptions) -> list[str]:
+    settings = {
+        "model": judge.judge_model,
+        "base_url": judge.judge_url,
+        "api_key_env": judge.judge_key_env,
+    }
+    return [f"endpoints.{ENTRY}.{key}={value}" for key, value in settings.items() if value]

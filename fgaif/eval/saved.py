@@ -1,0 +1,176 @@
+"""Scored benchmarks on disk: ``NAME.json`` for people and scripts, ``NAME_items.jsonl`` for tests.
+
+The items keep the sums that figures are made from, so two folders can be compared at any time
+without scoring anything again.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fgaif.errors import DataError
+from fgaif.eval.buckets import with_buckets
+from fgaif.eval.scored import Figures, Scored
+from fgaif.eval.uncertainty import LEVEL, Comparison, Estimate
+from fgaif.files import write_whole
+from fgaif.types import Json
+
+BENCHMARKS = ("pope", "chair", "mmhal", "llava-bench", "faithscore")
+LONG_ANSWERS = ("chair", "faithscore")
+"""Benchmarks of free descriptions, which have figures by number of sub-sentences."""
+
+
+def make_figures(benchmark: str, groups: tuple[str, ...]) -> Figures:
+    """The function of a benchmark, made for groups, that computes its figures from sums."""
+    if benchmark == "pope":
+        from fgaif.eval.pope_score import PopeFigures
+
+        return PopeFigures(groups)
+    if benchmark == "chair":
+        from fgaif.eval.chair import chair_figures
+
+        return chair_figures
+    if benchmark == "mmhal":
+        from fgaif.eval.mmhal import mmhal_figures
+
+        return mmhal_figures(groups)
+    if benchmark == "llava-bench":
+        from fgaif.eval.llava_bench import llava_bench_figures
+
+        return llava_bench_figures
+    if benchmark == "faithscore":
+        from fgaif.eval.faithscore import faithscore_figures
+
+        return faithscore_figures
+    raise DataError(f"benchmark {benchmark!r}: unknown; known: {', '.join(BENCHMARKS)}")
+
+
+def by_length(scored: Scored) -> Scored:
+    """Add the figures by number of sub-sentences to benchmarks of descriptions."""
+    if scored.benchmark not in LONG_ANSWERS:
+        return scored
+    return with_buckets(scored, [item["answer"] for item in scored.items])
+
+
+def result_json(scored: Scored, estimates: Mapping[str, Estimate], seed: int = 0) -> Json:
+    """A result as one object: every figure under its own name, then intervals and circumstances."""
+    return {
+        "benchmark": scored.benchmark,
+        **{name: estimate.value for name, estimate in estimates.items()},
+        "intervals": {name: [e.low, e.high] for name, e in estimates.items()},
+        "level": LEVEL,
+        "seed": seed,
+        "items": len(scored.ids),
+        "units": len(set(scored.units)),
+        "counts": scored.counts,
+        "provenance": scored.provenance,
+    }
+
+
+def comparison_json(comparison: Comparison) -> Json:
+    """A comparison as one object."""
+    tree = asdict(comparison)
+    for figure in tree["figures"].values():
+        spread = figure.pop("difference")
+        figure |= {"difference": spread["value"], "interval": [spread["low"], spread["high"]]}
+    return tree | {"level": LEVEL}
+
+
+def write_scored(
+    folder: Path, scored: Scored, estimates: Mapping[str, Estimate], seed: int = 0
+) -> Path:
+    """Write ``NAME_items.jsonl`` and, last, ``NAME.json``; returns the path of the second.
+
+    ``scored`` is the benchmark as it was scored; ``estimates`` may hold more (see ``by_length``).
+    """
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(scored))
+    write_whole(folder / f"{scored.benchmark}_items.jsonl", rows)
+    tree = result_json(scored, estimates, seed) | {"groups": list(scored.groups)}
+    path = folder / f"{scored.benchmark}.json"
+    write_whole(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def read_scored(folder: Path, benchmark: str) -> Scored:
+    """Read back what ``write_scored`` wrote.
+
+    Raises:
+        DataError: a file is missing or broken, or the figures are no longer computed as they were.
+    """
+    path, items = folder / f"{benchmark}.json", folder / f"{benchmark}_items.jsonl"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        text = items.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        scored = Scored(
+            benchmark=benchmark,
+            ids=tuple(row["id"] for row in rows),
+            units=tuple(row["unit"] for row in rows),
+            stats=np.array([row["stats"] for row in rows], dtype=np.float64),
+            figures=make_figures(benchmark, tuple(tree["groups"])),
+            groups=tuple(tree["groups"]),
+            items=tuple(row["item"] for row in rows),
+            badness=np.array([row["badness"] for row in rows], dtype=np.float64),
+            counts=tree["counts"],
+            provenance=tree["provenance"],
+        )
+        same = len(rows) == tree["items"] and _as_before(scored.metrics(), tree)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path}: not a readable result ({error}); score again") from error
+    if not same:
+        raise DataError(
+            f"{path}: its figures do not follow from {items.name}; the two files do not belong "
+            "together, or another version wrote them: score again"
+        )
+    return scored
+
+
+def saved_benchmarks(folder: Path) -> list[str]:
+    """Names of the benchmarks with a result in the folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = [name for name in BENCHMARKS if (folder / f"{name}.json").is_file()]
+    if not found:
+        raise DataError(
+            f"{folder}: no results ({', '.join(f'{name}.json' for name in BENCHMARKS)}); give a "
+            "folder that `fgaif eval ... --out` wrote"
+        )
+    return found
+
+
+def worst_items(scored: Scored, count: int) -> list[Json]:
+    """The items that went worst, worst first, one per unit; only those that went wrong at all."""
+    if scored.badness is None or not scored.items:
+        return []
+    first: dict[str, int] = {}
+    for index in np.argsort(-scored.badness, kind="stable").tolist():
+        if scored.badness[index] > 0:
+            first.setdefault(scored.units[index], index)
+    return [scored.items[index] for index in list(first.values())[:count]]
+
+
+def _rows(scored: Scored) -> Iterator[Json]:
+    badness = scored.badness if scored.badness is not None else np.zeros(len(scored.ids))
+    items: Sequence[Json] = scored.items or [{}] * len(scored.ids)
+    for index, (identity, unit) in enumerate(zip(scored.ids, scored.units, strict=True)):
+        yield {
+            "id": identity,
+            "unit": unit,
+            "stats": scored.stats[index].tolist(),
+            "badness": float(badness[index]),
+            "item": items[index],
+        }
+
+
+def _as_before(metrics: Mapping[str, float], tree: Mapping[str, Any]) -> bool:
+    return all(
+        math.isnan(value) if tree[name] is None else math.isclose(value, tree[name], abs_tol=1e-9)
+        for name, value in metrics.items()
+    )

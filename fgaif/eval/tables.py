@@ -1,0 +1,294 @@
+"""Results and comparisons as tables: console, Markdown, and a page that stands alone."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from rich.box import SIMPLE
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fgaif.chat.images import data_uri
+from fgaif.data.images import image_ref
+from fgaif.errors import DataError
+from fgaif.eval.answers import image_name
+from fgaif.eval.compare import Figure
+from fgaif.eval.figures import figure_of, group_of, title_of
+from fgaif.eval.saved import worst_items
+from fgaif.eval.scored import Scored
+from fgaif.eval.uncertainty import Comparison, Estimate
+from fgaif.types import Json
+
+WORST = 8
+_MAX_SIDE = 336
+_SIGNIFICANT = 0.05
+_COLOURS = {"better": "green", "worse": "red", "": ""}
+_DASH = "–"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One figure: its cells as text, where it lies, and whether a change is for the better.
+
+    ``bar`` holds low, value and high in [0, 1] of the drawn axis; None where there is no interval.
+    """
+
+    benchmark: str
+    group: str
+    title: str
+    meaning: str
+    cells: tuple[str, ...]
+    bar: tuple[float, float, float] | None
+    verdict: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A table of figures. ``axis`` says what the bars span, ``notes`` stand below."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    axis: str
+    notes: tuple[str, ...]
+
+
+def results_grid(title: str, results: Sequence[tuple[Scored, Mapping[str, Estimate]]]) -> Grid:
+    """Lay out one model's figures with their intervals."""
+    lines = [
+        Line(
+            benchmark=scored.benchmark,
+            group=group_of(name),
+            title=title_of(name),
+            meaning=figure.meaning,
+            cells=(figure.show(estimate.value), _interval(estimate, figure)),
+            bar=_bar(estimate, 0.0, _top(figure, estimates)),
+        )
+        for scored, estimates in results
+        for name, estimate in estimates.items()
+        if not _repeats(name, estimates)
+        for figure in [figure_of(name)]
+    ]
+    return Grid(
+        title=title,
+        columns=("figure", "value", "95 % interval"),
+        lines=tuple(lines),
+        axis="from 0 to 100 %, or to the highest of the benchmark",
+        notes=tuple(note for scored, _ in results for note in _notes(scored)),
+    )
+
+
+def comparison_grid(title: str, comparisons: Sequence[Comparison]) -> Grid:
+    """Lay out two models' figures on the same items, the difference and its p-value."""
+    lines = []
+    for comparison in comparisons:
+        known = [d.difference for d in comparison.figures.values()]
+        for name, found in comparison.figures.items():
+            if _repeats(name, comparison.figures):
+                continue
+            figure = figure_of(name)
+            reach = _reach(known, name, comparison)
+            lines.append(
+                Line(
+                    benchmark=comparison.benchmark,
+                    group=group_of(name),
+                    title=title_of(name),
+                    meaning=figure.meaning,
+                    cells=(
+                        figure.show(found.a),
+                        figure.show(found.b),
+                        _signed(figure, found.difference.value),
+                        _interval(found.difference, figure, sign="+"),
+                        _p(found.p),
+                        _p(found.p_holm),
+                    ),
+                    bar=_bar(found.difference, -reach, reach),
+                    verdict=_verdict(figure, found.difference.value, found.p_holm),
+                )
+            )
+    return Grid(
+        title=title,
+        columns=("figure", "A", "B", "B − A", "95 % interval", "p", "p (Holm)"),
+        lines=tuple(lines),
+        axis="difference, 0 in the middle, all shares of a benchmark on one scale",
+        notes=tuple(_comparison_notes(comparisons)),
+    )
+
+
+def console_table(grid: Grid) -> RichTable:
+    """Lay out a grid for the console, a section per benchmark; fits into 80 columns."""
+    table = RichTable(title=grid.title, title_justify="left", caption_justify="left", box=SIMPLE)
+    table.padding = (0, 1, 0, 0)
+    table.add_column(grid.columns[0])
+    for column in grid.columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    group = ""
+    for line, first in _with_first(grid.lines):
+        if first:
+            table.add_section()
+            table.add_row(Text(line.benchmark, style="bold"))
+        if line.group and (first or line.group != group):
+            table.add_row(Text(f" {line.group}", style="italic"))
+        group = line.group
+        style = _COLOURS[line.verdict]
+        table.add_row(Text(f"  {line.title}"), *[Text(cell, style=style) for cell in line.cells])
+    table.caption = Text("\n".join(grid.notes))
+    return table
+
+
+def markdown(grid: Grid) -> str:
+    """Write a grid as a Markdown table with its notes."""
+    columns = ["benchmark", *grid.columns]
+    rows = [columns, ["---", "---", *["---:"] * (len(columns) - 2)]]
+    rows += [[line.benchmark, _full(line), *line.cells] for line in grid.lines]
+    table = "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+    notes = "".join(f"- {note}\n" for note in grid.notes)
+    return f"### {grid.title}\n\n{table}\n\n{notes}"
+
+
+def render_page(title: str, grids: Sequence[Grid], worst: Mapping[str, Sequence[Json]]) -> str:
+    """Render a page without script or link: tables, bars, the worst items with their images.
+
+    ``worst`` maps a heading to items whose ``image`` is a data URI or None (``show_items``).
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fgaif.eval"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("benchmarks.html.jinja").render(
+        title=title,
+        grids=[(grid, list(_with_first(grid.lines))) for grid in grids],
+        worst=worst,
+        level=0.95,
+    )
+
+
+def show_items(scored: Scored, images: Path | None, count: int = WORST) -> list[Json]:
+    """The worst items with their images embedded, small.
+
+    Images are looked for under ``images`` by name (COCO's number counts as the name), else by the
+    item's own path. Where one cannot be shown, ``alt`` says why.
+    """
+    chosen = worst_items(scored, count)
+    places = _image_files(images) if images is not None and chosen else {}
+    return [_shown(item, places) for item in chosen]
+
+
+def _shown(item: Json, places: Mapping[str, Path]) -> Json:
+    name = str(item.get("image", ""))
+    path = places.get(image_name(name), Path(name)) if name else Path()
+    rest = {key: value for key, value in item.items() if key != "image" and value not in (None, "")}
+    try:
+        return {"image": data_uri(image_ref(path), _MAX_SIDE), "alt": path.name, "fields": rest}
+    except DataError:
+        return {"image": None, "alt": f"{name or 'no image named'}: not found", "fields": rest}
+
+
+def _image_files(folder: Path) -> dict[str, Path]:
+    return {image_name(path.name): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _signed(figure: Figure, value: float | None) -> str:
+    return _DASH if value is None else figure.change(0.0, value).partition(" (")[0]
+
+
+def _interval(estimate: Estimate, figure: Figure, sign: str = "") -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    scale, places = (100, 1) if figure.share else (1, 2)
+    ends = (f"{scale * end:{sign}.{places}f}" for end in (estimate.low, estimate.high))
+    return f"[{', '.join(ends)}]".replace("-", "−")
+
+
+def _repeats(name: str, figures: Mapping[str, object]) -> bool:
+    """Whether a figure only repeats another: by a rule that made no difference, or as the one
+    group that there is."""
+    group, slash, key = name.rpartition("/")
+    plain = f"{group}{slash}{key.partition('_')[2]}"
+    if plain in figures and figures[plain] == figures[name]:
+        return True
+    groups = {other.rpartition("/")[0] for other in figures if "/" in other}
+    return len(groups) == 1 and figures.get(key) == figures[name] and bool(group)
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return _DASH
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _verdict(figure: Figure, difference: float | None, p: float | None) -> str:
+    """Better or worse only where the corrected test says that there is a difference at all."""
+    if difference is None or p is None or p >= _SIGNIFICANT or not figure.better:
+        return ""
+    return "better" if difference * figure.better > 0 else "worse"
+
+
+def _top(figure: Figure, estimates: Mapping[str, Estimate]) -> float:
+    if figure.share:
+        return 1.0
+    return _highest(e for other, e in estimates.items() if figure_of(other) == figure)
+
+
+def _reach(known: Sequence[Estimate], name: str, comparison: Comparison) -> float:
+    figure = figure_of(name)
+    alike = [
+        estimate
+        for estimate, other in zip(known, comparison.figures, strict=True)
+        if figure_of(other) == figure or (figure.share and figure_of(other).share)
+    ]
+    return _highest(alike)
+
+
+def _highest(estimates: Iterable[Estimate]) -> float:
+    ends = [abs(v) for e in estimates for v in (e.low, e.value, e.high) if v is not None]
+    return max(ends, default=0.0) or 1.0
+
+
+def _bar(estimate: Estimate, low: float, high: float) -> tuple[float, float, float] | None:
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return None
+    span = high - low
+    return (
+        (estimate.low - low) / span,
+        (estimate.value - low) / span,
+        (estimate.high - low) / span,
+    )
+
+
+def _notes(scored: Scored) -> Iterator[str]:
+    units = len(set(scored.units))
+    about = [f"{scored.benchmark}: {len(scored.ids)} items, {units} resampled units"]
+    about += [f"{key} {value}" for key, value in scored.provenance.items()]
+    yield ", ".join(about)
+    left_out = [f"{n} {reason.replace('_', ' ')}" for reason, n in scored.counts.items() if n]
+    if left_out:
+        yield f"{scored.benchmark}, counted: {', '.join(left_out)}"
+
+
+def _comparison_notes(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    for found in comparisons:
+        yield (
+            f"{found.benchmark}: {found.common} items in both, {found.only_a} only in A, "
+            f"{found.only_b} only in B"
+        )
+        yield from (f"beware: {warning}" for warning in found.warnings)
+
+
+def _with_first(lines: Sequence[Line]) -> Iterator[tuple[Line, bool]]:
+    before = None
+    for line in lines:
+        yield line, line.benchmark != before
+        before = line.benchmark
+
+
+def _full(line: Line) -> str:
+    return f"{line.group}: {line.title}" if line.group else line.title
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
