@@ -103,7 +103,7 @@ class EndpointConfig(_Section):
     backoff_s: float = Field(0.5, gt=0)
     """First pause after a failure; it doubles, with jitter, up to a minute."""
     breaker: int = Field(30, ge=1)
-    """Failures in a row, over all requests, that stop the job."""
+    """Failures in a row, over all requests, that stop the job; always more than `concurrency`."""
     structured: Literal["json_schema", "json_object", "text"] = "json_schema"
     """How JSON is asked for; `text` uses the plain-text form of the prompts."""
     logprobs: bool = True

@@ -28,10 +28,11 @@ YES_NO = (("Yes", math.log(0.75)), ("No", math.log(0.25)))
 
 
 class Time:
-    """A clock that only sleeping moves."""
+    """A clock that only sleeping moves, ``lag`` real seconds later: others may go meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, lag: float = 0.0) -> None:
         self.now = 1.0
+        self.lag = lag
         self.slept: list[float] = []
 
     def clock(self) -> float:
@@ -39,8 +40,9 @@ class Time:
 
     async def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
-        self.now = max(self.now, self.now + seconds)
-        await asyncio.sleep(0)
+        until = self.now + seconds
+        await asyncio.sleep(self.lag)
+        self.now = max(self.now, until)
 
 
 def request(text: str = "Is there a cat?", **fields: Any) -> ChatRequest:
@@ -295,7 +297,7 @@ def test_retry_after_in_all_its_forms(headers: dict[str, str], seconds: float | 
 
 
 def test_a_rate_limit_pauses_every_request_as_long_as_the_server_says() -> None:
-    time = Time()
+    time = Time(lag=0.1)
     left = [error(429, headers={"Retry-After": "7"})]
     sent_at: list[float] = []
 
@@ -358,7 +360,9 @@ def test_log_probs_are_asked_for_as_the_endpoint_takes_them(
     assert len([r for r in caplog.records if r.name == "fgaif.chat.endpoint"]) == 1
 
 
-def test_an_endpoint_without_json_formats_and_log_probs_and_with_new_names_still_answers() -> None:
+def test_an_endpoint_without_json_formats_and_log_probs_and_with_new_names_still_answers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def answer(body: dict[str, Any]) -> Answer | Http:
         for name in ("logprobs", "response_format", "seed"):
             if name in body:
@@ -380,8 +384,10 @@ def test_an_endpoint_without_json_formats_and_log_probs_and_with_new_names_still
     assert [reply.text for reply in replies] == ["{}"] * 4  # type: ignore[union-attr]
     last = server.bodies[-1]
     assert set(last) == {"model", "messages", "max_completion_tokens"}
-    # Four at once find out together: json_schema, json_object; 20, 5; and the other three.
+    # Four at once find out together, and each thing once: json_schema, json_object; 20, 5; seed,
+    # max_tokens, temperature.
     assert len(server.bodies) <= 4 * 8
+    assert len([r for r in caplog.records if r.name == "fgaif.chat.endpoint"]) == 7
 
 
 def test_the_json_format_falls_back_one_step_at_a_time() -> None:
