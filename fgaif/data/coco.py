@@ -2,7 +2,7 @@
 
 Files are ``instances_SPLIT.json`` and ``captions_SPLIT.json`` of MSCOCO 2014 and 2017, and other
 files of that form. The outlines of objects, nine tenths of an instances file, are dropped while it
-is read, so that memory is that of reading its text (1 GB for a file of 0.5 GB with 600,000 objects).
+is read, so that memory is that of reading its text (1 GB for 0.5 GB with 600,000 objects).
 """
 
 import json
