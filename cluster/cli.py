@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.eval_cli import eval_app
+from cluster.labels_cli import labels_app
 from cluster.ledger import ORDER, Stage
 from fgaif import __version__
 from fgaif.config import Config, dump_config, load_config
@@ -34,6 +35,7 @@ app = typer.Typer(
     "resumes where it stopped.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong configuration or data, 130 interrupted.",
 )
+app.add_typer(labels_app)
 app.add_typer(eval_app)
 out = Console()
 err = Console(stderr=True)
@@ -85,10 +87,45 @@ def annotate(
     config: ConfigFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
-    force: Force = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Label anew; stored replies are used, failed requests asked again."
+        ),
+    ] = False,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(help="Money that all replies of the run may cost (feedback.max_cost)."),
+    ] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Write a page to check verdicts by hand; start nothing.")
+    ] = False,
+    answers: Annotated[
+        Path | None, typer.Option(help="With --audit: the page's answers; report on them.")
+    ] = None,
+    second: Annotated[
+        Path | None,
+        typer.Option(help="With --answers: labels of another verifier, for Cohen's kappa."),
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="With --audit: facts to check.")] = 120,
 ) -> None:
-    """Step 1b: split, extract facts, verify, label -> RUN/feedback."""
-    _run(config, overrides, dry_run, force, "annotate")
+    """Step 1b: split, extract facts, verify, label -> RUN/feedback.
+
+    Facts and verdicts come from a local checkpoint or from any OpenAI-compatible API, see
+    [bold]feedback[/bold] and [bold]endpoints[/bold] in the configuration. It can be stopped at any
+    moment; what was paid for is never asked again. [bold]--dry-run[/bold] counts the requests.
+    """
+    extra = [f"feedback.max_cost={max_cost}"] if max_cost is not None else []
+    if not audit:
+        _run(config, [*(overrides or []), *extra], dry_run, force, "annotate")
+        return
+    from cluster.audit import prepare_audit, report_audit
+
+    settings = _load(config, overrides)
+    if answers is None:
+        prepare_audit(settings, size, out)
+    else:
+        report_audit(settings, answers, second, out)
 
 
 @app.command("train-reward")
@@ -163,6 +200,37 @@ def export(
         resolve_checkpoint(settings.policy.model), source, output, dtype=settings.policy.dtype
     )
     out.print(f"wrote {output}")
+
+
+@app.command("openai-server")
+def openai_server(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, or scenes:verifier.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    name: Annotated[
+        str | None, typer.Option(help="Model name for clients; default: the directory's name.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Others can reach all but 127.0.0.1.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command.")] = False,
+) -> None:
+    """Serve a local checkpoint with vLLM's OpenAI-compatible server, settings from the config.
+
+    Point an entry of [bold]endpoints[/bold] at http://HOST:PORT/v1. Clients must send the key in
+    VLLM_API_KEY if that is set, which any address but loopback needs.
+    """
+    import os
+    import shlex
+
+    from actors.openai_server import server_command, server_environment
+    from fgaif.lvlm.model import resolve_checkpoint
+
+    path = resolve_checkpoint(model)
+    command = server_command(path, name or path.name, _load(config, overrides), host, port)
+    if dry_run:
+        out.print(shlex.join(command), markup=False, soft_wrap=True)
+    else:
+        os.execvpe(command[0], command, server_environment())
 
 
 @app.command()

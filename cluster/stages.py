@@ -1,11 +1,9 @@
 """The stages of a run, each reading what the one before wrote into the run folder."""
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from rich.table import Table
 
 from cluster.driver import PpoData, PpoDriver
 from cluster.feedback_job import annotate_responses
+from cluster.feedback_report import write_summary
 from cluster.launch import Cluster
 from cluster.ledger import ORDER, STAGES, Ledger, Stage
 from cluster.placement import plan_roles, plan_table
@@ -42,19 +41,20 @@ from fgaif.eval.pope import PopeQuestion
 from fgaif.eval.report import build_report, console_table
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.eval.store import Phase, write_eval
-from fgaif.feedback.annotate import feedback_losses
 from fgaif.feedback.facts import SceneFacts
-from fgaif.feedback.labels import Oracle, class_balance, feedback_accuracy
+from fgaif.feedback.given import read_responses
+from fgaif.feedback.labels import Oracle
+from fgaif.feedback.plan import measure, plan_feedback
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import label_store, response_store
-from fgaif.files import write_whole
+from fgaif.files import write_json
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.progress import StepDisplay
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import reward_metrics
 from fgaif.tracking import Tracker
-from fgaif.types import KINDS, GenerationRequest, Json, LabeledResponse, Response, Segment
+from fgaif.types import KINDS, GenerationRequest, Json, Response, Segment
 
 _REQUESTS = 256
 """Items per call and replica: few enough for a moving progress bar, enough for full batches."""
@@ -118,6 +118,30 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
             stage, ledger.status(config, stage), "run" if stage in todo else "skip, up to date"
         )
     console.print(table)
+    if "annotate" in todo:
+        console.print(feedback_table(config))
+
+
+def feedback_table(config: Config) -> Table:
+    """What annotating will ask of each model, and about what it costs."""
+    responses = response_store(config.run_dir / "responses" / "responses.jsonl")
+    labels = label_store(config.run_dir / "feedback" / "labels.jsonl")
+    planned = config.data.feedback_prompts * config.feedback.samples_per_prompt
+    count = len(responses) or planned
+    plan = plan_feedback(config, count, measure(labels, responses, config))
+    table = Table(
+        title=f"annotating {count:,} responses: at most, about; stored replies are free",
+        title_justify="left",
+    )
+    for column in ("role", "model", "requests", "tokens", "cost"):
+        table.add_column(column, justify="left" if column in ("role", "model") else "right")
+    for row in plan:
+        tokens, cost = (f"{row.tokens:,}", f"{row.cost:,.2f}") if row.tokens else ("", "")
+        table.add_row(row.role, row.model, f"{row.requests:,}", tokens, cost)
+    table.add_section()
+    total = sum(row.cost for row in plan)
+    table.add_row("all", "", f"{sum(row.requests for row in plan):,}", "", f"{total:,.2f}")
+    return table
 
 
 def make_report(config: Config, console: Console, wall_seconds: float | None = None) -> Path:
@@ -183,6 +207,10 @@ class Run:
         config = self._config
         store = response_store(self._dir / "responses" / "responses.jsonl")
         known = {response.id for response in store}
+        if config.data.responses is not None:
+            given = self._given(config.data.responses)
+            store.append(response for response in given if response.id not in known)
+            return
         prompts, _ = split_prompts(self.train_source, config)
         requests = [
             GenerationRequest(
@@ -197,6 +225,16 @@ class Run:
         ]
         todo = [r for r in requests if f"{r.prompt.id}#{r.sample}" not in known]
         self._generate(todo, "sampling", len(known), store.append)
+
+    def _given(self, path: Path) -> Sequence[Response]:
+        """Responses that another tool sampled."""
+        data = self._config.data
+        found = read_responses(
+            path, self._tokenizer, root=data.image_root, max_pixels=data.max_image_pixels
+        )
+        if warning := found.warning():
+            self._console.print(warning, style="yellow", markup=False)
+        return found.responses
 
     def annotate(self) -> None:
         """Step 1b: segments, facts, verdicts, labels."""
@@ -213,34 +251,9 @@ class Run:
                 progress(done, total, note=usage.line() if usage and usage.requests else "")
 
             annotate_responses(config, labels, self._tokenizer, judges, judge_name, report)
-        self._write_summary(folder / "summary.json", labels)
+        skipped = len(self.train_source.prompts.skipped)
+        write_summary(folder, labels, self._oracle(), skipped, self._console)
         self._cluster.stop("judge")
-
-    def _write_summary(self, path: Path, labeled: Iterable[LabeledResponse]) -> None:
-        """Class balance, what was left out, and accuracy against the oracle where there is one."""
-        truth = self._oracle()
-        kinds = feedback_accuracy(labeled, truth) if truth else {}
-        losses = feedback_losses(labeled)
-        responses = losses.pop("responses", 0)
-        write_json(
-            path,
-            {
-                "accuracy": {k: a.accuracy for k, a in kinds.items() if a.judged},
-                "facts": {kind: asdict(item) for kind, item in kinds.items()},
-                "classes": class_balance(labeled),
-                "responses": responses,
-                "losses": losses,
-                "skipped": {"rows": len(self.train_source.prompts.skipped)},
-            },
-        )
-        if any(losses.values()):
-            text = ", ".join(f"{count} {name}" for name, count in losses.items() if count)
-            self._console.print(f"left out: {text}", markup=False)
-        if losses.get("facts failed") or losses.get("responses failed"):
-            self._console.print(
-                "failed requests are asked again by `fgaif annotate --force`, which pays for no "
-                "stored reply"
-            )
 
     def train_reward(self) -> None:
         """Step 2: one reward model per kind."""
@@ -353,7 +366,7 @@ class Run:
 
     def _oracle(self) -> Oracle | None:
         source = self.train_source
-        if source.scenes is None:
+        if source.scenes is None or self._config.data.responses is not None:
             return None
         return lambda response, fact: oracle(source.scene_of(response.prompt), fact)
 
@@ -441,8 +454,3 @@ def _require_upstream(ledger: Ledger, config: Config, todo: Sequence[Stage]) -> 
 def _process_seconds() -> float:
     """Seconds since this process started, imports included."""
     return time.time() - psutil.Process().create_time()
-
-
-def write_json(path: Path, content: Json) -> None:
-    """Write a JSON file that is whole or not there."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")

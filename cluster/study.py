@@ -17,10 +17,11 @@ from rich.table import Table
 
 from cluster.launch import Cluster
 from cluster.ledger import Ledger
-from cluster.stages import Run, run_stages, write_json
+from cluster.stages import Run, run_stages
 from fgaif.config import Config, with_overrides
 from fgaif.errors import ConfigError
 from fgaif.eval.store import read_eval
+from fgaif.files import write_json
 from fgaif.tracking import read_metrics
 from fgaif.types import CaptionMetrics, EvalReport, Json
 

@@ -27,6 +27,9 @@ class DataConfig(_Section):
     train: str = "scenes:train"
     """Prompts of steps 1 and 3: `scenes:SPLIT` (embedded world), a .jsonl/.parquet file of rows
     with `image`, `prompt` and optionally `id`, or `coco:PATH`, a COCO folder or annotation file."""
+    responses: Path | None = None
+    """Responses to label that some other tool sampled, instead of sampling: a .jsonl or .parquet
+    file of rows with `image`, `prompt`, `response` and optionally `id`."""
     held_out: str = "scenes:test"
     """Prompts of the evaluation and of the reward models' final check, never trained on."""
     image_root: Path | None = None

@@ -1,6 +1,8 @@
 """Text files that are whole or not there."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -9,3 +11,8 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, indented; see :func:`write_whole`."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,68 @@
+"""``fgaif annotate --audit``: a page to check verdicts by hand, and what its answers say."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from fgaif.config import Config
+from fgaif.errors import DataError
+from fgaif.feedback.audit import audit_sample, read_answers, read_items, write_audit
+from fgaif.feedback.audit_report import AuditReport, audit_report, audit_tables
+from fgaif.feedback.store import JsonlStore, label_store
+from fgaif.files import write_json
+from fgaif.types import LabeledResponse
+
+
+def open_labels(config: Config) -> JsonlStore[LabeledResponse]:
+    """The label table of a run.
+
+    Raises:
+        DataError: there is none yet.
+    """
+    path = config.run_dir / "feedback" / "labels.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path}: does not exist; run `fgaif annotate` first")
+    return label_store(path)
+
+
+def prepare_audit(config: Config, size: int, console: Console) -> None:
+    """Write the page with a sample of the run's verdicts, drawn by the run's seed."""
+    page = write_audit(audit_folder(config), audit_sample(open_labels(config), size, config.seed))
+    console.print(
+        f"wrote {page}\nOpen it in a browser, answer, download the answers, then: "
+        "fgaif annotate --audit --answers FILE",
+        markup=False,
+    )
+
+
+def report_audit(
+    config: Config, answers: Path, second: Path | None, console: Console
+) -> AuditReport:
+    """Compare the verdicts with a person's answers; print it and write ``audit/report.json``.
+
+    ``second`` is the label file of another verifier on the same responses.
+    """
+    folder = audit_folder(config)
+    items = read_items(folder)
+    report = audit_report(
+        open_labels(config),
+        items,
+        read_answers(answers, items),
+        second=label_store(second) if second else None,
+    )
+    show_audit(report, folder / "report.json", console.print)
+    return report
+
+
+def show_audit(report: AuditReport, path: Path, say: Callable[[object], None]) -> None:
+    """Print a report's tables and write it as JSON."""
+    for table in audit_tables(report):
+        say(table)
+    write_json(path, report.to_json())
+    say(f"wrote {path}")
+
+
+def audit_folder(config: Config) -> Path:
+    """Where a run's audit lies."""
+    return config.run_dir / "feedback" / "audit"
