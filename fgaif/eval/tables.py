@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 from rich.box import SIMPLE
+from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -45,13 +46,15 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A table of figures. ``axis`` says what the bars span, ``notes`` stand below."""
+    """A table of figures. ``axis`` says what the bars span, ``notes`` stand below; ``centred``: 0
+    lies in the middle of the axis."""
 
     title: str
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     axis: str
     notes: tuple[str, ...]
+    centred: bool = False
 
 
 def results_grid(title: str, results: Sequence[tuple[Scored, Mapping[str, Estimate]]]) -> Grid:
@@ -67,7 +70,7 @@ def results_grid(title: str, results: Sequence[tuple[Scored, Mapping[str, Estima
         )
         for scored, estimates in results
         for name, estimate in estimates.items()
-        if not _repeats(name, estimates)
+        if not _repeats(name, estimates) and not _empty(name, estimate.value)
         for figure in [figure_of(name)]
     ]
     return Grid(
@@ -85,7 +88,7 @@ def comparison_grid(title: str, comparisons: Sequence[Comparison]) -> Grid:
     for comparison in comparisons:
         known = [d.difference for d in comparison.figures.values()]
         for name, found in comparison.figures.items():
-            if _repeats(name, comparison.figures):
+            if _repeats(name, comparison.figures) or _empty(name, found.difference.value):
                 continue
             figure = figure_of(name)
             reach = _reach(known, name, comparison)
@@ -113,28 +116,26 @@ def comparison_grid(title: str, comparisons: Sequence[Comparison]) -> Grid:
         lines=tuple(lines),
         axis="difference, 0 in the middle, all shares of a benchmark on one scale",
         notes=tuple(_comparison_notes(comparisons)),
+        centred=True,
     )
 
 
-def console_table(grid: Grid) -> RichTable:
+def console_table(grid: Grid) -> Group:
     """Lay out a grid for the console, a section per benchmark; fits into 80 columns."""
-    table = RichTable(title=grid.title, title_justify="left", caption_justify="left", box=SIMPLE)
+    table = RichTable(title=grid.title, title_justify="left", box=SIMPLE)
     table.padding = (0, 1, 0, 0)
     table.add_column(grid.columns[0])
     for column in grid.columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
-    group = ""
-    for line, first in _with_first(grid.lines):
-        if first:
+    for line, new_benchmark, new_group in _with_headings(grid.lines):
+        if new_benchmark:
             table.add_section()
             table.add_row(Text(line.benchmark, style="bold"))
-        if line.group and (first or line.group != group):
+        if new_group:
             table.add_row(Text(f" {line.group}", style="italic"))
-        group = line.group
         style = _COLOURS[line.verdict]
         table.add_row(Text(f"  {line.title}"), *[Text(cell, style=style) for cell in line.cells])
-    table.caption = Text("\n".join(grid.notes))
-    return table
+    return Group(table, Text("\n".join(grid.notes), style="dim"))
 
 
 def markdown(grid: Grid) -> str:
@@ -161,9 +162,8 @@ def render_page(title: str, grids: Sequence[Grid], worst: Mapping[str, Sequence[
     )
     return environment.get_template("benchmarks.html.jinja").render(
         title=title,
-        grids=[(grid, list(_with_first(grid.lines))) for grid in grids],
+        grids=[(grid, list(_with_headings(grid.lines))) for grid in grids],
         worst=worst,
-        level=0.95,
     )
 
 
@@ -190,6 +190,11 @@ def _shown(item: Json, places: Mapping[str, Path]) -> Json:
 
 def _image_files(folder: Path) -> dict[str, Path]:
     return {image_name(path.name): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _empty(name: str, value: float | None) -> bool:
+    """Whether a figure of a group is not known, because nothing belongs to the group."""
+    return value is None and "/" in name
 
 
 def _signed(figure: Figure, value: float | None) -> str:
@@ -279,11 +284,13 @@ def _comparison_notes(comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield from (f"beware: {warning}" for warning in found.warnings)
 
 
-def _with_first(lines: Sequence[Line]) -> Iterator[tuple[Line, bool]]:
-    before = None
+def _with_headings(lines: Sequence[Line]) -> Iterator[tuple[Line, bool, bool]]:
+    """Lines, whether a benchmark begins with it, and whether a group of figures does."""
+    before: Line | None = None
     for line in lines:
-        yield line, line.benchmark != before
-        before = line.benchmark
+        new = before is None or line.benchmark != before.benchmark
+        yield line, new, bool(line.group) and (new or before is None or line.group != before.group)
+        before = line
 
 
 def _full(line: Line) -> str:
