@@ -264,7 +264,14 @@ def _say_skipped(err: Console, benchmark: str, skipped: Sequence[object]) -> Non
 @contextmanager
 def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+    bars = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bars:
         task = bars.add_task(what, total=None)
 
         def report(done: int, total: int) -> None:

@@ -28,7 +28,8 @@ async def open_judge(
     """
     settings = judge_settings(config, entry)
     budget = Budget(config.feedback.max_cost, config.feedback.max_tokens)
-    endpoint = Endpoint(entry or "", settings, budget)
+    pixels = config.data.max_image_pixels
+    endpoint = Endpoint(str(entry), settings, budget, max_image_pixels=pixels)
     with ReplyStore(replies) as store:
         budget.charge(price(settings, *store.tokens(endpoint.name)))
         try:
