@@ -11,6 +11,7 @@ import torch
 from actors.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT, context_length, engine_settings
 from fgaif.config import Config
 from fgaif.errors import ConfigError
+from fgaif.lvlm.model import load_processor
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """Where vLLM reads the key that clients must send; unset, it asks for none."""
@@ -32,8 +33,26 @@ def server_command(model: Path, name: str, config: Config, host: str, port: int)
     settings = engine_settings(config, context_length(model, config), on_gpu)
     del settings["worker_extension_cls"]  # the server's weights stay as they are
     settings |= {"model": str(model), "served_model_name": name, "host": host, "port": port}
+    if template := _template(model):
+        settings["chat_template"] = template
     flags = [part for key, value in settings.items() for part in _flag(key, value)]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+
+
+def _template(model: Path) -> str | None:
+    """The chat template with BOS in front, where the tokenizer would put it and the template not.
+
+    vLLM's server adds no special tokens to a rendered chat; a model that was trained with BOS
+    answers differently without it.
+    """
+    processor = load_processor(model)
+    ids = processor.tokenizer("x")["input_ids"]
+    if ids[0] != processor.tokenizer.bos_token_id:
+        return None
+    rendered = processor.apply_chat_template([{"role": "user", "content": "x"}])
+    if rendered.startswith(processor.tokenizer.bos_token):
+        return None
+    return "{{ bos_token }}" + str(processor.chat_template)
 
 
 def _flag(key: str, value: Any) -> list[str]:

@@ -130,7 +130,7 @@ def feedback_table(config: Config) -> Table:
     count = len(responses) or planned
     plan = plan_feedback(config, count, measure(labels, responses, config))
     table = Table(
-        title=f"annotating {count:,} responses: at most, about; stored replies are free",
+        title=f"annotating {count:,} responses takes about this; stored replies are free",
         title_justify="left",
     )
     for column in ("role", "model", "requests", "tokens", "cost"):

@@ -46,8 +46,8 @@ _LINE = re.compile(r"^(\d+)\. (.*)$", re.MULTILINE)
 class World:
     """Drawn scenes, captions about other scenes (so that some facts are false), and the truth."""
 
-    def __init__(self, folder: Path) -> None:
-        write_split(folder, "test", ROWS)
+    def __init__(self, folder: Path, count: int = ROWS) -> None:
+        write_split(folder, "test", count)
         self.scenes = read_scenes(folder / "scenes.jsonl")
         self.names = sorted(self.scenes)
         self.images = {name: image_ref(folder / "images" / f"{name}.png") for name in self.names}
