@@ -110,7 +110,7 @@ def generate_answers(
         assert pool is not None
         responses = pool.generate([todo[key] for key in part]).result()
         new = [
-            _Answer(key=key, text=response.text, finish=response.finish)
+            _Answer(key=key, text=response.text.strip(), finish=response.finish)
             for key, response in zip(part, responses, strict=True)
         ]
         store.append(new)

@@ -127,7 +127,7 @@ def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: 
         chunk = 256 * config.cluster.rollout.replicas
         new = generate_answers(model, asked, cache, engines, chunk=chunk, progress=report)
     total = sum(len(part.prompts) for part in asked)
-    err.print(f"answers: {new} generated, {total - new} known", highlight=False)
+    err.print(f"answers: {new} generated for {total} questions", highlight=False)
 
 
 def _score(jobs: Sequence[Job], settings: Settings, err: Console) -> Iterator[tuple[Job, Scored]]:
@@ -182,7 +182,8 @@ def _with_provenance(job: Job, scored: Scored, settings: Settings) -> Scored:
     about = dict(scored.provenance) | file_digests(job.files)
     if settings.model is not None:
         about |= {"model": f"{settings.model.name} {settings.model.digest}"}
-        about |= {"max_new_tokens": ", ".join({str(part.max_new_tokens) for part in job.asked})}
+        if job.asked:
+            about["max_new_tokens"] = str(job.asked[0].max_new_tokens)
     if settings.corruption is not None:
         about["corruption"] = f"{settings.corruption} seed {settings.seed}"
     skipped = sum(len(part.skipped) for part in job.asked)
