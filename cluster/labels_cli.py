@@ -145,7 +145,7 @@ def _kind_and_path(name: str) -> tuple[Kind, Path]:
         raise ConfigError(
             f"{name}: for --form stepwise write KIND:FILE, KIND of {', '.join(KINDS)}"
         )
-    return kind, Path(path)  # type: ignore[return-value]
+    return kind, Path(path)
 
 
 def _default(config: Path | None) -> Path:

@@ -33,8 +33,8 @@ class DataConfig(_Section):
     held_out: str = "scenes:test"
     """Prompts of the evaluation and of the reward models' final check, never trained on."""
     image_root: Path | None = None
-    """Folder that relative image paths start from; default: the folder of the prompts file, or of
-    COCO's images."""
+    """Folder that image paths start from and must lie in, links followed; default: the folder of
+    the prompts file, or of COCO's images."""
     seed: int = 0
     """Draws the images of `coco:PATH`; apart from `seed`, so that runs compared over seeds see the
     same images."""

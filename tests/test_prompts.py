@@ -150,14 +150,18 @@ def test_seed_shuffles_the_same_way_each_time(folder: Path) -> None:
     assert sorted(orders[0], key=int) == [row["id"] for row in rows]
 
 
-def test_a_root_confines_images_and_without_one_paths_may_be_absolute(folder: Path) -> None:
+def test_images_are_confined_to_the_root_or_the_folder_of_the_file(folder: Path) -> None:
     inner = folder / "inner"
     inner.mkdir()
-    source = jsonl(inner, {"image": str(folder / "red.png"), "prompt": "A"})
-    assert len(load_prompts(source).prompts) == 1
-    with pytest.raises(DataError, match="lies outside"):
-        load_prompts(source, root=inner)
+    (inner / "link.png").symlink_to(folder / "red.png")
+    for outside in (str(folder / "red.png"), "../red.png", "link.png"):
+        source = jsonl(inner, {"image": outside, "prompt": "A"})
+        for root in (None, inner):
+            with pytest.raises(DataError, match="lies outside"):
+                load_prompts(source, root=root)
     assert len(load_prompts(jsonl(inner, ROWS[0]), root=folder).prompts) == 1
+    inside = jsonl(inner, {"image": str(folder / "red.png"), "prompt": "A"})
+    assert len(load_prompts(inside, root=folder).prompts) == 1
 
 
 def test_scenes_are_written_and_then_read_like_any_files(tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def load_prompts(
         source: a .jsonl or .parquet file, ``scenes:SPLIT`` for the embedded world, or ``coco:PATH``
             with a COCO folder or one of its annotation files: one prompt, "Describe this image in
             detail.", for each image, by image id.
-        root: folder that image paths start from and must lie in; default: the folder of the file,
-            which absolute paths may leave, and for COCO the folder of the images.
+        root: folder that image paths start from and must lie in, links followed; default: the
+            folder of the file, and for COCO the folder of the images.
         limit: number of prompts wanted; rows beyond are not looked at.
         seed: shuffles the rows before the limit.
         cache: where ``scenes:SPLIT`` writes its images; needed for it, as is ``limit``.
@@ -111,7 +111,7 @@ def load_prompts(
         rows = _distinct(_parse_row(path, n, row) for n, row in read_rows(path, _COLUMNS))
     if seed is not None:
         random.Random(seed).shuffle(rows)
-    check = partial(_check, path.parent, root, max_pixels)
+    check = partial(_check, root or path.parent, max_pixels)
     prompts: list[Prompt] = []
     skipped: list[Skipped] = []
     checked: dict[str, ImageRef | str] = {}
@@ -133,9 +133,9 @@ def load_prompts(
     return loaded
 
 
-def _check(folder: Path, root: Path | None, max_pixels: int, image: str) -> ImageRef | str:
+def _check(root: Path, max_pixels: int, image: str) -> ImageRef | str:
     try:
-        return check_image(image if root else folder / image, root, max_pixels)
+        return check_image(image, root, max_pixels)
     except DataError as error:
         return str(error)
 
