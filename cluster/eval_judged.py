@@ -164,7 +164,9 @@ def faithscore_job(
             if extractor == "scenes"
             else ModelFacts(judges.needed_judge, text_form=text_form)
         )
-        scorer = FaithScorer(facts, verifier, judges.needed_judge if label else None)
+        labeler = judges.needed_judge if label else None
+        words = settings.config.segment.min_words
+        scorer = FaithScorer(facts, verifier, labeler, min_words=words)
         return await scorer.score(read_lines(file, root), progress=progress)
 
     return Job(

@@ -16,6 +16,7 @@ from cluster.eval_jobs import Job, Judges, file_digests
 from cluster.eval_settings import Settings, judge_settings
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config, with_overrides
+from fgaif.data.prompts import Skipped
 from fgaif.errors import DataError
 from fgaif.eval.saved import (
     by_length,
@@ -251,11 +252,11 @@ def _print_cost(job: Job, settings: Settings, out: Console) -> None:
         )
 
 
-def _say_skipped(err: Console, benchmark: str, skipped: Sequence[object]) -> None:
+def _say_skipped(err: Console, benchmark: str, skipped: Sequence[Skipped]) -> None:
     if skipped:
         err.print(
             f"{benchmark}: {len(skipped)} questions left out, their images cannot be used; the "
-            f"first: {skipped[0].reason}",  # type: ignore[attr-defined]
+            f"first: {skipped[0].reason}",
             style="yellow",
             highlight=False,
             markup=False,
