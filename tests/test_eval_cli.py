@@ -4,14 +4,17 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from engines import response_to
 from fault_server import FaultServer
 from PIL import Image
 
 from cluster.cli import main
-from fgaif.types import Json
+from fgaif.pending import Ready
+from fgaif.types import GenerationRequest, Json, Response
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -284,3 +287,90 @@ def test_corrupted_copies_are_made_by_command(run: Run, tmp_path: Path) -> None:
     assert "1 copies made" in out
     assert "1 images left out" in err
     assert (tmp_path / "x" / "0.png").is_file()
+
+
+class FakeCluster:
+    """Stands in for the cluster: engines that answer at once."""
+
+    started = 0
+
+    def __init__(self, config: object) -> None:
+        pass
+
+    def __enter__(self) -> "FakeCluster":
+        FakeCluster.started += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def rollouts(self) -> "FakeCluster":
+        return self
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Ready[list[Response]]:
+        return Ready([replace(response_to(r.prompt, [1]), text="Yes, a cat.") for r in requests])
+
+
+def official_files(folder: Path) -> None:
+    """Two images, each with two questions of every benchmark."""
+    for number in range(2):
+        Image.new("RGB", (40, 40), "red").save(folder / f"{number}.png")
+    for split in ("random", "popular", "adversarial"):
+        write(folder / f"coco_pope_{split}.jsonl", QUESTIONS[:4])
+    annotations = {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(2)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [{"image_id": n, "category_id": n + 1} for n in range(2)],
+    }
+    (folder / "instances_val.json").write_text(json.dumps(annotations))
+    items = [mmhal_item(n, "") for n in range(2)]
+    (folder / "mmhal-bench_answer_template.json").write_text(json.dumps(items))
+    asked = [
+        {"question_id": n, "image": f"{n % 2}.png", "text": f"What is {n}?", "category": category}
+        for n, category in enumerate(["conv", "detail", "complex", "conv"])
+    ]
+    write(folder / "qa90_questions.jsonl", asked)
+    write(folder / "qa90_gpt4_answer.jsonl", [row | {"text": "A cat."} for row in asked])
+    contexts = [{"id": n, "image": f"{n}.png", "captions": ["c"], "instances": []} for n in (0, 1)]
+    write(folder / "caps_boxes_coco2014_val_80.jsonl", contexts)
+
+
+def judge_of_all(body: Json) -> str:
+    text = str(body["messages"])
+    if "Rating" in text or "rating" in text:
+        return "Rating: 4"
+    if "analytical" in text:
+        return '{"labels": ["descriptive"]}'
+    if "Statement" in text:
+        return "Yes"
+    if "atomic facts" in text:
+        return facts_reply([{"text": "There is a cat.", "kind": "object"}])
+    return "10 5"
+
+
+def test_all_five_from_one_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model says "Yes, a cat." to everything: right on half of POPE's questions and images."""
+    monkeypatch.setattr("cluster.launch.Cluster", FakeCluster)
+    monkeypatch.setattr(FakeCluster, "started", 0)
+    official_files(tmp_path)
+    with FaultServer(judge_of_all) as server:
+        call = (
+            "all", "--data", ".", "--model", "scenes:policy", "--images", ".", "--out", "o",
+            "--judge-model", "j", "--judge-url", server.base_url, "--json",
+        )  # fmt: skip
+        code, out, err = run(*call)
+        assert code == 0, err
+        found = json.loads(out)
+        again = run(*call)
+    assert list(found) == ["pope", "chair", "faithscore", "mmhal", "llava-bench"]
+    assert (found["pope"]["accuracy"], found["pope"]["yes_ratio"]) == (0.5, 1)
+    assert (found["chair"]["chair_s"], found["chair"]["recall"]) == (0.5, 0.5)
+    assert found["faithscore"]["faithscore"] == 1
+    assert (found["mmhal"]["score"], found["mmhal"]["hallucination_rate"]) == (4, 0)
+    assert (found["llava-bench"]["all"], found["llava-bench"]["model_grade"]) == (50, 5)
+    assert all("policy " in tree["provenance"]["model"] for tree in found.values() if tree)
+    assert FakeCluster.started == 1  # the second call knew every answer
+    assert json.loads(again[1]) == found
+    assert "data:image/" in (tmp_path / "o" / "results.html").read_text()
