@@ -21,8 +21,6 @@ from typing import Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from skimage.filters import gaussian
-from skimage.util import random_noise
 
 from fgaif.data.images import image_ref, load_image
 from fgaif.data.prompts import Skipped
@@ -86,6 +84,9 @@ class Corrupted:
 
 def corrupt_image(image: Image.Image, corruption: Corruption, key: str) -> Image.Image:
     """Corrupt an RGB image; ``key`` (as a rule its content hash) and the seed set what is drawn."""
+    from skimage.filters import gaussian  # brings scipy: not for who only scores
+    from skimage.util import random_noise
+
     digest = hashlib.sha256(f"{corruption.name} {key}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     pixels = np.asarray(image, dtype=np.float64) / 255
