@@ -43,7 +43,7 @@ class CachedChat:
             reply = await self._model.ask(request)
         except RequestFailed as error:
             self._failed[key] = str(error)
-            self._store.add(self.name, request, str(error))
+            self._store.add(self.name, request, str(error), key)
             raise
-        self._store.add(self.name, request, reply)
+        self._store.add(self.name, request, reply, key)
         return reply

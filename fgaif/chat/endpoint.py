@@ -68,7 +68,6 @@ class Endpoint:
         self._sleep = sleep
         self._uris = DataUris(config.max_image_side, max_image_pixels)
         self._client = _client(read_key(entry, config), config)
-        self._create = self._client.chat.completions.with_raw_response.create
         self._dialect = Dialect(
             structured=config.structured, top_logprobs=20 if config.logprobs else 0
         )
@@ -134,11 +133,14 @@ class Endpoint:
             self._budget.count(requests=1)
             try:
                 async with asyncio.timeout(self.config.timeout_s):
-                    response = await self._create(**sent)
+                    # Typed calls check and copy every argument, a third of a request's work.
+                    response = await self._client.post(
+                        "/chat/completions", body=sent, cast_to=httpx2.Response
+                    )
             except (openai.APIError, TimeoutError, UnicodeEncodeError) as error:
                 failure = classify(error, self.config)
             else:
-                return self._read(response.http_response.content, request, spend)
+                return self._read(response.content, request, spend)
             simpler = dialect.without(failure.refused, sent) if failure.refused else None
             if simpler is None:
                 return failure

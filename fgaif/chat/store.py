@@ -72,11 +72,13 @@ class ReplyStore:
             row = self._file.execute(query, (key,)).fetchone()
         return _decode_reply(json.loads(row[0])) if row else None
 
-    def add(self, model: str, request: ChatRequest, outcome: Reply | str) -> None:
-        """Append a reply, or the reason why there is none."""
+    def add(
+        self, model: str, request: ChatRequest, outcome: Reply | str, key: str | None = None
+    ) -> None:
+        """Append a reply, or the reason why there is none; ``key`` saves making it again."""
         reply = outcome if isinstance(outcome, Reply) else None
         row = (
-            *(request.key(model), model, request.prompt_version),
+            *(key or request.key(model), model, request.prompt_version),
             *(request.image.sha256 if request.image else None, request.subject, request.attempt),
             json.dumps(_encode_request(request)),
             json.dumps(asdict(reply)) if reply else None,
