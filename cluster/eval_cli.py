@@ -252,7 +252,7 @@ def every(
     jobs, missing = official_jobs(data, settings, asker, count=count)
     for line in missing:
         err.print(line, style="yellow", highlight=False, markup=False)
-    _run(jobs, settings)
+    _run(jobs, settings, by_name=True)
 
 
 @eval_app.command()
@@ -302,7 +302,7 @@ def build_pope(
     out.print(f"wrote {output}", highlight=False)
 
 
-def _run(jobs: "Sequence[Job]", settings: "Settings") -> None:
+def _run(jobs: "Sequence[Job]", settings: "Settings", by_name: bool = False) -> None:
     from cluster.eval_run import run_jobs
 
-    run_jobs(jobs, settings, out, err)
+    run_jobs(jobs, settings, out, err, by_name=by_name)

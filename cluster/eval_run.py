@@ -47,10 +47,13 @@ _FACTS_PER_ANSWER = 12
 """Assumed for the estimate of FaithScore's third stage."""
 
 
-def run_jobs(jobs: Sequence[Job], settings: Settings, out: Console, err: Console) -> None:
+def run_jobs(
+    jobs: Sequence[Job], settings: Settings, out: Console, err: Console, *, by_name: bool = False
+) -> None:
     """Do everything that a call of ``fgaif eval BENCHMARK`` asks for.
 
-    Standard output carries the tables, or with ``as_json`` one JSON object and nothing else.
+    Standard output carries the tables, or with ``as_json`` one JSON object and nothing else: that
+    of the only job, or, ``by_name``, those of all jobs.
 
     Raises:
         FgaifError: whatever stopped it; generated answers and paid replies are kept.
@@ -68,7 +71,7 @@ def run_jobs(jobs: Sequence[Job], settings: Settings, out: Console, err: Console
     scored = [
         _with_provenance(job, result, settings) for job, result in _score(jobs, settings, err)
     ]
-    _report(scored, settings, out, err)
+    _report(scored, settings, out, err, by_name)
 
 
 def run_comparison(
@@ -106,6 +109,10 @@ def write_tables(folder: Path, images: Path | None, seed: int = 0) -> Grid:
     full = [by_length(one) for one in scored]
     results = [(one, intervals(one, seed=seed)) for one in full]
     grid = results_grid(f"Results in {folder.name}", results)
+    models = {one.provenance.get("model", "not known") for one in scored}
+    if len(models) > 1:
+        beware = f"beware: these benchmarks are of several models: {', '.join(sorted(models))}"
+        grid = replace(grid, notes=(*grid.notes, beware))
     tree = {one.benchmark: result_json(one, estimates, seed) for one, estimates in results}
     worst = {f"Worst of {one.benchmark}": show_items(one, images) for one in scored}
     write_whole(folder / "results.json", _dump(tree))
@@ -191,7 +198,9 @@ def _with_provenance(job: Job, scored: Scored, settings: Settings) -> Scored:
     return replace(scored, provenance=about, counts={**scored.counts, "images_unusable": skipped})
 
 
-def _report(scored: Sequence[Scored], settings: Settings, out: Console, err: Console) -> None:
+def _report(
+    scored: Sequence[Scored], settings: Settings, out: Console, err: Console, by_name: bool
+) -> None:
     results = [
         (full, intervals(full, seed=settings.seed)) for full in (by_length(one) for one in scored)
     ]
@@ -202,7 +211,7 @@ def _report(scored: Sequence[Scored], settings: Settings, out: Console, err: Con
         err.print(f"results: {settings.out / 'results.html'}", highlight=False)
     if settings.as_json:
         trees = {full.benchmark: result_json(full, found, settings.seed) for full, found in results}
-        _print_json(next(iter(trees.values())) if len(trees) == 1 else trees)
+        _print_json(trees if by_name else next(iter(trees.values())))
     else:
         out.print(console_table(results_grid("results", results)))
 

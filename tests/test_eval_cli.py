@@ -139,6 +139,8 @@ def test_results_are_kept_and_compared_without_scoring_again(run: Run, tmp_path:
     assert names == {
         "pope.json", "pope_items.jsonl", "results.html", "results.json", "results.md",
     }  # fmt: skip
+    page = (tmp_path / "out_a" / "results.md").read_text()
+    assert "beware" not in page
     code, out, _ = run("--compare", "out_a", "out_b", "--out", "cmp", "--json")
     figure = json.loads(out)["benchmarks"]["pope"]["figures"]["accuracy"]
     assert (code, figure["a"], figure["b"], figure["difference"]) == (0, 0, 1, 1)
