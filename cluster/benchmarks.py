@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,14 @@ from fgaif.feedback.store import JsonlStore
 from fgaif.files import write_whole
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
+from fgaif.pending import Pending
 from fgaif.reward.checkpoint import checkpoint_digest
-from fgaif.types import GenerationRequest, Json, Prompt
+from fgaif.types import GenerationRequest, Json, Prompt, Response
 
 if TYPE_CHECKING:
     from cluster.launch import Cluster, RolloutGroup
 
-_REQUESTS = 256
+REQUESTS = 512
 """Requests per call and replica."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -81,7 +83,7 @@ def generate_answers(
     cache: Path,
     engines: Engines,
     *,
-    chunk: int = _REQUESTS,
+    chunk: int = REQUESTS,
     progress: Progress = lambda done, total: None,
 ) -> int:
     """Answer all questions greedily and write the answer files; returns how many were new.
@@ -103,22 +105,36 @@ def generate_answers(
                 )
     done = total - len(todo)
     progress(done, total)
-    keys = list(todo)
-    pool = engines() if todo else None
-    for start in range(0, len(keys), chunk):
-        part = keys[start : start + chunk]
-        assert pool is not None
-        responses = pool.generate([todo[key] for key in part]).result()
+    for part, responses in _in_chunks(todo, engines, chunk):
         new = [
             _Answer(key=key, text=response.text.strip(), finish=response.finish)
             for key, response in zip(part, responses, strict=True)
         ]
         store.append(new)
         known |= {answer.key: answer for answer in new}
-        progress(done + start + len(part), total)
+        done += len(new)
+        progress(done, total)
     for job in asked:
         _write_answers(model, job, known)
     return len(todo)
+
+
+def _in_chunks(
+    todo: Mapping[str, GenerationRequest], engines: Engines, chunk: int
+) -> Iterator[tuple[list[str], list[Response]]]:
+    """Yield keys and responses by chunk; the next chunk waits at the engines while they work."""
+    keys = list(todo)
+    parts = [keys[start : start + chunk] for start in range(0, len(keys), chunk)]
+    calls: deque[tuple[list[str], Pending[list[Response]]]] = deque()
+    pool = engines() if parts else None
+    for part in parts:
+        assert pool is not None
+        calls.append((part, pool.generate([todo[key] for key in part])))
+        if len(calls) > 1:
+            first, call = calls.popleft()
+            yield first, call.result()
+    for part, call in calls:
+        yield part, call.result()
 
 
 def pending_answers(model: ModelSpec, asked: Sequence[Asked], cache: Path) -> int:

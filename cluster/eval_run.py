@@ -122,7 +122,12 @@ def write_tables(folder: Path, images: Path | None, seed: int = 0) -> Grid:
 
 
 def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: Console) -> None:
-    from cluster.benchmarks import generate_answers, generation_config, policy_engines
+    from cluster.benchmarks import (
+        REQUESTS,
+        generate_answers,
+        generation_config,
+        policy_engines,
+    )
     from cluster.launch import Cluster
 
     asked = [part for job in jobs for part in job.asked]
@@ -132,7 +137,7 @@ def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: 
         # The cluster starts when the first engine is needed: not if all answers are known.
         engines = lambda: policy_engines(stack.enter_context(Cluster(config)), model)()  # noqa: E731
         report = stack.enter_context(_progress(err, "answers"))
-        chunk = 256 * config.cluster.rollout.replicas
+        chunk = REQUESTS * config.cluster.rollout.replicas
         new = generate_answers(model, asked, cache, engines, chunk=chunk, progress=report)
     total = sum(len(part.prompts) for part in asked)
     err.print(f"answers: {new} generated for {total} questions", highlight=False)

@@ -29,7 +29,7 @@ from fgaif.eval.buildpope import build_from_scenes
 from fgaif.eval.corrupt import Corruption
 from fgaif.eval.pope import read_questions
 from fgaif.eval.pope_score import score_pope
-from fgaif.pending import Ready
+from fgaif.pending import Pending, Ready, Then
 from fgaif.types import GenerationRequest, Response
 
 Generate = Callable[[Sequence[GenerationRequest]], list[Response]]
@@ -44,15 +44,18 @@ class Pool:
         self._generate = generate
         self._fail_at = fail_at
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Ready[list[Response]]:
-        if len(self.calls) == self._fail_at:
-            raise ActorError("rollout-0 died")
+    def generate(self, requests: Sequence[GenerationRequest]) -> Pending[list[Response]]:
+        fails = len(self.calls) == self._fail_at
         self.calls.append(requests)
-        return Ready(self._generate(requests))
+        return Then(died) if fails else Ready(self._generate(requests))
 
     def load_weights(self, manifest: Any) -> Ready[list[int]]:
         self.loaded.append(manifest)
         return Ready([manifest.version])
+
+
+def died() -> list[Response]:
+    raise ActorError("rollout-0 died")
 
 
 def echo(requests: Sequence[GenerationRequest]) -> list[Response]:
