@@ -149,17 +149,18 @@ def run_bare(config: Config, concurrency: int, base_url: str) -> float:
     uris = DataUris(1024, 50_000_000)
 
     async def send() -> float:
-        client = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0)
         places = asyncio.Semaphore(concurrency)
         known = {sha: await uris.get(ref) for sha, ref in images.items()}
 
-        async def one(row: Json) -> None:
-            async with places:
-                await client.chat.completions.create(**_arguments(row, known))
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
 
-        start = time.monotonic()
-        await asyncio.gather(*map(one, rows))
-        return len(rows) / (time.monotonic() - start)
+            async def one(row: Json) -> None:
+                async with places:
+                    await client.chat.completions.create(**_arguments(row, known))
+
+            start = time.monotonic()
+            await asyncio.gather(*map(one, rows))
+            return len(rows) / (time.monotonic() - start)
 
     return asyncio.run(send())
 
