@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cluster.eval_cli import eval_app
+from cluster.evaluation.cli import eval_app
 from cluster.labels_cli import labels_app
 from cluster.ledger import ORDER, Stage
 from fgaif import __version__

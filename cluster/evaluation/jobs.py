@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cluster.asking import Asked, ask
-from cluster.eval_options import DESCRIBE, POPE_SUFFIX
+from cluster.evaluation.asking import Asked, ask
+from cluster.evaluation.options import DESCRIBE, POPE_SUFFIX
 from fgaif.chat.messages import ChatModel
 from fgaif.data.coco import CocoImage, read_coco
 from fgaif.errors import ConfigError, DataError

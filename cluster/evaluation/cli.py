@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cluster.eval_options import (
+from cluster.evaluation.options import (
     DESCRIBE,
     POPE_SUFFIX,
     Common,
@@ -22,8 +22,8 @@ from fgaif.data.scenes.world import Split
 from fgaif.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.eval_jobs import Job
-    from cluster.eval_settings import Settings
+    from cluster.evaluation.jobs import Job
+    from cluster.evaluation.settings import Settings
 
 eval_app = typer.Typer(
     name="eval",
@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Compare two models, or choose a benchmark."""
     if compare is not None:
-        from cluster.eval_run import run_comparison
+        from cluster.evaluation.run import run_comparison
 
         run_comparison(*compare, output, seed=seed, as_json=as_json, console=out)
         raise typer.Exit
@@ -79,8 +79,8 @@ def pope(
     max_new_tokens: MaxNewTokens = 64,
 ) -> None:
     """POPE: yes/no questions about objects. accuracy, precision, recall, f1, yes_ratio."""
-    from cluster.eval_jobs import named_splits, paired_splits, pope_job
-    from cluster.eval_settings import asker_of, settings_of
+    from cluster.evaluation.jobs import named_splits, paired_splits, pope_job
+    from cluster.evaluation.settings import asker_of, settings_of
 
     settings = settings_of(common)
     if not questions:
@@ -115,8 +115,8 @@ def chair(
     max_new_tokens: MaxNewTokens = 512,
 ) -> None:
     """CHAIR: objects that captions name and images do not show. chair_i, chair_s, recall."""
-    from cluster.eval_jobs import chair_job
-    from cluster.eval_settings import asker_of, settings_of
+    from cluster.evaluation.jobs import chair_job
+    from cluster.evaluation.settings import asker_of, settings_of
 
     settings = settings_of(common)
     if not annotations:
@@ -149,8 +149,8 @@ def mmhal(
     max_new_tokens: MaxNewTokens = 1024,
 ) -> None:
     """MMHal-Bench: 96 questions, rated 0 to 6 by a judge. score, hallucination_rate."""
-    from cluster.eval_judged import mmhal_job
-    from cluster.eval_settings import asker_of, settings_of
+    from cluster.evaluation.judged import mmhal_job
+    from cluster.evaluation.settings import asker_of, settings_of
 
     settings = settings_of(common, judging)
     job = mmhal_job(
@@ -177,8 +177,8 @@ def llava_bench(
     max_new_tokens: MaxNewTokens = 1024,
 ) -> None:
     """LLaVA-Bench, COCO or in the wild: relative scores conv, detail, complex, all."""
-    from cluster.eval_judged import llava_bench_job
-    from cluster.eval_settings import asker_of, settings_of
+    from cluster.evaluation.judged import llava_bench_job
+    from cluster.evaluation.settings import asker_of, settings_of
 
     settings = settings_of(common, judging)
     job = llava_bench_job(
@@ -215,8 +215,8 @@ def faithscore(
     max_new_tokens: MaxNewTokens = 512,
 ) -> None:
     """FaithScore: atomic facts checked with the image. faithscore, faithscore_s."""
-    from cluster.eval_judged import faithscore_job
-    from cluster.eval_settings import asker_of, settings_of
+    from cluster.evaluation.judged import faithscore_job
+    from cluster.evaluation.settings import asker_of, settings_of
 
     settings = settings_of(common, judging, verifier)
     job = faithscore_job(
@@ -242,8 +242,8 @@ def every(
     count: Annotated[int, typer.Option(min=1, help="Images for CHAIR and FaithScore.")] = 500,
 ) -> None:
     """All benchmarks whose files lie in one folder; without a judge, POPE and CHAIR."""
-    from cluster.eval_judged import official_jobs
-    from cluster.eval_settings import asker_of, settings_of
+    from cluster.evaluation.judged import official_jobs
+    from cluster.evaluation.settings import asker_of, settings_of
 
     settings = settings_of(common, judging)
     asker = asker_of(settings)
@@ -303,6 +303,6 @@ def build_pope(
 
 
 def _run(jobs: "Sequence[Job]", settings: "Settings", by_name: bool = False) -> None:
-    from cluster.eval_run import run_jobs
+    from cluster.evaluation.run import run_jobs
 
     run_jobs(jobs, settings, out, err, by_name=by_name)

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.eval_settings import judge_settings
+from cluster.evaluation.settings import judge_settings
 from cluster.launch import Cluster
 from fgaif.chat.batched import BatchedChat
 from fgaif.chat.cached import CachedChat

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from cluster.asking import Asked
+from cluster.evaluation.asking import Asked
 from fgaif.config import Config, with_overrides
 from fgaif.errors import CheckpointError
 from fgaif.feedback.store import JsonlStore

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.eval_jobs import Asker
-from cluster.eval_options import Common, JudgeOptions
+from cluster.evaluation.jobs import Asker
+from cluster.evaluation.options import Common, JudgeOptions
 from fgaif.config import Config, EndpointConfig, load_config
 from fgaif.errors import ConfigError
 from fgaif.eval.corrupt import Corruption
 
 if TYPE_CHECKING:
-    from cluster.benchmarks import ModelSpec
+    from cluster.evaluation.generate import ModelSpec
 
-_SCENES_CONFIG = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+_SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 _REPLIES = Path("runs") / "judge.sqlite"
 ENTRY = "judge"
 """Name of the endpoint that ``--judge-model`` and its companions describe."""
@@ -98,7 +98,7 @@ def asker_of(settings: Settings) -> Asker | None:
 
 
 def _model(text: str) -> "ModelSpec":
-    from cluster.benchmarks import ModelSpec  # torch: not for scoring
+    from cluster.evaluation.generate import ModelSpec  # torch: not for scoring
 
     return ModelSpec.parse(text)
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.eval_jobs import Job, Judges, file_digests
-from cluster.eval_settings import Settings, judge_settings
+from cluster.evaluation.jobs import Job, Judges, file_digests
+from cluster.evaluation.settings import Settings, judge_settings
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config, with_overrides
 from fgaif.data.prompts import Skipped
@@ -41,7 +41,7 @@ from fgaif.files import write_whole
 from fgaif.types import Json
 
 if TYPE_CHECKING:
-    from cluster.benchmarks import ModelSpec
+    from cluster.evaluation.generate import ModelSpec
 
 _FACTS_PER_ANSWER = 12
 """Assumed for the estimate of FaithScore's third stage."""
@@ -122,7 +122,7 @@ def write_tables(folder: Path, images: Path | None, seed: int = 0) -> Grid:
 
 
 def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: Console) -> None:
-    from cluster.benchmarks import (
+    from cluster.evaluation.generate import (
         REQUESTS,
         generate_answers,
         generation_config,
@@ -147,7 +147,7 @@ def _score(jobs: Sequence[Job], settings: Settings, err: Console) -> Iterator[tu
     with ExitStack() as stack:
         verifier = None
         if settings.verifier is not None:
-            from cluster.judging import local_verifier
+            from cluster.evaluation.judging import local_verifier
             from cluster.launch import Cluster
             from fgaif.lvlm.model import resolve_checkpoint
 
@@ -172,7 +172,7 @@ async def _score_one(
 ) -> Scored:
     async with AsyncExitStack() as stack:
         if job.judged:
-            from cluster.judging import open_judge
+            from cluster.evaluation.judging import open_judge
 
             def bill(line: str) -> None:
                 err.print(f"judge: {line}", highlight=False)
@@ -222,7 +222,7 @@ def _report(
 
 
 def _print_plan(jobs: Sequence[Job], settings: Settings, out: Console) -> None:
-    from cluster.benchmarks import pending_answers
+    from cluster.evaluation.generate import pending_answers
 
     for job in jobs:
         out.print(f"[bold]{job.benchmark}[/bold]: {job.items or 'all'} items", highlight=False)
@@ -238,7 +238,7 @@ def _print_plan(jobs: Sequence[Job], settings: Settings, out: Console) -> None:
 
 
 def _print_cost(job: Job, settings: Settings, out: Console) -> None:
-    from cluster.judging import CountingJudge
+    from cluster.evaluation.judging import CountingJudge
 
     counting = CountingJudge(judge_settings(settings.config, settings.judge))
     missing = [path for path in job.files.values() if not path.is_file()]

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cluster.asking import Asked, ask
-from cluster.benchmarks import (
+from cluster.evaluation.asking import Asked, ask
+from cluster.evaluation.generate import (
     ModelSpec,
     generate_answers,
     generation_config,

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from cluster.asking import Asked
-from cluster.eval_jobs import SPLITS, Asker, Job, Judges, chair_job, needed, pope_job
-from cluster.eval_options import Extractor
-from cluster.eval_settings import Settings, judge_settings
+from cluster.evaluation.asking import Asked
+from cluster.evaluation.jobs import SPLITS, Asker, Job, Judges, chair_job, needed, pope_job
+from cluster.evaluation.options import Extractor
+from cluster.evaluation.settings import Settings, judge_settings
 from fgaif.errors import DataError
 from fgaif.eval.faithscore import FaithScorer, read_lines
 from fgaif.eval.judge import Progress

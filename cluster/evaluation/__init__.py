@@ -1,0 +1,1 @@
+"""``fgaif eval``: what is asked, who answers, who judges, what comes out."""
