@@ -245,10 +245,15 @@ class Run:
             judges = self._cluster.judges()
             checkpoint = resolve_checkpoint(config.feedback.local_verifier)
             judge_name = checkpoint_digest(checkpoint)[:16]
+        start = time.monotonic()
         with self._progress("labelling responses") as progress:
 
             def report(done: int, total: int, usage: Usage | None) -> None:
-                progress(done, total, note=usage.line() if usage and usage.requests else "")
+                note = ""
+                if usage and usage.requests:
+                    rate = usage.replies / (time.monotonic() - start)
+                    note = f"{rate:.1f}/s, {usage.line()}"
+                progress(done, total, note=note)
 
             annotate_responses(config, labels, self._tokenizer, judges, judge_name, report)
         skipped = len(self.train_source.prompts.skipped)
