@@ -1,0 +1,299 @@
+"""The messages of the scoring API; server and client share them, OpenAPI is made of them.
+
+Numbers of a segment, for kind k with class probabilities p: reward_k = w_k (p_OK - p_HALLU), the
+soft value of ``fgaif/reward/dense.py`` without centring, w_k from ``ppo.shape.weights``. A
+segment's reward is the sum over kinds, a text's total the sum over its segments.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fgaif.types import Kind
+
+DEFAULT_PROMPT = "Describe this image in detail."
+MAX_TEXT_CHARS = 20_000
+MAX_TEXTS = 64
+MAX_ITEMS = 64
+MAX_PROMPT_CHARS = 4_000
+MAX_MIN_WORDS = 100
+
+ErrorType = Literal[
+    "invalid_request", "unauthorized", "too_large", "overloaded", "timeout", "internal"
+]
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS, pattern=r"\S")]
+"""A text to score: something that is not white space."""
+Question = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+ImageText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "image"})]
+"""An image as a data URI (``data:image/png;base64,...``), as base64 alone, or, where the server
+allows it, as an https URL."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class _Request(_Message):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ScoreRequest(_Request):
+    """One image and one or more texts about it."""
+
+    text: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+    """The answer to judge, or a list of answers to the same question."""
+    image: ImageText
+    """Data URI, base64, or an https URL where the server allows it."""
+    prompt: Question = DEFAULT_PROMPT
+    """The question that the text answers."""
+    facts: bool = False
+    """Also list each segment's facts, where the server can tell them."""
+    min_words: int | None = Field(None, ge=1, le=MAX_MIN_WORDS)
+    """Fewest words of a piece cut at a comma; default: what the reward models were trained with."""
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts as a list."""
+        return [self.text] if isinstance(self.text, str) else self.text
+
+
+class BatchRequest(_Request):
+    """Several score requests at once; one that fails does not fail the others."""
+
+    items: list[ScoreRequest] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class RewardRequest(_Request):
+    """OpenRLHF's request to a remote reward model, with images."""
+
+    query: list[Annotated[str, Field(max_length=MAX_TEXT_CHARS + MAX_PROMPT_CHARS)]] = Field(
+        min_length=1, max_length=MAX_ITEMS * MAX_TEXTS
+    )
+    """Prompt and response as one text each."""
+    prompts: list[Question]
+    """The prompts alone; each query starts with its prompt."""
+    labels: list[Any] | None = None
+    """Ignored, or the images where ``images`` is absent: OpenRLHF sends a label per prompt."""
+    images: list[ImageText] | None = None
+    """One image per query."""
+    question: Question | None = None
+    """What the reward models are told was asked; default: the prompt as sent, template included."""
+
+    @model_validator(mode="after")
+    def _lists_match(self) -> Self:
+        pictures = self.images if self.images is not None else self.labels
+        for name, values in (("prompts", self.prompts), ("images", pictures)):
+            if values is None or len(values) != len(self.query):
+                found = "none" if values is None else len(values)
+                raise ValueError(f"{name}: {found}, but {len(self.query)} queries; give one each")
+        return self
+
+
+class GenerateRequest(_Request):
+    """A question about an image for the served policy."""
+
+    image: ImageText
+    prompt: Question = DEFAULT_PROMPT
+    temperature: float = Field(0.0, ge=0, le=2)
+    """0 is greedy."""
+    max_new_tokens: int = Field(128, ge=1, le=1024)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class ReloadRequest(_Request):
+    """Ask for the reward models that are now in the served directory."""
+
+    version: str | None = Field(None, max_length=64)
+    """Refuse if the directory holds another version."""
+
+
+class KindScore(_Message):
+    """One segment and kind: class probabilities (sum 1) and the weighted soft reward."""
+
+    none: float
+    ok: float
+    hallu: float
+    reward: float
+
+
+class FactOut(_Message):
+    """An atomic fact that a segment states."""
+
+    kind: Kind
+    text: str
+
+
+class SegmentOut(_Message):
+    """A sub-sentence: ``text[start:end]`` of the scored text, in characters (code points)."""
+
+    index: int
+    start: int
+    end: int
+    text: str
+    kinds: dict[Kind, KindScore]
+    reward: float
+    facts: list[FactOut] | None = None
+    """None where they were not asked for or cannot be told."""
+
+
+class TextResult(_Message):
+    """One scored text; its segments cover it from start to end."""
+
+    text: str
+    segments: list[SegmentOut]
+    rewards: dict[Kind, float]
+    """Sum over the segments, per kind."""
+    total: float
+
+
+class ModelRef(_Message):
+    """Which reward models answered; the version is a digest of their cards and weights."""
+
+    name: str
+    version: str
+
+
+class Timing(_Message):
+    """Milliseconds in the server: all of it, and waiting for and running the models."""
+
+    total: float
+    score: float
+
+
+class ScoreResponse(_Message):
+    """Results in the order of the texts."""
+
+    results: list[TextResult]
+    model: ModelRef
+    timing_ms: Timing
+
+
+class Error(_Message):
+    """What went wrong, in words; ``field`` names the part of the request, as ``items.0.image``."""
+
+    type: ErrorType
+    message: str
+    field: str | None = None
+
+
+class ErrorResponse(_Message):
+    """The body of every answer that is not a success."""
+
+    error: Error
+
+
+class BatchResponse(_Message):
+    """An answer or an error for each item, in order."""
+
+    responses: list[ScoreResponse | ErrorResponse]
+
+
+class RewardResponse(_Message):
+    """OpenRLHF's answer of a remote reward model, one number per query.
+
+    ``rewards`` are totals; ``scores``, in [0, 1], the share of segments in which no kind's most
+    likely class is HALLU (1 for an empty response); ``extra_logs`` the sums of each kind and the
+    number of segments.
+    """
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+class GenerateResponse(_Message):
+    """The policy's answer; ``finish`` is ``length`` where it was cut."""
+
+    text: str
+    finish: Literal["stop", "length"]
+
+
+class CardOut(_Message):
+    """What the card of a reward model says of it."""
+
+    head: str
+    min_words: int
+    backbone_digest: str
+    input_digest: str
+    noise: dict[str, float] | None
+    metrics: dict[str, float]
+
+
+class ModelOut(_Message):
+    """A served set of reward models."""
+
+    name: str
+    version: str
+    kinds: list[Kind]
+    backbone: str
+    """Name of the backbone, without its folder."""
+    placement: Literal["shared", "separate"]
+    loaded_at: str
+    """ISO 8601, UTC."""
+    cards: dict[Kind, CardOut]
+
+
+class ModelsResponse(_Message):
+    """The served models; ``generates`` says whether ``/v1/generate`` is there."""
+
+    models: list[ModelOut]
+    generates: bool = False
+
+
+class ReloadResponse(_Message):
+    """Version before and now, equal where nothing had changed; replicas that swapped."""
+
+    previous: str
+    version: str
+    replicas: int
+
+
+class HealthResponse(_Message):
+    """Liveness and readiness in one: ready means that a probe was scored by the models."""
+
+    status: Literal["ok", "unready"]
+    ready: bool
+    version: str | None = None
+
+
+class StreamStart(_Request):
+    """First message of a stream."""
+
+    image: ImageText
+    prompt: Question = DEFAULT_PROMPT
+    facts: bool = False
+    min_words: int | None = Field(None, ge=1, le=MAX_MIN_WORDS)
+    key: str | None = Field(None, max_length=4096, repr=False)
+    """The API key, for browsers, which cannot set the header of a WebSocket."""
+
+
+class StreamDelta(_Request):
+    """A piece of the text, in order."""
+
+    delta: str = Field(max_length=MAX_TEXT_CHARS)
+
+
+class StreamEnd(_Request):
+    """No more text."""
+
+    end: Literal[True]
+
+
+class StreamReady(_Message):
+    """The server's first message."""
+
+    ready: Literal[True] = True
+    model: ModelRef
+
+
+class StreamSegment(_Message):
+    """A sub-sentence that later text cannot change."""
+
+    segment: SegmentOut
+
+
+class StreamResult(_Message):
+    """The last message: what ``/v1/score`` says of the whole text."""
+
+    result: TextResult
