@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,26 @@ class ImageFile:
     width: int
     height: int
     upright: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageBytes(ImageRef):
+    """An image that came without a file: its content travels along, no path is ever read.
+
+    ``path`` is only a name for messages.
+    """
+
+    content: bytes = field(repr=False)
+
+
+def image_bytes(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> ImageBytes:
+    """Check an image's content like :func:`check_image` and keep it with its hash.
+
+    Raises:
+        DataError: the image is broken, of another format or has more than ``max_pixels``.
+    """
+    _header(name, content, max_pixels)
+    return ImageBytes(path=name, sha256=hashlib.sha256(content).hexdigest(), content=content)
 
 
 def image_ref(path: str | Path, root: Path | None = None) -> ImageRef:
@@ -95,7 +115,7 @@ def load_image(ref: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         DataError: missing, broken, unknown format, or more than ``max_pixels`` pixels.
     """
-    _, content = _read(ref.path, None)
+    content = ref.content if isinstance(ref, ImageBytes) else _read(ref.path, None)[1]
     return _decode(ref.path, content, max_pixels, _to_rgb)
 
 

@@ -1,6 +1,6 @@
 """Responses that our policy did not sample: tokenised with its tokenizer, so that they fit in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,9 @@ class ResponseMaker:
         asked = Prompt(id=id, image=ref, text=prompt)
         if self._prompts.setdefault(id, asked) != asked:
             raise DataError(f"{where}: id {id!r} was used for another image or prompt; rename it")
-        ids = [*self._tokenize(where, text), self.tokenizer.eos_token_id]
+        response = given_response(where, asked, text, self.tokenizer)
         sample = self._samples[id] = self._samples.get(id, -1) + 1
-        return Response(
-            prompt=asked,
-            sample=sample,
-            text=text,
-            token_ids=np.array(ids, dtype=np.int64),
-            rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
-            finish="stop",
-            policy_version=0,
-        )
+        return replace(response, sample=sample)
 
     def _image(self, image: str) -> ImageRef | str:
         if image not in self._images:
@@ -78,16 +70,35 @@ class ResponseMaker:
                 self._images[image] = str(error)
         return self._images[image]
 
-    def _tokenize(self, where: str, text: str) -> list[int]:
-        backend = self.tokenizer.backend_tokenizer
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        written = backend.decode(ids, skip_special_tokens=True)
-        if written != text:
-            raise DataError(
-                f"{where}: the policy's tokenizer writes {_differ(text, written)}; take special "
-                "tokens and characters that it does not know out of the text"
-            )
-        return ids
+
+def given_response(where: str, prompt: Prompt, text: str, tokenizer: Any) -> Response:
+    """Make a response of a text, with log-probs of zero and EOS at its end, as sample 0.
+
+    Args:
+        where: what messages call it.
+        tokenizer: the policy's, a ``PreTrainedTokenizerFast``.
+
+    Raises:
+        DataError: the tokenizer cannot write the text exactly.
+    """
+    backend = tokenizer.backend_tokenizer
+    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    written = backend.decode(ids, skip_special_tokens=True)
+    if written != text:
+        raise DataError(
+            f"{where}: the policy's tokenizer writes {_differ(text, written)}; take special "
+            "tokens and characters that it does not know out of the text"
+        )
+    ids.append(tokenizer.eos_token_id)
+    return Response(
+        prompt=prompt,
+        sample=0,
+        text=text,
+        token_ids=np.array(ids, dtype=np.int64),
+        rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
+        finish="stop",
+        policy_version=0,
+    )
 
 
 def read_responses(

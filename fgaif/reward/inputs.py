@@ -23,6 +23,8 @@ from fgaif.lvlm.inputs import Encoder, image_token_count, pad_rows
 from fgaif.lvlm.model import load_processor
 from fgaif.types import Response, Segment
 
+_QUESTIONS = 1_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardInputs:
@@ -80,6 +82,8 @@ class RewardEncoder:
 
     def _head(self, question: str) -> list[int]:
         if question not in self._heads:
+            if len(self._heads) >= _QUESTIONS:
+                self._heads.clear()
             token = self.encoder.image_token
             safe = question.replace(token, token.strip("<>"))
             text = f"{token}\nPrompt: {safe} \n"
