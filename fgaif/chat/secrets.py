@@ -5,10 +5,13 @@ import logging
 import os
 import re
 import traceback
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from fgaif.config import EndpointConfig
 from fgaif.errors import ConfigError
+
+if TYPE_CHECKING:  # the configuration tree takes a second to import
+    from fgaif.config import EndpointConfig
 
 NO_KEY = "none"
 """Sent to servers on this machine where no key is set; the client refuses an empty one."""
@@ -21,7 +24,7 @@ _SHAPES = re.compile(r"(?i)\b(bearer\s+)[^\s\"',}\\]+|\bsk-[\w*.-]{8,}")
 _LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 
 
-def read_key(entry: str, config: EndpointConfig) -> str:
+def read_key(entry: str, config: "EndpointConfig") -> str:
     """Return the key of ``endpoints.<entry>``; from now on :func:`redact` removes it.
 
     A server on this machine needs none and then gets ``none``.
