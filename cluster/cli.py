@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.evaluation.cli import eval_app
+from cluster.jobs_cli import jobs_app, submit
 from cluster.labels_cli import labels_app
 from cluster.ledger import ORDER, Stage
 from fgaif import __version__
@@ -36,6 +37,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong configuration or data, 130 interrupted.",
 )
 app.add_typer(labels_app)
+app.add_typer(jobs_app)
+app.command()(submit)
 app.add_typer(eval_app)
 out = Console()
 err = Console(stderr=True)

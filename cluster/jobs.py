@@ -1,0 +1,154 @@
+"""Runs as Ray jobs: what is submitted, and what became of it, over Ray's job submission API."""
+
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from fgaif.config import Config
+from fgaif.errors import ActorError, ConfigError
+
+ADDRESS = "http://127.0.0.1:8265"
+"""Where a Ray head's dashboard listens unless told otherwise; RAY_API_SERVER_ADDRESS overrides."""
+
+COMMANDS = ("run", "sample", "annotate", "train-reward", "train", "study", "report")
+_CONFIG = "fgaif.yaml"
+_NEVER_UPLOADED = (
+    *(".git", ".venv", "runs", "checkpoints", "data", "__pycache__"),
+    *("*.safetensors", "*.bin", "*.pt", "*.gguf", "*.parquet", "*.arrow", "*.tar*", "*.zip"),
+    *("*.jpg", "*.jpeg", "*.png", "*.webp", "*.sqlite*"),
+)
+"""Weights and data are read from storage that the nodes share, never sent with a job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """A job as Ray takes it."""
+
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+
+
+def job_request(
+    config: Config,
+    command: str,
+    *,
+    folder: Path,
+    working_dir: Path | None = None,
+    flags: Sequence[str] = (),
+) -> JobRequest:
+    """Make the job that runs ``fgaif COMMAND`` with this configuration on a cluster.
+
+    The resolved configuration is written to ``folder``, which alone is uploaded; with
+    ``working_dir`` a copy of that folder is, without weights, data and runs.
+
+    Raises:
+        ConfigError: an unknown command, or a run folder that would vanish with the job.
+    """
+    if command not in COMMANDS:
+        raise ConfigError(f"submit {command}: no such command; known: {', '.join(COMMANDS)}")
+    if not config.dir.is_absolute():
+        raise ConfigError(
+            f"dir = {config.dir}: a job runs in a folder that is deleted after it; give an "
+            "absolute path on storage that all nodes share, e.g. dir=/shared/runs"
+        )
+    if working_dir is not None:
+        shutil.copytree(
+            working_dir, folder, ignore=shutil.ignore_patterns(*_NEVER_UPLOADED), dirs_exist_ok=True
+        )
+    tree = config.model_dump(mode="json")
+    tree["cluster"]["address"] = None  # a job joins the cluster that it runs on
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return JobRequest(
+        entrypoint=shlex.join(["python", "-m", "fgaif", command, "--config", _CONFIG, *flags]),
+        runtime_env={"working_dir": str(folder)},
+        metadata={"fgaif": command, "run": config.name, "dir": str(config.run_dir)},
+    )
+
+
+class Jobs:
+    """The jobs of a cluster.
+
+    Raises:
+        ActorError: the dashboard cannot be reached, or refuses (with what to do).
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self._address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
+        try:
+            self._client = JobSubmissionClient(self._address)
+        except (ConnectionError, RuntimeError) as error:
+            raise ActorError(
+                f"--address {self._address}: no Ray dashboard answers ({_first_line(error)}); give "
+                "the head's, e.g. http://HEAD:8265, or start one with `ray start --head`"
+            ) from error
+
+    def submit(self, request: JobRequest) -> str:
+        """Submit a job and return its id."""
+        return self._ask(
+            lambda: self._client.submit_job(
+                entrypoint=request.entrypoint,
+                runtime_env=request.runtime_env,
+                metadata=request.metadata,
+            )
+        )
+
+    def list(self) -> list[JobDetails]:
+        """Jobs that fgaif submitted, the newest first."""
+        jobs = [job for job in self._ask(self._client.list_jobs) if "fgaif" in (job.metadata or {})]
+        return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
+
+    def status(self, job: str) -> JobDetails:
+        """What became of a job."""
+        return self._ask(lambda: self._client.get_job_info(job))
+
+    def logs(self, job: str) -> str:
+        """What the job printed so far."""
+        return self._ask(lambda: self._client.get_job_logs(job))
+
+    def follow(self, job: str) -> Iterator[str]:
+        """Yield what the job prints until it ends."""
+        import asyncio
+
+        stream = self._client.tail_job_logs(job)
+        with asyncio.Runner() as runner:
+            while True:
+                try:
+                    yield runner.run(anext(stream))
+                except StopAsyncIteration:
+                    return
+
+    def stop(self, job: str) -> bool:
+        """Stop a job; False if it had ended."""
+        return self._ask(lambda: self._client.stop_job(job))
+
+    def _ask(self, call: Any) -> Any:
+        try:
+            return call()
+        except (RuntimeError, ConnectionError) as error:
+            hint = ""
+            if "No available agent" in str(error):
+                hint = (
+                    "; another Ray on that machine may hold the agent's port: start the head with "
+                    "--dashboard-agent-listen-port=PORT"
+                )
+            raise ActorError(f"{self._address}: {_first_line(error)}{hint}") from error
+
+
+def temporary_folder() -> Path:
+    """A folder for what is uploaded; Ray reads it when the job is submitted."""
+    return Path(tempfile.mkdtemp(prefix="fgaif-job-"))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,79 @@
+"""Runs as Ray jobs: what is uploaded, and one real submission through a dashboard's port."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.cluster_utils import Cluster as RayCluster
+
+from cluster.jobs import Jobs, job_request
+from cluster.launch import free_port
+from fgaif.config import Config, load_config
+from fgaif.errors import ActorError, ConfigError
+
+SCENES = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+
+
+def settings(folder: Path, *overrides: str) -> Config:
+    return load_config(SCENES, [f"dir={folder}", "cluster.address=ray://elsewhere:1", *overrides])
+
+
+def test_only_the_resolved_configuration_is_uploaded(tmp_path: Path) -> None:
+    request = job_request(settings(tmp_path, "ppo.steps=3"), "run", folder=tmp_path / "job")
+    assert request.entrypoint == "python -m fgaif run --config fgaif.yaml"
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["fgaif.yaml"]
+    tree = yaml.safe_load((tmp_path / "job" / "fgaif.yaml").read_text())
+    assert tree["ppo"]["steps"] == 3
+    assert tree["cluster"]["address"] is None
+    assert request.metadata["dir"] == str(tmp_path / "scenes")
+    json.dumps(request.runtime_env)
+
+
+def test_a_working_folder_goes_along_without_weights_data_and_runs(tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    for name in ("own.py", "prompts/check.txt", "w.safetensors", "data/a.txt", "runs/x", "a.png"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("x")
+    job_request(settings(tmp_path), "train", folder=tmp_path / "job", working_dir=source)
+    files = {str(p.relative_to(tmp_path / "job")) for p in (tmp_path / "job").rglob("*.*")}
+    assert files == {"own.py", "prompts/check.txt", "fgaif.yaml"}
+
+
+def test_what_cannot_work_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dir = runs: .*absolute"):
+        job_request(load_config(SCENES, []), "run", folder=tmp_path)
+    with pytest.raises(ConfigError, match="submit fly: no such command"):
+        job_request(settings(tmp_path), "fly", folder=tmp_path)
+    with pytest.raises(ActorError, match=r"--address http://127\.0\.0\.1:9: no Ray dashboard"):
+        Jobs("http://127.0.0.1:9")
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    """A head node with its dashboard and job agent on free ports."""
+    port, agent = free_port(), free_port()
+    arguments = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
+    cluster = RayCluster(
+        initialize_head=True,
+        connect=False,
+        head_node_args=arguments | {"dashboard_agent_listen_port": agent},
+    )
+    yield f"http://127.0.0.1:{port}"
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_job_is_submitted_followed_and_listed(dashboard: str, tmp_path: Path) -> None:
+    config = settings(tmp_path, "policy.model=/no/such/checkpoint")
+    jobs = Jobs(dashboard)
+    job = jobs.submit(job_request(config, "sample", folder=tmp_path / "job"))
+    said = "".join(jobs.follow(job))
+    assert "/no/such/checkpoint" in said  # fgaif ran there, with this configuration
+    assert jobs.status(job).status == "FAILED"
+    assert [item.submission_id for item in jobs.list()] == [job]
+    assert "/no/such/checkpoint" in jobs.logs(job)
+    assert jobs.stop(job) is False
+    with pytest.raises(ActorError, match="does not exist"):
+        jobs.status("raysubmit_gone")
