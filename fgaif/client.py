@@ -18,7 +18,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from typing import Self, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 import httpx2
 from pydantic import BaseModel
@@ -51,6 +51,7 @@ __all__ = [
     "trl_reward",
 ]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -100,7 +101,7 @@ class RewardClient:
         """
         item = ScoreItem(image=image, text=text, prompt=prompt, facts=facts)
         body = encode(item.body())
-        return self._retrying(lambda: self._post(SCORE, body, ScoreResponse))
+        return self._retrying(self._post, SCORE, body, ScoreResponse)
 
     def score_batch(self, items: Sequence[ScoreItem]) -> list[ScoreResponse | ScoringError]:
         """Score several images; the place of an item that got no score holds its error.
@@ -145,12 +146,12 @@ class RewardClient:
             ScoringError: no score, or the connection broke.
         """
         first = start(image, prompt)
-        with self._retrying(lambda: open_stream(self._service, first)) as socket:
+        with self._retrying(open_stream, self._service, first) as socket:
             yield from exchange(socket, self._service, pieces)
 
     def models(self) -> ModelsResponse:
         """Tell which reward models are served."""
-        return self._retrying(lambda: self._get(MODELS, ModelsResponse))
+        return self._retrying(self._get, MODELS, ModelsResponse)
 
     def close(self) -> None:
         """Close the connections."""
@@ -176,8 +177,8 @@ class RewardClient:
         self._service = service
         self._http = httpx2.Client(**service.http())
 
-    def _retrying(self, call: Callable[[], T]) -> T:
-        return Retrying(**self._service.retries())(call)
+    def _retrying(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        return Retrying(**self._service.retries())(call, *args, **options)
 
     def _post(self, path: str, body: bytes, model: type[Model]) -> Model:
         return self._ask(self._http.build_request("POST", path, content=body, headers=_JSON), model)
@@ -220,7 +221,7 @@ class AsyncRewardClient:
     ) -> ScoreResponse:
         """See :meth:`RewardClient.score`."""
         body = encode(ScoreItem(image=image, text=text, prompt=prompt, facts=facts).body())
-        return await self._retrying(lambda: self._post(SCORE, body, ScoreResponse))
+        return await self._retrying(self._post, SCORE, body, ScoreResponse)
 
     async def score_batch(self, items: Sequence[ScoreItem]) -> list[ScoreResponse | ScoringError]:
         """See :meth:`RewardClient.score_batch`."""
@@ -247,13 +248,13 @@ class AsyncRewardClient:
     ) -> AsyncIterator[Event]:
         """See :meth:`RewardClient.stream`; here scores are yielded as soon as they come."""
         first = start(image, prompt)
-        socket = await self._retrying(lambda: open_stream_async(self._service, first))
+        socket = await self._retrying(open_stream_async, self._service, first)
         async for event in exchange_async(socket, self._service, pieces):
             yield event
 
     async def models(self) -> ModelsResponse:
         """See :meth:`RewardClient.models`."""
-        return await self._retrying(lambda: self._get(MODELS, ModelsResponse))
+        return await self._retrying(self._get, MODELS, ModelsResponse)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -268,8 +269,10 @@ class AsyncRewardClient:
     def __repr__(self) -> str:
         return f"AsyncRewardClient({self._service.base_url!r})"
 
-    async def _retrying(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await AsyncRetrying(**self._service.retries())(call)
+    async def _retrying(
+        self, call: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs
+    ) -> T:
+        return await AsyncRetrying(**self._service.retries())(call, *args, **options)
 
     async def _post(self, path: str, body: bytes, model: type[Model]) -> Model:
         request = self._http.build_request("POST", path, content=body, headers=_JSON)

@@ -82,31 +82,35 @@ async def exchange_async(
 ) -> AsyncIterator[Event]:
     """Send the pieces and yield what comes back, as soon as it comes."""
     url = service.stream_url
-    sending = asyncio.create_task(_send(socket, pieces))
+    broken: list[Exception] = []
+    sending = asyncio.create_task(_send(socket, pieces, broken))
     event: Event | None = None
     try:
         while not isinstance(event, TextResult):
             event = read_event(url, await socket.recv())
             yield event
     except _BROKEN as error:
-        if sending.done():
-            sending.result()  # where the source of the text failed, that is the cause
+        if broken:
+            raise broken[0] from None
         raise unreached(url, error, service.timeout_s) from None
     finally:
         sending.cancel()
         await socket.close()
 
 
-async def _send(socket: AsyncConnection, pieces: AsyncIterable[str]) -> None:
+async def _send(
+    socket: AsyncConnection, pieces: AsyncIterable[str], broken: list[Exception]
+) -> None:
+    """Send the text; what its source raises goes to ``broken``."""
     try:
         async for piece in pieces:
             await socket.send(delta(piece))
         await socket.send(_END)
     except ConnectionClosed:
         return  # the receiving side tells why
-    except BaseException:
+    except Exception as error:
+        broken.append(error)
         await socket.close()  # wakes whoever waits for scores
-        raise
 
 
 def _options(service: Service) -> dict[str, Any]:
