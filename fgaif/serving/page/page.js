@@ -72,8 +72,6 @@ function report(error) {
   } else if (field) {
     fieldError(field, error.message);
     $(field).focus();
-    $("alert").textContent = "";
-    $("status").textContent = `Not scored: ${error.message}`;
   } else {
     $("alert").textContent = error.message;
   }
@@ -102,25 +100,16 @@ async function call(path, body) {
   });
 }
 
-function pause(seconds) {
-  $("wait").hidden = false;
+async function pause(seconds) {
   $("status").textContent = `The server is busy. Trying again in ${seconds} seconds.`;
-  return new Promise((resolve, reject) => {
-    let left = seconds;
-    const end = (how, value) => {
-      clearInterval(timer);
-      $("wait").hidden = true;
-      $("status").textContent = "";
-      how(value);
-    };
-    const tick = () => {
-      $("countdown").textContent = `Trying again in ${left} s`;
-      if (left-- <= 0) end(resolve);
-    };
-    const timer = setInterval(tick, 1000);
-    $("stop").onclick = () => end(reject, failure({ status: 429, message: "The server is busy. Try again later." }));
-    tick();
-  });
+  $("wait").hidden = false;
+  for (let left = seconds; left > 0 && !$("wait").hidden; left--) {
+    $("countdown").textContent = `Trying again in ${left} s`;
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+  }
+  const stopped = $("wait").hidden;
+  $("wait").hidden = true;
+  return !stopped;
 }
 
 async function patiently(work) {
@@ -129,7 +118,7 @@ async function patiently(work) {
       return await work();
     } catch (error) {
       if (error.status !== 429 || tries === TRIES) throw error;
-      await pause(Math.min(Math.ceil(error.wait), 120));
+      if (!(await pause(Math.min(Math.ceil(error.wait), 120)))) throw error;
     }
   }
 }
@@ -194,10 +183,7 @@ function complete(names) {
   const wanted = { image: "Choose an image.", text: "Enter a text.", text2: "Enter the text to compare with." };
   const missing = names.filter((name) => !(name === "image" ? image : $(name).value.trim()));
   for (const name of missing) fieldError(name, wanted[name]);
-  if (missing.length) {
-    $("status").textContent = missing.map((name) => wanted[name]).join(" ");
-    $(missing[0]).focus();
-  }
+  if (missing.length) $(missing[0]).focus();
   return !missing.length;
 }
 
@@ -265,7 +251,8 @@ function show(answer) {
   for (const kind of choices) {
     const radio = el("input", { type: "radio", name: "kind", value: kind });
     radio.checked = kind === kept;
-    $("kinds").append(el("label", {}, radio, ...(kind === "any" ? [] : [chip(kind)]), title(kind)));
+    const word = el("span", { class: "word" }, title(kind));
+    $("kinds").append(el("label", { class: kind }, radio, ...(kind === "any" ? [] : [chip(kind)]), word));
   }
   $("empty").hidden = true;
   $("filled").hidden = false;
@@ -330,7 +317,7 @@ function paintTotals() {
   const row = (name, cells) => el("tr", {}, el("th", { scope: "row" }, name), ...cells);
   const cell = (text) => el("td", {}, text);
   const head = (name, ...before) => el("th", { scope: "col" }, ...before, el("span", before.length ? { class: "word" } : {}, name));
-  const heads = [head(""), head("Flagged"), ...kinds.map((kind) => head(title(kind), chip(kind))), head("Total reward")];
+  const heads = [head(""), head("Flagged"), ...kinds.map((kind) => head(title(kind), chip(kind))), head("Total")];
   const rows = shown.results.map((result, i) =>
     row(names()[i], [
       cell(`${flagged(result)} of ${result.segments.length}`),
@@ -390,12 +377,14 @@ function showTip(element) {
       cell.style.setProperty("--p", probs[name]);
       return cell;
     });
-    return el("tr", {}, el("th", { scope: "row" }, chip(kind), title(kind)), ...cells, el("td", {}, number(probs.reward)));
+    return el("tr", {}, el("th", { scope: "row" }, chip(kind), el("span", { class: "word" }, title(kind))), ...cells, el("td", {}, number(probs.reward)));
   });
+  rows.push(el("tr", {}, el("th", { scope: "row" }, "Sum"), el("td", { colspan: 4 }, number(reward))));
   const parts = [el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows))];
-  const list = (facts ?? []).map((fact) => el("li", {}, chip(fact.kind), fact.text));
-  if (facts) parts.push(el("div", { class: "facts" }, list.length ? "Facts it states" : "It states no facts.", el("ul", {}, ...list)));
-  parts.push(el("div", { class: "facts" }, `Reward of the sub-sentence: ${number(reward)}`));
+  if (facts) {
+    const list = facts.map((fact) => el("li", {}, chip(fact.kind), fact.text));
+    parts.push(el("div", { class: "facts" }, list.length ? "Facts it states" : "It states no facts.", el("ul", {}, ...list)));
+  }
   $("tip").replaceChildren(...parts);
   $("tip").hidden = false;
   const lines = element.getClientRects();
@@ -449,6 +438,7 @@ $("form").addEventListener("keydown", (event) => {
 });
 $("use-key").addEventListener("click", useKey);
 $("copy").addEventListener("click", copy);
+$("stop").addEventListener("click", () => ($("wait").hidden = true));
 $("kinds").addEventListener("change", paint);
 for (const button of document.querySelectorAll(".generate")) button.addEventListener("click", () => generate(button));
 
@@ -472,13 +462,18 @@ $("preview").addEventListener("load", () => {
   $("preview").classList.toggle("tiny", $("preview").naturalWidth < 160);
 });
 $("preview").addEventListener("error", () => ($("preview").hidden = true));
-document.addEventListener("paste", (event) => takeFile(event.clipboardData.files[0]));
+document.addEventListener("paste", ({ clipboardData: data }) => {
+  // Office programs put a picture of the text beside the text.
+  if (!data.types.includes("text/plain")) takeFile(data.files[0]);
+});
 document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
   $("drop").classList.add("over");
 });
 document.addEventListener("dragleave", (event) => event.relatedTarget ?? $("drop").classList.remove("over"));
 document.addEventListener("drop", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
   $("drop").classList.remove("over");
   takeFile(event.dataTransfer.files[0]);

@@ -1,0 +1,496 @@
+"""Tests of the scoring page in headless Chromium, against a stub of the scoring API."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("playwright", reason="the page's tests need playwright (the dev extra)")
+if not shutil.which("chromium"):
+    pytest.skip("the page's tests need the program chromium on PATH", allow_module_level=True)
+
+from page_stub import FILES, GENERATED, Stub, chromium, probabilities, score, served, stub_app
+from playwright.sync_api import Browser, Page, expect
+
+from fgaif.data.scenes.draw import draw_scene
+from fgaif.data.scenes.world import scene_at
+from fgaif.types import KINDS
+
+BEFORE = (
+    "There is a large yellow house. There is a small purple triangle, from the house the "
+    "triangle is left. There is a large red star, from the triangle the star is above."
+)
+AFTER = "There is a large yellow house. There is a small green ring, from it the house is left."
+WIDTHS = {1280: 860, 390: 844}
+OPAQUE = 0.32  # share of the kind's colour behind a certain hallucination
+CONTRAST = """() => {
+  const pen = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const rgba = (colour) => {
+    pen.clearRect(0, 0, 1, 1);
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    return [...pen.getImageData(0, 0, 1, 1).data].map((v) => v / 255);
+  };
+  const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
+  const ground = (element) => {
+    const own = rgba(getComputedStyle(element).backgroundColor);
+    return own[3] > 0.99 ? own : over(own, ground(element.parentElement));
+  };
+  const light = (c) => c.slice(0, 3)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const seen = (element) => element.checkVisibility() && !element.closest(".hidden")
+    && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  return [...document.body.querySelectorAll("*")].filter(seen).map((element) => {
+    const below = ground(element);
+    const ink = over(rgba(getComputedStyle(element).color), below);
+    const [high, low] = [light(ink), light(below)].sort((a, b) => b - a);
+    return [(high + 0.05) / (low + 0.05), `${element.className} ${element.textContent}`];
+  });
+}"""
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[Stub, str]]:
+    stub = Stub()
+    with served(stub_app(stub)) as url:
+        yield stub, url
+
+
+@pytest.fixture
+def stub(running: tuple[Stub, str]) -> Stub:
+    running[0].reset()
+    return running[0]
+
+
+@pytest.fixture
+def base_url(running: tuple[Stub, str]) -> str:
+    return running[1]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    draw_scene(scene_at("test", 3)).save(path)
+    return path
+
+
+@pytest.fixture
+def visit(stub: Stub, browser: Browser, base_url: str) -> Iterator[Open]:
+    """Open the page; at the end, nothing went wrong in it and nothing left its origin."""
+    wrong: list[str] = []
+    contexts = []
+
+    def open_page(width: int = 1280, theme: str = "light") -> Page:
+        context = browser.new_context(
+            viewport={"width": width, "height": WIDTHS[width]},
+            color_scheme=theme,
+            reduced_motion="reduce",
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(5000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(base_url)
+        expect(page.locator("#model")).not_to_be_empty()
+        return page
+
+    asked: list[str] = []
+    yield open_page
+    for context in contexts:
+        context.close()
+    # The browser itself notes every answer that is an error.
+    assert [text for text in wrong if not text.startswith("Failed to load resource")] == []
+    assert [url for url in asked if not url.startswith((base_url, "data:"))] == []
+
+
+def likely(text: str, kind: str) -> int:
+    """Class (0 NONE, 1 OK, 2 HALLU) that the stub finds most likely."""
+    probs = probabilities(text, kind)
+    return probs.index(max(probs))
+
+
+def own_text(page: Page) -> list[str]:
+    """The segments' texts without their chips."""
+    cut = "all => all.map(s => s.textContent.replace(/([OAR] \\d+%)+$/, ''))"
+    return page.locator(".segment").evaluate_all(cut)
+
+
+def tint(page: Page, at: int) -> tuple[str, float]:
+    """Colour and opacity behind a segment, from its computed style."""
+    style = "s => getComputedStyle(s).backgroundColor"
+    found = page.locator(".segment").nth(at).evaluate(style)
+    match = re.fullmatch(r"color\(srgb ([\d. e-]+?)(?: / ([\d.e-]+))?\)", found)
+    assert match, found
+    return match[1], float(match[2] or 1)
+
+
+def test_every_segment_is_coloured_by_its_worst_kind_and_probability(
+    visit: Open, image: Path, stub: Stub
+) -> None:
+    page = visit()
+    score(page, image, BEFORE)
+    request = stub.asked[0]
+    assert request.image.startswith("data:image/png;base64,")
+    assert request.facts
+    texts = own_text(page)
+    assert " ".join(texts) == BEFORE
+    colours = {}
+    for at, text in enumerate(texts):
+        wrong = [kind for kind in KINDS if likely(text, kind) == 2]
+        hallu = {kind: probabilities(text, kind)[2] for kind in wrong or KINDS}
+        worst = max(hallu, key=hallu.get)
+        classes = page.locator(".segment").nth(at).get_attribute("class").split()
+        assert classes[1] == worst
+        assert ("flagged" in classes) == bool(wrong)
+        colour, opacity = tint(page, at)
+        assert opacity == pytest.approx(OPAQUE * hallu[worst], abs=0.003)
+        if opacity > 0.05:
+            colours.setdefault(worst, set()).add(colour)
+        chips = page.locator(".segment").nth(at).locator(".chip").all_text_contents()
+        assert chips == [f"{kind[0].upper()} {round(100 * hallu[kind])}%" for kind in wrong]
+    assert all(len(found) == 1 for found in colours.values())
+    assert len(set.union(*colours.values())) == len(colours) > 1
+    expect(page.locator("#made")).to_contain_text("scenes 3f9a1c20 in 12 ms")
+
+
+def test_pointing_at_a_segment_shows_probabilities_and_facts(visit: Open, image: Path) -> None:
+    page = visit()
+    score(page, image, BEFORE)
+    tip = page.get_by_role("tooltip")
+    expect(tip).to_be_hidden()
+    page.locator(".segment").nth(1).hover()
+    expect(tip).to_be_visible()
+    text = own_text(page)[1]
+    for kind in KINDS:
+        probs = probabilities(text, kind)
+        cells = tip.get_by_role("row", name=kind.title()).get_by_role("cell").all_text_contents()
+        assert cells[:3] == [f"{round(100 * p)}%" for p in probs]
+        assert float(cells[3].replace("−", "-")) == pytest.approx(probs[1] - probs[2], abs=0.006)
+    expect(tip).to_contain_text("There is <b>number 1</b>.")
+    tip.hover()
+    page.wait_for_timeout(300)
+    expect(tip).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(tip).to_be_hidden()
+
+
+def test_a_kind_can_be_chosen(visit: Open, image: Path) -> None:
+    page = visit()
+    score(page, image, BEFORE)
+    page.get_by_role("radio", name="Any").focus()
+    for kind in KINDS:
+        page.keyboard.press("ArrowRight")
+        expect(page.get_by_role("radio", name=kind.title())).to_be_checked()
+        flagged = []
+        for at, text in enumerate(own_text(page)):
+            classes = page.locator(".segment").nth(at).get_attribute("class").split()
+            assert classes[1] == kind
+            assert tint(page, at)[1] == pytest.approx(
+                OPAQUE * probabilities(text, kind)[2], abs=0.003
+            )
+            assert ("none" in classes) == (likely(text, kind) == 0)
+            flagged.append("flagged" in classes)
+        assert flagged == [likely(text, kind) == 2 for text in own_text(page)]
+    score(page, image, AFTER)
+    expect(page.get_by_role("radio", name=KINDS[-1].title())).to_be_checked()
+
+
+def test_two_texts_are_compared(visit: Open, image: Path, stub: Stub) -> None:
+    page = visit()
+    score(page, image, BEFORE, AFTER)
+    assert stub.asked[0].text == [BEFORE, AFTER]
+    expect(page.locator("#texts h2")).to_contain_text(["Before", "After"])
+    rows = page.locator("#totals tbody tr").all()
+    signs = str.maketrans("−", "-")
+    values = [row.get_by_role("cell").all_text_contents() for row in rows]
+    totals = [[float(value.translate(signs)) for value in row[1:]] for row in values[:2]]
+    assert [len(row) for row in totals] == [4, 4]
+    assert totals[0][3] == pytest.approx(sum(totals[0][:3]), abs=0.02)
+    for at, change in enumerate(values[2][1:]):
+        number, verdict = change.split()
+        difference = totals[1][at] - totals[0][at]
+        assert float(number.translate(signs)) == pytest.approx(difference, abs=0.011)
+        assert verdict == ("better" if difference > 0 else "worse")
+    counts = [[int(n) for n in row[0].split(" of ")] for row in values[:2]]
+    boxes = page.locator(".read")
+    for i in range(2):
+        assert boxes.nth(i).locator(".segment").count() == counts[i][1]
+        assert boxes.nth(i).locator(".flagged").count() == counts[i][0]
+    left, right = (boxes.nth(i).bounding_box() for i in range(2))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] < right["x"]
+    page.get_by_role("button", name="Score one text").click()
+    score(page, image, AFTER)
+    assert stub.asked[1].text == AFTER
+    assert page.locator("#totals tbody tr").count() == 1
+
+
+def test_everything_is_reached_by_keyboard(visit: Open) -> None:
+    page = visit()
+    passed = []
+
+    def tab_to(name: str) -> None:
+        focused = "() => [document.activeElement.id, document.activeElement.textContent]"
+        for _ in range(20):
+            page.keyboard.press("Tab")
+            found = page.evaluate(focused)
+            outlined = "() => getComputedStyle(document.activeElement.closest('.drop, fieldset "
+            outlined += "label') ?? document.activeElement).outlineStyle"
+            assert page.evaluate(outlined) == "solid", found
+            passed.append(found[0])
+            if name in found:
+                return
+        raise AssertionError(f"{name} not reached: {passed}")
+
+    tab_to("example")
+    page.keyboard.press("Enter")
+    expect(page.locator("#text")).not_to_have_value("")
+    tab_to("image")
+    tab_to("text")
+    page.keyboard.type("A dog. ")
+    tab_to("compare")
+    page.keyboard.press("Space")
+    expect(page.locator("#text2")).to_be_focused()
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("status")).to_contain_text("Scored. Before:")
+    expect(page.locator("#text2")).to_be_focused()
+    tab_to("Copy as JSON")
+    page.keyboard.press("Tab")
+    first = page.get_by_role("listbox", name="Before").get_by_role("option")
+    expect(first.nth(0)).to_be_focused()
+    expect(page.get_by_role("tooltip")).to_be_visible()
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    expect(first.nth(2)).to_be_focused()
+    assert re.search(r"hallucination \d+%", first.nth(2).get_attribute("aria-label"))
+    page.keyboard.press("End")
+    expect(first.last).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("listbox", name="After").get_by_role("option").nth(0)).to_be_focused()
+    page.keyboard.press("Shift+Tab")
+    expect(first.last).to_be_focused()
+
+
+def test_the_answer_is_copied_as_json(visit: Open, image: Path) -> None:
+    page = visit()
+    with page.expect_response("**/v1/score") as answer:
+        score(page, image, BEFORE)
+    page.get_by_role("button", name="Copy as JSON").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert json.loads(copied) == answer.value.json()
+    # As without a secure context.
+    page.evaluate("navigator.clipboard.writeText('')")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error()); }")
+    page.locator("#copy").click()
+    expect(page.get_by_role("status")).to_have_text("Copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == copied
+
+
+def test_markup_and_characters_outside_the_basic_plane_are_text(visit: Open, image: Path) -> None:
+    text = "A 🐕 & <img src=x onerror=alert(1)> sit here.\n\n<script>alert(2)</script> and 🐈 sleep."
+    page = visit()
+    score(page, image, text)
+    assert page.locator("#texts :is(img, script)").count() == 0
+    assert own_text(page) == text.split("\n\n")
+
+
+def test_generating_fills_the_text(visit: Open, image: Path, stub: Stub) -> None:
+    stub.generates = False
+    page = visit()
+    expect(page.get_by_role("button", name="Generate")).to_be_hidden()
+    stub.generates = True
+    page.reload()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#image-error")).to_have_text("Choose an image.")
+    page.locator("#image").set_input_files(image)
+    expect(page.locator("#preview")).to_be_visible()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#text")).to_have_value(GENERATED)
+
+
+@pytest.mark.parametrize("event", ["drop", "paste"])
+def test_an_image_is_dropped_or_pasted(visit: Open, event: str) -> None:
+    page = visit()
+    give = """async ([event, type]) => {
+        const canvas = new OffscreenCanvas(8, 8);
+        canvas.getContext("2d").fillRect(0, 0, 8, 8);
+        const data = new DataTransfer();
+        data.items.add(new File([await canvas.convertToBlob()], "given", {type}));
+        const made = event === "drop"
+            ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+            : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
+        document.body.dispatchEvent(made);
+    }"""
+    page.evaluate(give, [event, "text/plain"])
+    expect(page.locator("#image-error")).to_have_text("given is not an image.")
+    page.evaluate(give, [event, "image/png"])
+    expect(page.locator("#preview")).to_be_visible()
+    expect(page.locator("#image-error")).to_be_empty()
+    expect(page.locator("#image-name")).to_have_text("given")
+
+
+def test_missing_fields_are_named_beside_them(visit: Open, stub: Stub) -> None:
+    page = visit()
+    page.get_by_role("button", name="Score", exact=True).click()
+    expect(page.locator("#image-error")).to_have_text("Choose an image.")
+    expect(page.locator("#text-error")).to_have_text("Enter a text.")
+    expect(page.locator("#image")).to_be_focused()
+    expect(page.locator("#text")).to_have_attribute("aria-invalid", "true")
+    page.get_by_role("button", name="Try an example").click()
+    expect(page.locator("#text-error")).to_be_empty()
+    assert stub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("status", "place", "message"),
+    [
+        (413, "#image-error", "image: 9 MB, but at most 8 MB; send a smaller one"),
+        (422, "#text2-error", "text.1: 20,001 characters, but at most 20,000"),
+        (500, "#alert", "internal error"),
+    ],
+)
+def test_an_error_of_the_server_is_shown_where_it_belongs(
+    visit: Open, image: Path, status: int, place: str, message: str
+) -> None:
+    page = visit()
+    score(page, image, BEFORE, AFTER)
+    page.locator("#text2").fill(f"answer {status}")
+    page.locator("#score").click()
+    expect(page.locator(place)).to_have_text(message)
+    assert page.locator(".error:not(:empty)").count() == (0 if place == "#alert" else 1)
+    if place != "#alert":
+        field = page.locator(place.removesuffix("-error"))
+        expect(field).to_be_focused()
+        assert place[1:] in field.get_attribute("aria-describedby").split()
+    expect(page.locator("#score")).not_to_have_attribute("aria-disabled", "true")
+    score(page, image, BEFORE, AFTER)
+    expect(page.locator(place)).to_be_empty()
+
+
+def test_a_busy_server_is_asked_again_after_the_time_it_named(
+    visit: Open, image: Path, stub: Stub
+) -> None:
+    page = visit()
+    stub.busy = 1
+    page.locator("#image").set_input_files(image)
+    page.locator("#text").fill(BEFORE)
+    page.locator("#score").click()
+    expect(page.locator("#countdown")).to_have_text("Trying again in 1 s")
+    expect(page.get_by_role("status")).to_contain_text("The server is busy")
+    expect(page.get_by_role("status")).to_contain_text("Scored.")
+    expect(page.locator("#wait")).to_be_hidden()
+    assert len(stub.asked) == 2
+    stub.busy = 9
+    page.locator("#score").click()
+    page.get_by_role("button", name="Stop waiting").click()
+    expect(page.get_by_role("alert")).to_contain_text("too many requests wait")
+    assert len(stub.asked) == 3
+
+
+def test_a_server_that_cannot_be_reached_is_said(visit: Open, image: Path) -> None:
+    page = visit()
+    score(page, image, BEFORE)
+    page.context.set_offline(True)
+    page.locator("#score").click()
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
+    assert page.locator(".segment").count() > 0
+
+
+def test_one_request_runs_at_a_time_and_is_seen_to_run(
+    visit: Open, image: Path, stub: Stub
+) -> None:
+    page = visit()
+    stub.delay = 0.4
+    page.locator("#image").set_input_files(image)
+    page.locator("#text").fill(BEFORE)
+    page.locator("#score").dblclick()
+    expect(page.locator("#score")).to_have_text("Scoring…")
+    expect(page.locator("#score")).to_have_attribute("aria-disabled", "true")
+    expect(page.locator("#results")).to_have_attribute("aria-busy", "true")
+    expect(page.get_by_role("status")).to_contain_text("Scored.")
+    expect(page.locator("#results")).not_to_have_attribute("aria-busy", "true")
+    assert len(stub.asked) == 1
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab_alone(
+    visit: Open, image: Path, stub: Stub
+) -> None:
+    page = visit()
+    expect(page.get_by_label("API key")).to_be_hidden()
+    stub.key = "right-key"
+    page.locator("#image").set_input_files(image)
+    page.locator("#text").fill(BEFORE)
+    page.locator("#score").click()
+    expect(page.get_by_label("API key")).to_be_focused()
+    expect(page.locator("#key-error")).to_have_text("The server asks for an API key.")
+    page.keyboard.type("wrong-key")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-error")).to_have_text("The server refused this key.")
+    page.get_by_label("API key").fill("clé")
+    page.get_by_role("button", name="Use key").click()
+    expect(page.locator("#key-error")).to_contain_text("plain letters")
+    page.get_by_label("API key").fill("right-key")
+    page.get_by_role("button", name="Use key").click()
+    expect(page.get_by_role("status")).to_contain_text("Scored.")
+    expect(page.get_by_label("API key")).to_be_hidden()
+    assert page.evaluate("Object.values(sessionStorage)") == ["right-key"]
+    assert page.evaluate("localStorage.length + document.cookie.length") == 0
+    page.reload()
+    expect(page.locator("#model")).not_to_be_empty()
+    expect(page.get_by_label("API key")).to_be_hidden()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_is_readable_in_both_themes_and_widths(
+    visit: Open, image: Path, tmp_path: Path, width: int, theme: str
+) -> None:
+    """AA contrast (4.5) of every text, nothing wider than the window, a picture of the theme."""
+    page = visit(width, theme)
+    score(page, image, BEFORE, AFTER)
+    page.locator("#text2").fill("answer 422")
+    page.locator("#score").click()
+    expect(page.locator("#text2-error")).not_to_be_empty()
+    page.get_by_role("radio", name="Relation").check()
+    page.locator(".segment").nth(1).focus()
+    expect(page.get_by_role("tooltip")).to_be_visible()
+    contrasts = page.evaluate(CONTRAST)
+    assert len(contrasts) > 60
+    assert [found for found in contrasts if found[0] < 4.5] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    box = page.get_by_role("tooltip").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    shot = tmp_path / f"page-{width}-{theme}.png"
+    page.screenshot(path=shot, full_page=True)
+    picture = Image.open(shot).convert("L")
+    assert picture.width == width
+    bright = sum(picture.histogram()[128:]) / (picture.width * picture.height)
+    assert bright > 0.7 if theme == "light" else bright < 0.3
+    assert len(picture.getcolors()) > 50
+
+
+def test_the_files_are_small_and_name_no_other_place() -> None:
+    files = [FILES / name for name in ("index.html", "page.css", "page.js")]
+    assert sum(path.stat().st_size for path in files) < 36_000
+    for path in files:
+        source = path.read_text()
+        assert not re.search(r"https?://|innerHTML|insertAdjacent|eval\(| on\w+=| style=", source)
