@@ -7,7 +7,7 @@ import torch
 
 from fgaif.config import Config
 from fgaif.lvlm.features import FeatureCache
-from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.lvlm.model import base_of, resolve_checkpoint
 from fgaif.reward.checkpoint import (
     RewardCard,
     load_reward_model,
@@ -16,7 +16,7 @@ from fgaif.reward.checkpoint import (
 )
 from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.model import RewardModel, SharedRewardModels, segment_probs
-from fgaif.types import KINDS, FloatArray, Response, Segment, SegmentScores
+from fgaif.types import KINDS, FloatArray, ImageRef, Response, Segment, SegmentScores
 
 
 class _Scorer:
@@ -36,6 +36,20 @@ class _Scorer:
             "device": str(self._device),
             "attention": config.policy.attention,
         }
+
+    def look(self, image: ImageRef) -> None:
+        """Decode an image and keep its pixels; raises DataError if it is broken."""
+        self._encoder.encoder.pixels(image)
+
+    def length(self, response: Response, segments: Sequence[Segment]) -> int:
+        """Tokens that the model reads for a response; raises DataError if it cannot read it."""
+        return len(self._encoder.row(response, segments)[0])
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the backbone was made for, image and separators included."""
+        config = base_of(self._model.backbone).config
+        return int(config.text_config.max_position_embeddings)
 
     def _use(self, model: RewardModel | SharedRewardModels) -> None:
         self._model = model

@@ -54,6 +54,26 @@ def split_offsets(text: str, min_words: int = 5) -> list[int]:
     return [0, *starts[1:], len(text)]
 
 
+def settled_offsets(text: str, min_words: int = 5) -> list[int]:
+    """Return the offsets of ``split_offsets`` that no continuation of the text can change.
+
+    A text grows at its end, so its last word counts only once white space follows it. A piece is
+    settled when a later sentence has begun, or, within a sentence, when the next piece has begun
+    and every break that could still move that beginning has been decided: one at word k is decided
+    once the sentence has more than k + min_words words. An empty text gives ``[0]``.
+    """
+    words = [word for word in _WORD.finditer(text) if word.end() < len(text)]
+    sentences = [k for k in range(len(words)) if k == 0 or _starts_sentence(text, words, k)]
+    starts: list[int] = []
+    for first, end in pairwise([*sentences, len(words)]):
+        sentence = [word.group() for word in words[first:end]]
+        found = _piece_starts(sentence, min_words)
+        if end == len(words) and found[-1] > 0 and found[-1] + 2 * min_words > len(sentence):
+            found.pop()
+        starts += [words[first + k].start() for k in found]
+    return [0, *starts[1:]]
+
+
 def _piece_starts(words: Sequence[str], min_words: int) -> list[int]:
     starts = [0]
     for k in range(1, len(words) - min_words):

@@ -15,6 +15,7 @@ DEFAULT_PROMPT = "Describe this image in detail."
 MAX_TEXT_CHARS = 20_000
 MAX_TEXTS = 64
 MAX_ITEMS = 64
+MAX_TEXTS_PER_REQUEST = 512
 MAX_PROMPT_CHARS = 4_000
 MAX_MIN_WORDS = 100
 
@@ -35,7 +36,8 @@ class _Message(BaseModel):
 
 
 class _Request(_Message):
-    model_config = ConfigDict(extra="forbid")
+    # Strict: what is accepted is what OpenAPI says.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ScoreRequest(_Request):
@@ -63,12 +65,19 @@ class BatchRequest(_Request):
 
     items: list[ScoreRequest] = Field(min_length=1, max_length=MAX_ITEMS)
 
+    @model_validator(mode="after")
+    def _not_too_many(self) -> Self:
+        count = sum(len(item.texts) for item in self.items)
+        if count > MAX_TEXTS_PER_REQUEST:
+            raise ValueError(f"{count} texts in one request; send at most {MAX_TEXTS_PER_REQUEST}")
+        return self
+
 
 class RewardRequest(_Request):
     """OpenRLHF's request to a remote reward model, with images."""
 
     query: list[Annotated[str, Field(max_length=MAX_TEXT_CHARS + MAX_PROMPT_CHARS)]] = Field(
-        min_length=1, max_length=MAX_ITEMS * MAX_TEXTS
+        min_length=1, max_length=MAX_TEXTS_PER_REQUEST
     )
     """Prompt and response as one text each."""
     prompts: list[Question]

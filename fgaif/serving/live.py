@@ -1,0 +1,159 @@
+"""Scores while a text is being written: each sub-sentence once nothing can change it any more.
+
+A sub-sentence counts as finished when the splitting rules give it the same end whatever follows
+(``settled_offsets``): a later sentence has begun with a whole word, or the next piece has begun and
+``min_words`` words more than it needs are there. It is scored with the text so far up to the last
+whole word, as part of a response that ends there: the models are causal, so what follows a segment
+does not change its score. At the end the whole text is scored once more, and that result is what
+``/v1/score`` says. Both agree wherever the policy's tokenizer treats a word alike whatever follows
+it, as those of the Llama family do.
+"""
+
+import asyncio
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from fgaif.feedback.segment import settled_offsets
+from fgaif.serving.errors import ApiError, from_validation, invalid, overloaded
+from fgaif.serving.guard import foreign, key_accepted, log_failure
+from fgaif.serving.inputs import MIB
+from fgaif.serving.schema import (
+    MAX_TEXT_CHARS,
+    StreamDelta,
+    StreamEnd,
+    StreamReady,
+    StreamResult,
+    StreamSegment,
+    StreamStart,
+    TextResult,
+)
+from fgaif.serving.scoring import ScoreItem
+from fgaif.serving.service import Service
+
+_POLICY_VIOLATION = 1008
+_INTERNAL = 1011
+
+
+class Streams:
+    """The streams of one ingress replica."""
+
+    def __init__(self, service: Service, key: str | None) -> None:
+        self._service = service
+        self._key = key
+        self._open = 0
+
+    async def serve(self, socket: WebSocket) -> None:
+        """Serve one connection to its end; errors are told before it closes."""
+        headers = socket.headers
+        if foreign(headers.get("origin"), headers.get("host"), self._service.config.cors):
+            await socket.close(_POLICY_VIOLATION)
+            return
+        await socket.accept()
+        self._open += 1
+        self._service.metrics.streams.set(self._open)
+        try:
+            await self._stream(socket)
+            await socket.close()
+        except ApiError as error:
+            await _tell(socket, error)
+        except TimeoutError:
+            await _tell(socket, ApiError(504, "timeout", "nothing came for too long"))
+        except WebSocketDisconnect:
+            pass
+        except Exception as error:
+            log_failure(error)
+            await _tell(socket, ApiError(500, "internal", "the server failed"), _INTERNAL)
+        finally:
+            self._open -= 1
+            self._service.metrics.streams.set(self._open)
+
+    async def _stream(self, socket: WebSocket) -> None:
+        if self._open > self._service.config.streams:
+            raise overloaded()
+        start = await self._receive(socket, StreamStart)
+        header = socket.headers.get("authorization")
+        if not key_accepted(self._key, header or f"Bearer {start.key or ''}"):
+            raise ApiError(401, "unauthorized", "send the header Authorization: Bearer KEY")
+        image = await self._service.images.read(start.image)
+        (model,) = (await self._service.backend.models()).models
+        await _send(socket, StreamReady(model=self._service.model_ref(model.version)))
+        item = ScoreItem(
+            image=image,
+            prompt=start.prompt,
+            texts=(),
+            min_words=start.min_words,
+            facts=start.facts,
+        )
+        trained = next(iter(model.cards.values())).min_words
+        await self._follow(socket, item, start.min_words or trained)
+
+    async def _follow(self, socket: WebSocket, item: ScoreItem, min_words: int) -> None:
+        text, told = "", 0
+        while not isinstance(
+            message := await self._receive(socket, StreamDelta, StreamEnd), StreamEnd
+        ):
+            text += message.delta
+            if len(text) > MAX_TEXT_CHARS:
+                raise invalid(f"the text is longer than {MAX_TEXT_CHARS} characters", "delta")
+            settled = settled_offsets(text, min_words)[-1]
+            if settled > told:
+                result = await self._score(item, _whole_words(text))
+                for segment in result.segments:
+                    if told < segment.end <= settled:
+                        await _send(socket, StreamSegment(segment=segment))
+                told = settled
+        if not text.strip():
+            raise invalid("there is no text", "delta")
+        result = await self._score(item, text)
+        for segment in result.segments:
+            if segment.end > told:
+                await _send(socket, StreamSegment(segment=segment))
+        await _send(socket, StreamResult(result=result))
+
+    async def _score(self, item: ScoreItem, text: str) -> TextResult:
+        asked = ScoreItem(
+            image=item.image,
+            prompt=item.prompt,
+            texts=(text,),
+            min_words=item.min_words,
+            facts=item.facts,
+        )
+        async with asyncio.timeout(self._service.config.timeout_s):
+            (result,), _ = await self._service.results(asked)
+        return result
+
+    async def _receive(self, socket: WebSocket, *models: type[BaseModel]) -> Any:
+        """The next message, as the first of the models whose key it holds."""
+        async with asyncio.timeout(self._service.config.timeout_s):
+            message = await socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1000))
+        content = message.get("text") or message.get("bytes") or ""
+        if len(content) > self._service.config.max_body_mib * MIB:
+            raise ApiError(413, "too_large", "the message is too large")
+        failures = []
+        for model in models:
+            try:
+                return model.model_validate_json(content)
+            except ValidationError as error:
+                failures.append(error)
+        raise from_validation(min(failures, key=lambda error: error.error_count()))
+
+
+def _whole_words(text: str) -> str:
+    """The text without its last word, which may still grow."""
+    return text.rstrip() if text[-1:].isspace() else text.rsplit(maxsplit=1)[0]
+
+
+async def _send(socket: WebSocket, message: BaseModel) -> None:
+    await socket.send_text(message.model_dump_json())
+
+
+async def _tell(socket: WebSocket, error: ApiError, code: int = _POLICY_VIOLATION) -> None:
+    try:
+        await _send(socket, error.body())
+        await socket.close(code)
+    except (RuntimeError, WebSocketDisconnect):  # it is closed already
+        return
