@@ -27,6 +27,7 @@ from tenacity import AsyncRetrying, Retrying
 from fgaif.serving.answers import Event, ScoringError, ScoringRefused, read, rewards, unreached
 from fgaif.serving.calls import (
     BATCH,
+    GET_REWARD,
     MODELS,
     SCORE,
     Batch,
@@ -35,9 +36,16 @@ from fgaif.serving.calls import (
     Service,
     encode,
     make_service,
+    reward_body,
     start,
 )
-from fgaif.serving.schema import DEFAULT_PROMPT, BatchResponse, ModelsResponse, ScoreResponse
+from fgaif.serving.schema import (
+    DEFAULT_PROMPT,
+    BatchResponse,
+    ModelsResponse,
+    RewardResponse,
+    ScoreResponse,
+)
 from fgaif.serving.streams import exchange, exchange_async, open_stream, open_stream_async
 from fgaif.serving.trainers import trl_reward
 from fgaif.types import Kind
@@ -131,6 +139,27 @@ class RewardClient:
             ScoringError: any of them got no score.
         """
         return [reward for answer in self.score_batch(items) for reward in rewards(answer, kind)]
+
+    def get_reward(
+        self,
+        queries: Sequence[str],
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        *,
+        question: str | None = None,
+    ) -> RewardResponse:
+        """Ask as OpenRLHF does: ``queries`` are prompts with responses, one image for each.
+
+        Args:
+            question: what the reward models are told was asked; default: the prompt as it is, which
+                for them should be without chat template.
+
+        Raises:
+            DataError: an image's file cannot be read.
+            ScoringError: no scores.
+        """
+        body = encode(reward_body(queries, prompts, images, question))
+        return self._retrying(self._post, GET_REWARD, body, RewardResponse)
 
     def stream(
         self, image: Image, pieces: Iterable[str], *, prompt: str = DEFAULT_PROMPT
@@ -242,6 +271,18 @@ class AsyncRewardClient:
         """See :meth:`RewardClient.reward`."""
         answers = await self.score_batch(items)
         return [reward for answer in answers for reward in rewards(answer, kind)]
+
+    async def get_reward(
+        self,
+        queries: Sequence[str],
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        *,
+        question: str | None = None,
+    ) -> RewardResponse:
+        """See :meth:`RewardClient.get_reward`."""
+        body = encode(reward_body(queries, prompts, images, question))
+        return await self._retrying(self._post, GET_REWARD, body, RewardResponse)
 
     async def stream(
         self, image: Image, pieces: AsyncIterable[str], *, prompt: str = DEFAULT_PROMPT

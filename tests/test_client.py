@@ -64,6 +64,13 @@ def answer(body: Json) -> Json:
     return {"results": [scored(text) for text in texts], "model": MODEL, "timing_ms": timing}
 
 
+def judged(body: Json) -> Json:
+    """What the service says to OpenRLHF's request: the number of words of each response."""
+    pairs = zip(body["query"], body["prompts"], strict=True)
+    words = [float(len(query.removeprefix(prompt).split())) for query, prompt in pairs]
+    return {"rewards": words, "scores": [1.0] * len(words), "extra_logs": {"object": words}}
+
+
 def error(type: str, message: str = "no", field: str | None = None) -> Json:
     return {"error": {"type": type, "message": message, "field": field}}
 
@@ -131,6 +138,8 @@ class Stub:
                 items[index] = error("overloaded", "queue full")
             self.busy_items = []
             return web.json_response({"responses": items})
+        if request.path == "/get_reward":
+            return web.json_response(judged(body))
         assert request.path == "/v1/score"
         found = answer(body)
         return web.json_response(found, status=400 if "error" in found else 200)
@@ -369,6 +378,15 @@ def test_rewards_are_one_number_per_text(ask: Ask) -> None:
     assert ask("reward", items, kind="relation") == [-0.5] * 3
     with pytest.raises(ScoringRefused, match=r"items\.2"):
         ask("reward", [*items, ScoreItem(image=png(), text="bad")])
+
+
+def test_openrlhf_queries_go_with_their_images(ask: Ask, stub: Stub) -> None:
+    stub.replies = [fails(503)]
+    images = [png(), png("blue")]
+    found = ask("get_reward", ["Q: A dog.", "Q: One."], ["Q:"] * 2, images, question="What?")
+    assert (found.rewards, found.extra_logs["object"]) == ([2.0, 1.0], [2.0, 1.0])
+    assert stub.bodies[1]["question"] == "What?"
+    assert [base64.b64decode(image) for image in stub.bodies[1]["images"]] == images
 
 
 PIECES = ("There is ", "a dog. ", "It is red", ".")

@@ -25,6 +25,7 @@ from fgaif.serving.schema import DEFAULT_PROMPT, BatchResponse, ScoreResponse
 from fgaif.types import Json
 
 SCORE, BATCH, MODELS = "/v1/score", "/v1/score/batch", "/v1/models"
+GET_REWARD = "/get_reward"
 
 
 class Picture(Protocol):
@@ -182,6 +183,15 @@ def encode(body: Json) -> bytes:
         return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise DataError("a text holds half of a character (a lone surrogate); remove it") from None
+
+
+def reward_body(
+    queries: Sequence[str], prompts: Sequence[str], images: Sequence[Image], question: str | None
+) -> Json:
+    """The JSON of OpenRLHF's request, with images."""
+    pictures = [encode_image(image) for image in images]
+    sent = {"query": list(queries), "prompts": list(prompts), "images": pictures}
+    return sent | {"question": question}
 
 
 def start(image: Image, prompt: str) -> str:
