@@ -8,7 +8,8 @@ import ray
 from fgaif.errors import ActorError, FgaifError
 
 _TAIL_LINES = 15
-_CREATION = "raised in its creation task"
+CREATION = "raised in its creation task"
+"""In Ray's words for an actor whose constructor failed: another one would fail too."""
 
 
 def translate(error: Exception, name: str) -> FgaifError:
@@ -24,7 +25,7 @@ def translate(error: Exception, name: str) -> FgaifError:
             f"spread the roles over more nodes ({error})"
         )
     if isinstance(error, ray.exceptions.ActorDiedError):
-        if _CREATION in str(error):
+        if CREATION in str(error):
             return ActorError(f"{name} could not start: {_last_line(error)}")
         return ActorError(f"{name} died: {_first_line(error)}{_log_tail(error)}")
     if isinstance(error, TimeoutError | ray.exceptions.GetTimeoutError):

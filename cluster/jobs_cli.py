@@ -47,6 +47,8 @@ def submit(
     from cluster.jobs import Jobs, job_request, temporary_folder
 
     default = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+    if "=" in command:  # overrides alone: everything is run
+        overrides, command = [command, *(overrides or [])], "run"
     settings = load_config(config or default, overrides or [])
     folder = temporary_folder()
     try:

@@ -1,8 +1,11 @@
 """From the plan to running actors: the only place where a class is made remote."""
 
+import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.pool import merge_in_order, split_by_cost
-from cluster.failures import translate
+from cluster.failures import CREATION, translate
 from cluster.placement import Bundle, check_fits, plan_roles
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
@@ -34,25 +37,57 @@ from fgaif.types import (
     WeightsManifest,
 )
 
+log = logging.getLogger(__name__)
+
+Create = Callable[[], tuple[Any, PlacementGroup]]
+"""Starts an actor in a placement group of its own and returns both."""
+
+_REPEATABLE = ("rollout", "reward", "judge")
+"""Roles whose calls give the same on a fresh actor: seeded sampling, scoring, yes or no."""
+
+_REPLACING = threading.Lock()
+"""Several threads may find the same actor dead; one of them replaces it."""
+
 
 class Handle:
-    """A named actor in its own placement group."""
+    """A named actor in its own placement group, replaced when it dies if ``restarts`` allow it.
 
-    def __init__(self, name: str, actor: Any, group: PlacementGroup, timeout_s: float) -> None:
+    Only for actors whose calls can be repeated on a fresh one: ``prepare`` brings that to the state
+    of the one that died (a rollout engine to its weights version), then the call is made again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        create: Create,
+        *,
+        timeout_s: float,
+        start_timeout_s: float,
+        restarts: int = 0,
+    ) -> None:
         self.name = name
-        self.actor = actor
-        self._group = group
+        self.prepare: Callable[[Any], None] = lambda _: None
+        self._create = create
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._restarts_left = restarts
+        self.actor, self._group = create()
 
     def call(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
         """Start ``method(actor).remote(*arguments)``; ``result`` names the actor if it fails."""
-        reference = method(self.actor).remote(*arguments)
+        actor = self.actor
+        reference = method(actor).remote(*arguments)
 
         def finish() -> Any:
-            try:
-                return ray.get(reference, timeout=self._timeout_s)
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                raise translate(error, self.name) from error
+            nonlocal actor, reference
+            while True:
+                try:
+                    return ray.get(reference, timeout=self._timeout_s)
+                except (ray.exceptions.RayError, TimeoutError) as error:
+                    if not self._replace(actor, error):
+                        raise translate(error, self.name) from error
+                    actor = self.actor
+                    reference = method(actor).remote(*arguments)
 
         return Then(finish)
 
@@ -60,6 +95,28 @@ class Handle:
         """Kill the actor and free its resources."""
         ray.kill(self.actor)
         remove_placement_group(self._group)
+
+    def _replace(self, dead: Any, error: Exception) -> bool:
+        """Start another actor in place of one that died or hangs; False if that would not help."""
+        gone = (ray.exceptions.ActorDiedError, ray.exceptions.GetTimeoutError, TimeoutError)
+        if not isinstance(error, gone) or CREATION in str(error):
+            return False
+        with _REPLACING:
+            if self.actor is not dead:
+                return True  # another call found it out first
+            if self._restarts_left == 0:
+                return False
+            self._restarts_left -= 1
+            cause = translate(error, self.name)
+            log.warning("%s\n%s is replaced, %d left", cause, self.name, self._restarts_left)
+            self.stop()
+            self.actor, self._group = self._create()
+            try:
+                ray.get(self.actor.__ray_ready__.remote(), timeout=self._start_timeout_s)
+                self.prepare(self.actor)
+            except (ray.exceptions.RayError, TimeoutError) as failed:
+                raise translate(failed, self.name) from failed
+        return True
 
 
 class Pool:
@@ -108,8 +165,11 @@ class RolloutGroup(Pool):
         return self.spread(lambda actor: actor.p_yes, prompts, [1.0] * len(prompts))
 
     def load_weights(self, manifest: WeightsManifest) -> Pending[list[int]]:
-        """Send one copy to the object store; every replica loads it."""
-        return self.everywhere(lambda actor: actor.load_weights, ray.put(manifest))
+        """Send one copy to the object store; every replica loads it, later replacements too."""
+        stored = ray.put(manifest)
+        for handle in self.handles:
+            handle.prepare = lambda actor: ray.get(actor.load_weights.remote(stored))
+        return self.everywhere(lambda actor: actor.load_weights, stored)
 
     def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
         """Score the same responses on every replica."""
@@ -318,16 +378,30 @@ class Cluster:
         return self._pools[prefix]
 
     def _launch(self, bundle: Bundle, cls: type, arguments: tuple[Any, ...]) -> Handle:
-        resources = {"CPU": bundle.cpus} | ({"GPU": bundle.gpus} if bundle.gpus else {})
-        group = placement_group([resources], name=bundle.name)
-        threads = str(self._cluster.threads)
-        remote = ray.remote(cls).options(
-            num_cpus=bundle.cpus,
-            num_gpus=bundle.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "0"}},
+        settings = self._cluster
+        create = partial(_create, bundle, cls, arguments, str(settings.threads))
+        restarts = settings.max_restarts if bundle.role in _REPEATABLE else 0
+        return Handle(
+            bundle.name,
+            create,
+            timeout_s=settings.call_timeout_s,
+            start_timeout_s=settings.start_timeout_s,
+            restarts=restarts,
         )
-        return Handle(bundle.name, remote.remote(*arguments), group, self._cluster.call_timeout_s)
+
+
+def _create(
+    bundle: Bundle, cls: type, arguments: tuple[Any, ...], threads: str
+) -> tuple[Any, PlacementGroup]:
+    resources = {"CPU": bundle.cpus} | ({"GPU": bundle.gpus} if bundle.gpus else {})
+    group = placement_group([resources], name=bundle.name)
+    remote = ray.remote(cls).options(
+        num_cpus=bundle.cpus,
+        num_gpus=bundle.gpus,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "0"}},
+    )
+    return remote.remote(*arguments), group
 
 
 def connect(config: Config) -> None:

@@ -475,6 +475,8 @@ class ServeConfig(_Section):
     """WebSockets open at a time, per ingress replica."""
     timeout_s: float = Field(60.0, gt=0)
     """Longest time for a request, 504 after it, and for silence on a stream."""
+    reload_timeout_s: float = Field(600.0, gt=0)
+    """Longest time for loading another version of the models."""
     drain_s: float = Field(30.0, ge=0)
     """Time that requests in work get when the service stops."""
     max_body_mib: float = Field(32.0, gt=0)
