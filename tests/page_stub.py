@@ -36,14 +36,14 @@ from fgaif.types import KINDS
 
 FILES = Path(fgaif.serving.__file__).parent / "page"
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The Content-Security-Policy that the page must work under."""
 GENERATED = "A cat sleeps on a red mat, and a dog is looking at it from the door."
-FIELDS = {413: "image", 422: "text.1"}
+FIELDS = {422: "text.1"}
 MESSAGES = {
-    413: "image: 9 MB, but at most 8 MB; send a smaller one",
+    413: "the body is larger than 8388608 bytes",
     422: "text.1: 20,001 characters, but at most 20,000",
     429: "too many requests wait; try again",
     500: "internal error",

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ if not shutil.which("chromium"):
     pytest.skip("the page's tests need the program chromium on PATH", allow_module_level=True)
 
 from page_stub import FILES, GENERATED, Stub, chromium, probabilities, score, served, stub_app
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 from fgaif.data.scenes.draw import draw_scene
 from fgaif.data.scenes.world import scene_at
@@ -57,9 +58,15 @@ Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
+def tab() -> Iterator[Page]:
+    """One tab for all tests; a new one would take most of a test's time."""
+    with chromium() as browser:
+        context = browser.new_context(
+            reduced_motion="reduce", permissions=["clipboard-read", "clipboard-write"]
+        )
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        yield page
 
 
 @pytest.fixture(scope="module")
@@ -88,35 +95,34 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def visit(stub: Stub, browser: Browser, base_url: str) -> Iterator[Open]:
-    """Open the page; at the end, nothing went wrong in it and nothing left its origin."""
+def visit(stub: Stub, tab: Page, base_url: str) -> Iterator[Open]:
+    """Open the page anew; at the end, nothing went wrong in it and nothing left its origin."""
     wrong: list[str] = []
-    contexts = []
+    asked: list[str] = []
+    listeners = {
+        "pageerror": lambda error: wrong.append(str(error)),
+        "console": lambda message: wrong.append(message.text),
+        "request": lambda request: asked.append(request.url),
+    }
+    for event, listener in listeners.items():
+        tab.on(event, listener)
 
     def open_page(width: int = 1280, theme: str = "light") -> Page:
-        context = browser.new_context(
-            viewport={"width": width, "height": WIDTHS[width]},
-            color_scheme=theme,
-            reduced_motion="reduce",
-            permissions=["clipboard-read", "clipboard-write"],
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(5000)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(base_url)
-        expect(page.locator("#model")).not_to_be_empty()
-        return page
+        tab.set_viewport_size({"width": width, "height": WIDTHS[width]})
+        tab.emulate_media(color_scheme=theme)
+        tab.goto(base_url)
+        expect(tab.locator("#model")).not_to_be_empty()
+        return tab
 
-    asked: list[str] = []
     yield open_page
-    for context in contexts:
-        context.close()
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
+    tab.context.set_offline(False)
+    tab.evaluate("sessionStorage.clear()")
     # The browser itself notes every answer that is an error.
     assert [text for text in wrong if not text.startswith("Failed to load resource")] == []
     assert [url for url in asked if not url.startswith((base_url, "data:"))] == []
+    assert asked
 
 
 def likely(text: str, kind: str) -> int:
@@ -125,19 +131,30 @@ def likely(text: str, kind: str) -> int:
     return probs.index(max(probs))
 
 
-def own_text(page: Page) -> list[str]:
-    """The segments' texts without their chips."""
-    cut = "all => all.map(s => s.textContent.replace(/([OAR] \\d+%)+$/, ''))"
-    return page.locator(".segment").evaluate_all(cut)
+@dataclass(frozen=True)
+class Shown:
+    """A segment as the page shows it; ``tint`` is the colour behind it, with its opacity."""
+
+    text: str
+    classes: list[str]
+    chips: list[str]
+    tint: str
+    opacity: float
 
 
-def tint(page: Page, at: int) -> tuple[str, float]:
-    """Colour and opacity behind a segment, from its computed style."""
-    style = "s => getComputedStyle(s).backgroundColor"
-    found = page.locator(".segment").nth(at).evaluate(style)
-    match = re.fullmatch(r"color\(srgb ([\d. e-]+?)(?: / ([\d.e-]+))?\)", found)
-    assert match, found
-    return match[1], float(match[2] or 1)
+def segments(page: Page) -> list[Shown]:
+    """All segments, their texts without their chips."""
+    read = """all => all.map((s) => {
+        const chips = [...s.querySelectorAll(".chip")].map((c) => c.textContent);
+        const text = s.textContent.slice(0, s.textContent.length - chips.join("").length);
+        return [text, [...s.classList], chips, getComputedStyle(s).backgroundColor];
+    })"""
+    shown = []
+    for text, classes, chips, colour in page.locator(".segment").evaluate_all(read):
+        match = re.fullmatch(r"color\(srgb ([\d. e-]+?)(?: / ([\d.e-]+))?\)", colour)
+        assert match, colour
+        shown.append(Shown(text, classes, chips, match[1], float(match[2] or 1)))
+    return shown
 
 
 def test_every_segment_is_coloured_by_its_worst_kind_and_probability(
@@ -148,23 +165,20 @@ def test_every_segment_is_coloured_by_its_worst_kind_and_probability(
     request = stub.asked[0]
     assert request.image.startswith("data:image/png;base64,")
     assert request.facts
-    texts = own_text(page)
-    assert " ".join(texts) == BEFORE
+    found = segments(page)
+    assert " ".join(piece.text for piece in found) == BEFORE
     colours = {}
-    for at, text in enumerate(texts):
-        wrong = [kind for kind in KINDS if likely(text, kind) == 2]
-        hallu = {kind: probabilities(text, kind)[2] for kind in wrong or KINDS}
+    for piece in found:
+        wrong = [kind for kind in KINDS if likely(piece.text, kind) == 2]
+        hallu = {kind: probabilities(piece.text, kind)[2] for kind in wrong or KINDS}
         worst = max(hallu, key=hallu.get)
-        classes = page.locator(".segment").nth(at).get_attribute("class").split()
-        assert classes[1] == worst
-        assert ("flagged" in classes) == bool(wrong)
-        colour, opacity = tint(page, at)
-        assert opacity == pytest.approx(OPAQUE * hallu[worst], abs=0.003)
-        if opacity > 0.05:
-            colours.setdefault(worst, set()).add(colour)
-        chips = page.locator(".segment").nth(at).locator(".chip").all_text_contents()
-        assert chips == [f"{kind[0].upper()} {round(100 * hallu[kind])}%" for kind in wrong]
-    assert all(len(found) == 1 for found in colours.values())
+        assert piece.classes[1] == worst
+        assert ("flagged" in piece.classes) == bool(wrong)
+        assert piece.opacity == pytest.approx(OPAQUE * hallu[worst], abs=0.003)
+        assert piece.chips == [f"{kind[0].upper()} {round(100 * hallu[kind])}%" for kind in wrong]
+        if piece.opacity > 0.05:
+            colours.setdefault(worst, set()).add(piece.tint)
+    assert all(len(tints) == 1 for tints in colours.values())
     assert len(set.union(*colours.values())) == len(colours) > 1
     expect(page.locator("#made")).to_contain_text("scenes 3f9a1c20 in 12 ms")
 
@@ -176,7 +190,7 @@ def test_pointing_at_a_segment_shows_probabilities_and_facts(visit: Open, image:
     expect(tip).to_be_hidden()
     page.locator(".segment").nth(1).hover()
     expect(tip).to_be_visible()
-    text = own_text(page)[1]
+    text = segments(page)[1].text
     for kind in KINDS:
         probs = probabilities(text, kind)
         cells = tip.get_by_role("row", name=kind.title()).get_by_role("cell").all_text_contents()
@@ -197,16 +211,11 @@ def test_a_kind_can_be_chosen(visit: Open, image: Path) -> None:
     for kind in KINDS:
         page.keyboard.press("ArrowRight")
         expect(page.get_by_role("radio", name=kind.title())).to_be_checked()
-        flagged = []
-        for at, text in enumerate(own_text(page)):
-            classes = page.locator(".segment").nth(at).get_attribute("class").split()
-            assert classes[1] == kind
-            assert tint(page, at)[1] == pytest.approx(
-                OPAQUE * probabilities(text, kind)[2], abs=0.003
-            )
-            assert ("none" in classes) == (likely(text, kind) == 0)
-            flagged.append("flagged" in classes)
-        assert flagged == [likely(text, kind) == 2 for text in own_text(page)]
+        for piece in segments(page):
+            hallu = probabilities(piece.text, kind)[2]
+            assert piece.opacity == pytest.approx(OPAQUE * hallu, abs=0.003)
+            state = ["none", None, "flagged"][likely(piece.text, kind)]
+            assert piece.classes == ["segment", kind, *([state] if state else [])]
     score(page, image, AFTER)
     expect(page.get_by_role("radio", name=KINDS[-1].title())).to_be_checked()
 
@@ -245,17 +254,20 @@ def test_everything_is_reached_by_keyboard(visit: Open) -> None:
     page = visit()
     passed = []
 
+    focused = """() => {
+        const it = document.activeElement;
+        const ringed = it.closest(".drop, fieldset label") ?? it;
+        return [it.id, it.textContent, getComputedStyle(ringed).outlineStyle];
+    }"""
+
     def tab_to(name: str) -> None:
-        focused = "() => [document.activeElement.id, document.activeElement.textContent]"
         for _ in range(20):
             page.keyboard.press("Tab")
-            found = page.evaluate(focused)
-            outlined = "() => getComputedStyle(document.activeElement.closest('.drop, fieldset "
-            outlined += "label') ?? document.activeElement).outlineStyle"
-            assert page.evaluate(outlined) == "solid", found
-            passed.append(found[0])
+            *found, outline = page.evaluate(focused)
+            assert outline == "solid", found
             if name in found:
                 return
+            passed.append(found[0])
         raise AssertionError(f"{name} not reached: {passed}")
 
     tab_to("example")
@@ -305,11 +317,13 @@ def test_the_answer_is_copied_as_json(visit: Open, image: Path) -> None:
 
 
 def test_markup_and_characters_outside_the_basic_plane_are_text(visit: Open, image: Path) -> None:
-    text = "A 🐕 & <img src=x onerror=alert(1)> sit here.\n\n<script>alert(2)</script> and 🐈 sleep."
+    text = (
+        "A 🐕 & <img src=x onerror=alert(1)> sit here.\n\n<script>alert(2)</script> and 🐈 sleep."
+    )
     page = visit()
     score(page, image, text)
     assert page.locator("#texts :is(img, script)").count() == 0
-    assert own_text(page) == text.split("\n\n")
+    assert [piece.text for piece in segments(page)] == text.split("\n\n")
 
 
 def test_generating_fills_the_text(visit: Open, image: Path, stub: Stub) -> None:
@@ -359,30 +373,29 @@ def test_missing_fields_are_named_beside_them(visit: Open, stub: Stub) -> None:
     assert stub.asked == []
 
 
-@pytest.mark.parametrize(
-    ("status", "place", "message"),
-    [
-        (413, "#image-error", "image: 9 MB, but at most 8 MB; send a smaller one"),
-        (422, "#text2-error", "text.1: 20,001 characters, but at most 20,000"),
-        (500, "#alert", "internal error"),
-    ],
-)
-def test_an_error_of_the_server_is_shown_where_it_belongs(
-    visit: Open, image: Path, status: int, place: str, message: str
-) -> None:
+def test_an_error_of_the_server_is_shown_where_it_belongs(visit: Open, image: Path) -> None:
     page = visit()
     score(page, image, BEFORE, AFTER)
-    page.locator("#text2").fill(f"answer {status}")
+    places = {
+        413: ("image-error", "the body is larger than 8388608 bytes"),
+        422: ("text2-error", "text.1: 20,001 characters, but at most 20,000"),
+        500: ("alert", "internal error"),
+    }
+    for status, (place, message) in places.items():
+        page.locator("#text2").fill(f"answer {status}")
+        page.locator("#score").click()
+        expect(page.locator(f"#{place}")).to_have_text(message)
+        expect(page.locator("#score")).not_to_have_attribute("aria-disabled", "true")
+        shown = page.locator(":is(.error, #alert):not(:empty)")
+        assert shown.evaluate_all("all => all.map(e => e.id)") == [place]
+        if place != "alert":
+            field = page.locator(f"#{place.removesuffix('-error')}")
+            expect(field).to_be_focused()
+            assert place in field.get_attribute("aria-describedby").split()
+    page.locator("#text2").fill(AFTER)
     page.locator("#score").click()
-    expect(page.locator(place)).to_have_text(message)
-    assert page.locator(".error:not(:empty)").count() == (0 if place == "#alert" else 1)
-    if place != "#alert":
-        field = page.locator(place.removesuffix("-error"))
-        expect(field).to_be_focused()
-        assert place[1:] in field.get_attribute("aria-describedby").split()
-    expect(page.locator("#score")).not_to_have_attribute("aria-disabled", "true")
-    score(page, image, BEFORE, AFTER)
-    expect(page.locator(place)).to_be_empty()
+    expect(page.get_by_role("status")).to_contain_text("Scored.")
+    expect(page.locator("#alert")).to_be_empty()
 
 
 def test_a_busy_server_is_asked_again_after_the_time_it_named(
@@ -430,9 +443,7 @@ def test_one_request_runs_at_a_time_and_is_seen_to_run(
     assert len(stub.asked) == 1
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab_alone(
-    visit: Open, image: Path, stub: Stub
-) -> None:
+def test_a_key_is_asked_for_and_kept_in_the_tab_alone(visit: Open, image: Path, stub: Stub) -> None:
     page = visit()
     expect(page.get_by_label("API key")).to_be_hidden()
     stub.key = "right-key"

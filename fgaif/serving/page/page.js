@@ -4,7 +4,7 @@
 const KINDS = ["object", "attribute", "relation"];
 const CLASSES = { none: "no fact", ok: "supported", hallu: "hallucinated" };
 const KEY = "fgaif-key";
-const TRIES = 5; // of one request while the server answers 429
+const TRIES = 5; // of one request while the server says when to try again
 const EXAMPLE = {
   image:
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEgAAABIBAMAAACnw650AAAAD1BMVEX08uLoxisipi+DYB+bJKfDhsqmAAABDUlEQVR42u2VUWoDIRCGPycewN5AcoJAL+D9IZATLN5ge4GYPphVt+tsliaUBnYeVOTj/8dxRNhjjz3eNwyAeBjuG5+cF5DcGY4T0wkBPEzjoWtnQWBAvACcUJQ8A6SI14QQhASQEE0IASKUUYF8WfuDCmW3Mml2D+PvIXmIS1OfeF2xay5Yg1I2EhJcVKXIEcQTQfGzkHLHJYDLacMFX9XEU6T0+PkVb6Zm2b8W5+pOCH3IzKQUJQeuutkuZH5k1YUcVKkAoQNlEeNWlVxbBtsrgtRs3IqSm1U0lKGFmmOpUnIbp+X4NaVjl/1Exj42P6kwm554nLbfLr9QCovFdiXbHt4qPWwqM/6XX+obdRso8JJKALIAAAAASUVORK5CYII=",
@@ -53,7 +53,7 @@ function clearMessages() {
 }
 
 function fieldOf(path) {
-  const [root, ...rest] = (path ?? "").split(".");
+  const [root, ...rest] = path.split(".");
   if (root === "text" && comparing() && rest.at(-1) === "1") return "text2";
   return ["image", "prompt", "text"].includes(root) ? root : null;
 }
@@ -62,7 +62,8 @@ const failure = (details) => Object.assign(new Error(details.message), details);
 
 function report(error) {
   if (error.status === undefined) throw error; // a bug of this page, not an answer
-  const field = fieldOf(error.field);
+  // A request that is too large is so because of its image.
+  const field = fieldOf(error.field ?? (error.status === 413 ? "image" : ""));
   if (error.status === 401) {
     const refused = sessionStorage.getItem(KEY) !== null;
     sessionStorage.removeItem(KEY);
@@ -96,7 +97,7 @@ async function call(path, body) {
     message: `The server answered with status ${answer.status}. Try again later.`,
     ...data?.error,
     status: answer.status,
-    wait: Number(answer.headers.get("Retry-After")) || 5,
+    wait: Number(answer.headers.get("Retry-After")),
   });
 }
 
@@ -117,7 +118,7 @@ async function patiently(work) {
     try {
       return await work();
     } catch (error) {
-      if (error.status !== 429 || tries === TRIES) throw error;
+      if (!error.wait || tries === TRIES) throw error;
       if (!(await pause(Math.min(Math.ceil(error.wait), 120)))) throw error;
     }
   }
