@@ -407,7 +407,7 @@ function hideTip() {
 function leaveTip() {
   clearTimeout(leaving);
   leaving = setTimeout(() => {
-    const focused = document.activeElement.closest(".segment");
+    const focused = document.activeElement?.closest(".segment");
     if (focused) showTip(focused);
     else hideTip();
   }, 200);
