@@ -1,10 +1,14 @@
 """Runs as Ray jobs: what is uploaded, and one real submission through a dashboard's port."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
+import ray
+import ray.autoscaler
 import yaml
 from ray.cluster_utils import Cluster as RayCluster
 
@@ -13,6 +17,7 @@ from cluster.launch import free_port
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError
 
+CLUSTER = Path(__file__).parents[1] / "cluster"
 SCENES = Path(__file__).parents[1] / "configs" / "scenes.yaml"
 
 
@@ -48,6 +53,31 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(tmp_path: Path) -> 
         job_request(settings(tmp_path), "fly", folder=tmp_path)
     with pytest.raises(ActorError, match=r"--address http://127\.0\.0\.1:9: no Ray dashboard"):
         Jobs("http://127.0.0.1:9")
+
+
+def test_the_cluster_file_satisfies_ray_s_schema() -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    tree = yaml.safe_load((CLUSTER / "ray_cluster.yaml").read_text())
+    jsonschema.validate(tree, schema)
+    assert tree["head_node_type"] in tree["available_node_types"]
+
+
+def test_the_rayjob_is_one_that_kuberay_and_fgaif_take(tmp_path: Path) -> None:
+    tree = yaml.safe_load((CLUSTER / "kuberay_rayjob.yaml").read_text())
+    assert (tree["apiVersion"], tree["kind"]) == ("ray.io/v1", "RayJob")
+    spec = tree["spec"]
+    assert spec["rayClusterSpec"]["rayVersion"] == ray.__version__
+    groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
+    for group in groups:
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+    command = shlex.split(spec["entrypoint"])
+    assert command[:4] == ["python", "-m", "fgaif", "run"]
+    overrides = [word for word in command[4:] if "=" in word]
+    assert load_config(SCENES, overrides).dir == Path("/shared/runs")
 
 
 @pytest.fixture
