@@ -19,12 +19,13 @@ Stage = Literal[
 Status = Literal["done", "partial", "stale", "missing"]
 
 _SAMPLING = (
-    "seed", "data.train", "data.image_root", "data.seed", "data.feedback_prompts", "policy.model",
-    "policy.dtype", "policy.max_new_tokens", "policy.temperature", "feedback.samples_per_prompt",
+    "seed", "data.train", "data.responses", "data.image_root", "data.shuffle", "data.seed",
+    "data.feedback_prompts", "policy.model", "policy.dtype", "policy.max_new_tokens",
+    "policy.temperature", "feedback.samples_per_prompt",
 )  # fmt: skip
 _EVALUATION = (
-    "seed", "data.held_out", "data.image_root", "data.seed", "data.eval_prompts", "policy.model",
-    "policy.dtype", "policy.max_new_tokens", "segment", "eval",
+    "seed", "data.held_out", "data.image_root", "data.shuffle", "data.seed", "data.eval_prompts",
+    "policy.model", "policy.dtype", "policy.max_new_tokens", "segment", "eval",
 )  # fmt: skip
 _RUN_ONLY = {
     *("resume", "checkpoint_every", "keep_checkpoints"),

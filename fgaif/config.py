@@ -35,9 +35,11 @@ class DataConfig(_Section):
     image_root: Path | None = None
     """Folder that image paths start from and must lie in, links followed; default: the folder of
     the prompts file, or of COCO's images."""
+    shuffle: bool = False
+    """Draw the prompts of a .jsonl or .parquet file by `data.seed` instead of taking the first;
+    the images of `coco:PATH` are always drawn."""
     seed: int = 0
-    """Draws the images of `coco:PATH`; apart from `seed`, so that runs compared over seeds see the
-    same images."""
+    """Draws prompts; apart from `seed`, so that runs compared over seeds see the same images."""
     feedback_prompts: int = Field(2000, ge=1)
     """Prompts sampled for AI feedback (the paper: 3,500 images)."""
     ppo_prompts: int = Field(2000, ge=1)

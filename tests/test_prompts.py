@@ -6,7 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from fgaif.config import parse_config
 from fgaif.data.prompts import PromptSet, load_prompts
+from fgaif.data.sources import open_source
 from fgaif.errors import DataError
 
 ROWS = [
@@ -148,6 +150,20 @@ def test_seed_shuffles_the_same_way_each_time(folder: Path) -> None:
     ]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0], key=int) == [row["id"] for row in rows]
+
+
+def test_a_file_s_prompts_are_drawn_by_the_datas_seed_if_wanted(folder: Path) -> None:
+    rows = [{"image": "red.png", "prompt": str(number), "id": str(number)} for number in range(50)]
+    source = jsonl(folder, *rows)
+
+    def drawn(limit: int, **data: object) -> list[str]:
+        config = parse_config({"dir": str(folder), "data": {"train": source, **data}})
+        return [prompt.id for prompt in open_source(source, config, limit).prompts.prompts]
+
+    assert drawn(5) == list("01234")
+    shuffled = drawn(20, shuffle=True, seed=3)
+    assert shuffled == drawn(20, shuffle=True, seed=3) != drawn(20, shuffle=True, seed=4)
+    assert drawn(5, shuffle=True, seed=3) == shuffled[:5] != list("01234")
 
 
 def test_images_are_confined_to_the_root_or_the_folder_of_the_file(folder: Path) -> None:

@@ -32,16 +32,18 @@ class Source:
 def open_source(name: str, config: Config, limit: int) -> Source:
     """Load ``scenes:SPLIT`` (drawn into the run folder first), a prompts file, or ``coco:PATH``.
 
-    Of COCO, ``limit`` images are drawn by ``data.seed``; a smaller limit draws the first of them.
+    Of COCO, and with ``data.shuffle`` of a file, ``limit`` prompts are drawn by ``data.seed``; a
+    smaller limit draws the first of them.
 
     Raises:
         DataError: the file, a row or a column cannot be used, or there is no such split.
     """
+    drawn = name.startswith(COCO) or (config.data.shuffle and not name.startswith(SCENES))
     loaded = load_prompts(
         name,
         root=config.data.image_root,
         limit=limit,
-        seed=config.data.seed if name.startswith(COCO) else None,
+        seed=config.data.seed if drawn else None,
         cache=config.run_dir / "data",
         max_pixels=config.data.max_image_pixels,
     )
