@@ -88,6 +88,16 @@ def test_replies_come_back_as_they_were_and_failures_are_kept(tmp_path: Path) ->
     assert (second["image"], second["subject"]) == ("a" * 64, "There is a dog.")
 
 
+def test_half_characters_are_stored_as_escapes(tmp_path: Path) -> None:
+    broken = replace(REQUEST, subject="cut \ud83d", text="cut \ud83d")
+    with ReplyStore(tmp_path / "replies.sqlite") as store:
+        store.add("m", broken, "refused \ud83d")
+        store.add("m", broken, Reply(text="\ud83d"))
+        assert store.get(broken.key("m")) == Reply(text="\ud83d")
+        failed, _ = store
+    assert (failed["subject"], failed["failure"]) == ("cut \\ud83d", "refused \\ud83d")
+
+
 def test_nothing_in_the_store_is_changed_or_deleted(tmp_path: Path) -> None:
     path = tmp_path / "replies.sqlite"
     with ReplyStore(path) as store:

@@ -79,10 +79,11 @@ class ReplyStore:
         reply = outcome if isinstance(outcome, Reply) else None
         row = (
             *(key or request.key(model), model, request.prompt_version),
-            *(request.image.sha256 if request.image else None, request.subject, request.attempt),
+            request.image.sha256 if request.image else None,
+            *(_writable(request.subject), request.attempt),
             json.dumps(_encode_request(request)),
             json.dumps(asdict(reply)) if reply else None,
-            None if reply else outcome,
+            _writable(outcome) if isinstance(outcome, str) else None,
             *((reply.input_tokens, reply.output_tokens) if reply else (0, 0)),
         )
         with self._errors():
@@ -144,6 +145,11 @@ class ReplyStore:
                 f"{self._path}: {error}; free some space or repair the file and run again: the "
                 "replies written before are kept"
             ) from error
+
+
+def _writable(text: str) -> str:
+    """Text that SQLite takes: half characters (lone surrogates) as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _encode_request(request: ChatRequest) -> Json:
