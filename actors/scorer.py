@@ -11,16 +11,9 @@ from fgaif.data.images import image_bytes
 from fgaif.errors import CheckpointError
 from fgaif.feedback.facts import SceneFacts
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
-from fgaif.reward.checkpoint import RewardCard, read_card
+from fgaif.reward.checkpoint import RewardCard, common_min_words, read_card, rewards_version
 from fgaif.serving.schema import DEFAULT_PROMPT, CardOut, ModelOut
-from fgaif.serving.scoring import (
-    Refused,
-    ScoredItem,
-    ScoreItem,
-    TextScorer,
-    common_min_words,
-    rewards_version,
-)
+from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, TextScorer
 from fgaif.types import KINDS, FloatArray, Kind, Response, Segment
 
 _PROBE = ScoreItem(

@@ -236,6 +236,38 @@ def openai_server(
         os.execvpe(command[0], command, server_environment())
 
 
+@app.command("serve")
+def serve_rewards(
+    rewards: Annotated[
+        Path, typer.Option(help="Folder with object/, attribute/, relation/: RUN/rewards.")
+    ],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    host: Annotated[str, typer.Option(help="Others can reach all but 127.0.0.1.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    policy: Annotated[
+        str | None, typer.Option(help="Checkpoint that answers /v1/generate; default: none.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the Serve config file.")
+    ] = False,
+) -> None:
+    """Serve trained reward models over HTTP, with a page at /, until Ctrl-C.
+
+    Clients must send the key in FGAIF_SERVE_KEY if that is set, which any address but loopback
+    needs. [bold]--dry-run[/bold] prints a file for `serve deploy`.
+    """
+    from cluster.serve import ServeArgs
+    from cluster.serve_run import print_service, run_service
+
+    settings = _load(config, overrides)
+    args = ServeArgs(rewards=rewards, config=config, set=tuple(overrides or ()), policy=policy)
+    if dry_run:
+        print_service(settings, args, host, port, out)
+    else:
+        run_service(settings, args, host, port, out)
+
+
 @app.command()
 def doctor() -> None:
     """Check versions, devices, memory, disk and ports, and say what to do."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
@@ -22,6 +23,8 @@ HEAD = "reward_head.safetensors"
 CLASSES = tuple(c.name for c in SegmentClass)
 _BLOCK = 2**20
 _BLOCKS_PER_FILE = 64
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_VERSION_CHARS = 16
 
 
 class NoiseCard(BaseModel):
@@ -116,6 +119,43 @@ def read_card(directory: Path) -> RewardCard:
     if card.classes != CLASSES:
         raise CheckpointError(f"{file}: classes {card.classes}, this version reads {CLASSES}")
     return card
+
+
+def rewards_version(directory: Path) -> str:
+    """Digest of the cards, adapters and heads of all kinds under ``directory``.
+
+    Raises:
+        CheckpointError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    for kind in KINDS:
+        for name in (CARD, HEAD, *_ADAPTER):
+            file = directory / kind / name
+            try:
+                with file.open("rb") as stream:
+                    part = hashlib.file_digest(stream, "sha256").digest()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file}: {error.strerror}; give the folder that `fgaif train-reward` wrote, "
+                    f"with {', '.join(KINDS)} in it"
+                ) from error
+            digest.update(f"{kind}/{name}".encode() + part)
+    return digest.hexdigest()[:_VERSION_CHARS]
+
+
+def common_min_words(cards: Sequence[RewardCard]) -> int:
+    """The splitting that all kinds were trained with.
+
+    Raises:
+        CheckpointError: they were trained with different ones.
+    """
+    found = {card.kind: card.min_words for card in cards}
+    if len(set(found.values())) > 1:
+        raise CheckpointError(
+            f"reward models of different splitting (segment.min_words): {found}; train them again "
+            "with one"
+        )
+    return cards[0].min_words
 
 
 def load_reward_model(

@@ -20,7 +20,7 @@ from fgaif import __version__
 from fgaif.config import Config
 from fgaif.data.images import ImageBytes
 from fgaif.serving.errors import ApiError, from_validation, invalid
-from fgaif.serving.guard import Guard
+from fgaif.serving.guard import RELOAD, Gate, Guard
 from fgaif.serving.live import Streams
 from fgaif.serving.metrics import CONTENT_TYPE
 from fgaif.serving.schema import (
@@ -97,8 +97,8 @@ def create_app(backend: Backend, config: Config, *, key: str | None) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.service = service
-    app.add_middleware(Guard, config=config.serve, key=key, metrics=service.metrics)
+    gate = app.state.gate = Gate()
+    app.add_middleware(Guard, config=config.serve, key=key, metrics=service.metrics, gate=gate)
     if config.serve.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -113,7 +113,7 @@ def create_app(backend: Backend, config: Config, *, key: str | None) -> FastAPI:
     _add_scores(app, service)
     _add_models(app, service)
     _add_page(app)
-    streams = Streams(service, key)
+    streams = Streams(service, gate, key)
 
     @app.websocket("/v1/score/stream")
     async def stream(socket: WebSocket) -> None:
@@ -160,7 +160,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         """The loaded reward models with their cards."""
         return await service.backend.models()
 
-    @app.post("/v1/models/reload", **protected)
+    @app.post(RELOAD, **protected)
     async def reload(request: ReloadRequest) -> ReloadResponse:
         """Load what the served folder holds now, beside the present models, then swap.
 

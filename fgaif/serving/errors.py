@@ -12,6 +12,7 @@ from fgaif.serving.schema import Error, ErrorResponse, ErrorType
 
 _WRONG_TYPE = {"string_type", "list_type"}
 _NAME = re.compile(r"[a-z_]+")
+_NAMED = re.compile(r"([a-z_]+): ")
 _DECODER = re.compile(r"cannot be decoded \(.*\)", re.DOTALL)
 _SCHEMA_WORDS = {"body"}
 RETRY_AFTER_S = 1
@@ -86,7 +87,8 @@ def from_validation(errors: Sequence[Any] | ValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, "invalid_request", "the body is not valid JSON")
     message = str(first["msg"]).removeprefix("Value error, ")
-    return invalid(message, _dotted(first["loc"]))
+    named = _NAMED.match(message) if first["type"] == "value_error" else None
+    return invalid(message, named[1] if named else _dotted(first["loc"]))
 
 
 def _dotted(location: Iterable[Any]) -> str | None:

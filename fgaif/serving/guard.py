@@ -9,12 +9,13 @@ import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
 from fgaif.config import ServeConfig
-from fgaif.serving.errors import ApiError, overloaded
+from fgaif.serving.errors import ApiError, overloaded, unavailable
 from fgaif.serving.inputs import MIB
 from fgaif.serving.metrics import Metrics
 
@@ -26,6 +27,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/", "/page.css", "/page.js", "/healthz", "/openapi.json"})
 """Paths without a key: they hold no scores; the page asks its user for the key."""
+
+RELOAD = "/v1/models/reload"
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -50,16 +53,27 @@ def key_accepted(key: str | None, authorization: str | None) -> bool:
     return scheme.lower() == "bearer" and right
 
 
+@dataclass(slots=True)
+class Gate:
+    """What is inside the door: requests in work, open streams; shut while the service stops."""
+
+    working: int = 0
+    streams: int = 0
+    shut: bool = False
+
+
 class Guard:
     """ASGI middleware around the application, for HTTP; streams guard themselves."""
 
-    def __init__(self, app: App, *, config: ServeConfig, key: str | None, metrics: Metrics) -> None:
+    def __init__(
+        self, app: App, *, config: ServeConfig, key: str | None, metrics: Metrics, gate: Gate
+    ) -> None:
         self._app = app
         self._config = config
         self._key = key
         self._metrics = metrics
         self._max_bytes = int(config.max_body_mib * MIB)
-        self._working = 0
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
@@ -68,14 +82,16 @@ class Guard:
             return
         reply = _Reply(send)
         start = time.perf_counter()
+        loads = scope["path"] == RELOAD
+        limit_s = self._config.reload_timeout_s if loads else self._config.timeout_s
         try:
-            async with asyncio.timeout(self._config.timeout_s):
+            async with asyncio.timeout(limit_s):
                 await self._admit(scope, receive, reply)
         except ApiError as error:
             await reply.instead(scope, error)
         except TimeoutError:
-            limit = f"not done within {self._config.timeout_s:g} s"
-            await reply.instead(scope, ApiError(504, "timeout", limit))
+            told = ApiError(504, "timeout", f"not done within {limit_s:g} s")
+            await reply.instead(scope, told)
         except Exception as error:
             log_failure(error)
             await reply.instead(scope, ApiError(500, "internal", "the server failed"))
@@ -91,16 +107,18 @@ class Guard:
         if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             await self._app(scope, receive, send)
             return
-        if self._working >= self._config.queue:
+        if self._gate.shut:
+            raise unavailable()
+        if self._gate.working >= self._config.queue:
             raise overloaded()
-        self._working += 1
-        self._metrics.working.set(self._working)
+        self._gate.working += 1
+        self._metrics.working.set(self._gate.working)
         try:
             body = await self._read(headers, receive)
             await self._app(scope, _replay(body, receive), send)
         finally:
-            self._working -= 1
-            self._metrics.working.set(self._working)
+            self._gate.working -= 1
+            self._metrics.working.set(self._gate.working)
 
     def _authorise(self, headers: Headers) -> None:
         if not key_accepted(self._key, headers.get("authorization")):

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fgaif.feedback.segment import settled_offsets
-from fgaif.serving.errors import ApiError, from_validation, invalid, overloaded
-from fgaif.serving.guard import foreign, key_accepted, log_failure
+from fgaif.serving.errors import ApiError, from_validation, invalid, overloaded, unavailable
+from fgaif.serving.guard import Gate, foreign, key_accepted, log_failure
 from fgaif.serving.inputs import MIB
 from fgaif.serving.schema import (
     MAX_TEXT_CHARS,
@@ -39,10 +39,10 @@ _INTERNAL = 1011
 class Streams:
     """The streams of one ingress replica."""
 
-    def __init__(self, service: Service, key: str | None) -> None:
+    def __init__(self, service: Service, gate: Gate, key: str | None) -> None:
         self._service = service
+        self._gate = gate
         self._key = key
-        self._open = 0
 
     async def serve(self, socket: WebSocket) -> None:
         """Serve one connection to its end; errors are told before it closes."""
@@ -51,8 +51,8 @@ class Streams:
             await socket.close(_POLICY_VIOLATION)
             return
         await socket.accept()
-        self._open += 1
-        self._service.metrics.streams.set(self._open)
+        self._gate.streams += 1
+        self._service.metrics.streams.set(self._gate.streams)
         try:
             await self._stream(socket)
             await socket.close()
@@ -66,11 +66,13 @@ class Streams:
             log_failure(error)
             await _tell(socket, ApiError(500, "internal", "the server failed"), _INTERNAL)
         finally:
-            self._open -= 1
-            self._service.metrics.streams.set(self._open)
+            self._gate.streams -= 1
+            self._service.metrics.streams.set(self._gate.streams)
 
     async def _stream(self, socket: WebSocket) -> None:
-        if self._open > self._service.config.streams:
+        if self._gate.shut:
+            raise unavailable()
+        if self._gate.streams > self._service.config.streams:
             raise overloaded()
         start = await self._receive(socket, StreamStart)
         header = socket.headers.get("authorization")

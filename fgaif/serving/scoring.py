@@ -1,19 +1,16 @@
 """From texts about an image to scored segments, with the code that scores PPO's responses."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from fgaif.data.images import ImageBytes
-from fgaif.errors import CheckpointError, DataError
+from fgaif.errors import DataError
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.given import given_response
 from fgaif.feedback.segment import segment_response
-from fgaif.reward.checkpoint import CARD, HEAD, RewardCard
 from fgaif.serving.errors import image_problem
 from fgaif.serving.schema import FactOut, KindScore, SegmentOut, TextResult
 from fgaif.types import (
@@ -27,9 +24,6 @@ from fgaif.types import (
     Segment,
     SegmentClass,
 )
-
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_VERSION_CHARS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,40 +217,3 @@ def _segment_out(
         reward=sum(score.reward for score in kinds.values()),
         facts=facts,
     )
-
-
-def rewards_version(directory: Path) -> str:
-    """Digest of the cards, adapters and heads of all kinds under ``directory``.
-
-    Raises:
-        CheckpointError: a file is missing.
-    """
-    digest = hashlib.sha256()
-    for kind in KINDS:
-        for name in (CARD, HEAD, *_ADAPTER):
-            file = directory / kind / name
-            try:
-                with file.open("rb") as stream:
-                    part = hashlib.file_digest(stream, "sha256").digest()
-            except OSError as error:
-                raise CheckpointError(
-                    f"{file}: {error.strerror}; give the folder that `fgaif train-reward` wrote, "
-                    f"with {', '.join(KINDS)} in it"
-                ) from error
-            digest.update(f"{kind}/{name}".encode() + part)
-    return digest.hexdigest()[:_VERSION_CHARS]
-
-
-def common_min_words(cards: Sequence[RewardCard]) -> int:
-    """The splitting that all kinds were trained with.
-
-    Raises:
-        CheckpointError: they were trained with different ones.
-    """
-    found = {card.kind: card.min_words for card in cards}
-    if len(set(found.values())) > 1:
-        raise CheckpointError(
-            f"reward models of different splitting (segment.min_words): {found}; train them again "
-            "with one"
-        )
-    return cards[0].min_words

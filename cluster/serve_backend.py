@@ -1,0 +1,116 @@
+"""The models behind the web application, as Serve handles."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from fgaif.chat.messages import gather_all
+from fgaif.config import ServeConfig
+from fgaif.data.images import ImageBytes
+from fgaif.errors import CheckpointError, DataError
+from fgaif.serving.errors import invalid, overloaded, unavailable
+from fgaif.serving.schema import (
+    GenerateRequest,
+    GenerateResponse,
+    ModelOut,
+    ModelsResponse,
+    ReloadResponse,
+)
+from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, merge_kinds
+
+_TRIES = 3
+_SWAP_S = 0.05
+_log = logging.getLogger("fgaif.serve")
+
+
+class ServeBackend:
+    """Calls one scorer of all kinds, or one per kind in the order of KINDS, and a generator."""
+
+    def __init__(
+        self,
+        scorers: Sequence[DeploymentHandle],
+        generator: DeploymentHandle | None,
+        config: ServeConfig,
+    ) -> None:
+        self._scorers = scorers
+        self._generator = generator
+        self._config = config
+        self._reloading = asyncio.Lock()
+
+    async def score(self, item: ScoreItem) -> ScoredItem:
+        """Score with one version of all kinds: kinds on both sides of a swap are asked again."""
+        for _ in range(_TRIES):
+            parts = await gather_all(_call(scorer.score, item) for scorer in self._scorers)
+            for part in parts:
+                if isinstance(part, Refused):
+                    raise invalid(part.message, part.field)
+            if len({part.version for part in parts}) == 1:
+                return merge_kinds(parts) if len(parts) > 1 else parts[0]
+            await asyncio.sleep(_SWAP_S)
+        raise unavailable()
+
+    async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:
+        """Let the policy answer."""
+        if self._generator is None:
+            raise invalid("no policy is served here")
+        try:
+            return await _call(self._generator.generate, (image, request))
+        except DataError:
+            raise invalid("prompt and answer do not fit into the policy's context") from None
+
+    async def models(self) -> ModelsResponse:
+        """What the scorers have loaded; the cards of all kinds are known to each."""
+        loaded: ModelOut = await _call(self._scorers[0].info)
+        return ModelsResponse(models=[loaded], generates=self._generator is not None)
+
+    async def probe(self) -> str:
+        """Have every scorer score a probe."""
+        versions = await gather_all(_call(scorer.probe) for scorer in self._scorers)
+        if len(set(versions)) > 1:
+            raise unavailable()
+        return versions[0]
+
+    async def reload(self, version: str | None) -> ReloadResponse:
+        """Have every replica load what the folder holds, then all swap."""
+        async with self._reloading:
+            previous = (await self.models()).models[0].version
+            try:
+                found = await _call(self._scorers[0].found_version)
+                if version not in (None, found):
+                    raise invalid(f"the folder holds version {found}", "version")
+                await self._everywhere("prepare", found)
+                replicas = await self._everywhere("activate", found)
+            except CheckpointError as error:
+                _log.error("reload: %s", error)
+                raise invalid(
+                    "the folder holds no complete set of reward models that fits; see the log"
+                ) from None
+        return ReloadResponse(previous=previous, version=found, replicas=replicas)
+
+    async def _everywhere(self, method: str, version: str) -> int:
+        calls = [scorer.broadcast(method, version) for scorer in self._scorers]
+        limit = self._config.reload_timeout_s
+        answers = await gather_all(call.results_async(timeout_s=limit) for call in calls)
+        return sum(len(replicas) for replicas in answers)
+
+
+async def _call(method: Any, *arguments: Any) -> Any:
+    """Call any replica; one that died meanwhile is replaced by another, once."""
+    for last in (False, True):
+        response = method.remote(*arguments)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError:
+            raise overloaded() from None
+        except (ActorDiedError, ActorUnavailableError, DeploymentUnavailableError):
+            if last:
+                raise unavailable() from None
+    raise unavailable()
