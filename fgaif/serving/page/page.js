@@ -175,7 +175,7 @@ async function useKey() {
   clearMessages();
   (again === start ? $("image") : $("score")).focus();
   await again();
-  if (again !== start) await start();
+  if (again !== start && sessionStorage.getItem(KEY)) await start();
 }
 
 /** True if every named field is filled; the first that is not gets the focus. */
