@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fgaif.errors import ConfigError
 from fgaif.types import KINDS, Kind
@@ -93,7 +94,7 @@ class EndpointConfig(_Section):
     model: str
     """Model name as the endpoint knows it."""
     base_url: str = "https://api.openai.com/v1"
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = Field("OPENAI_API_KEY", pattern="^[A-Za-z_][A-Za-z0-9_]*$")
     """Environment variable that holds the key; the key itself is never configured."""
     api_key_file: Path | None = None
     """File that holds the key; read instead of the environment variable."""
@@ -121,6 +122,19 @@ class EndpointConfig(_Section):
     """Price of a million input tokens, for the cost display and `max_cost`."""
     price_output: float = Field(0.0, ge=0)
     """Price of a million output tokens."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _address_alone(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                f"holds a user, a password or a query at {parts.hostname}; keys belong in the "
+                "environment or in api_key_file"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("give an address such as https://api.openai.com/v1")
+        return url
 
 
 class FeedbackConfig(_Section):
@@ -595,26 +609,31 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override {item!r}: {part!r} holds a value, not a section")
+            raise ConfigError(f"override {key}: {part!r} holds a value, not a section")
         node = child
     try:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {item!r}: the value is not valid YAML") from error
+        raise ConfigError(f"override {key}: the value is not valid YAML") from error
 
 
 def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
+    # A key may have been put where it does not belong.
+    secret = item["loc"][:1] == ("endpoints",) and not isinstance(item["input"], int | float)
+    shown = key if secret else f"{key} = {item['input']!r}"
     if item["type"] == "extra_forbidden":
         *parents, leaf = [str(part) for part in item["loc"]]
         near = difflib.get_close_matches(leaf, _keys_at(parents), n=1, cutoff=0.5)
         hint = f"; did you mean {'.'.join([*parents, near[0]])}?" if near else ""
-        return f"{key} = {item['input']!r}: unknown key{hint}"
+        return f"{shown}: unknown key{hint}"
     message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{key} = {item['input']!r}: {message}" if key else message
+    return f"{shown}: {message}" if key else message
 
 
 def _keys_at(parents: list[str]) -> list[str]:
+    if parents[:1] == ["endpoints"]:
+        return list(EndpointConfig.model_fields)
     section: type[BaseModel] = Config
     for part in parents:
         field = section.model_fields.get(part)

@@ -52,6 +52,25 @@ def test_wrong_keys_and_values_are_named(override: str, words: list[str]) -> Non
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("endpoints.g.base_url=ftp://SECRET/v1", ["endpoints.g.base_url", "give an address"]),
+        ("endpoints.g.base_url=https://a:SECRET@x/v1", ["endpoints.g.base_url", "password"]),
+        ("endpoints.g.api_key=SECRET", ["endpoints.g.api_key: unknown", "g.api_key_env?"]),
+        ("endpoints.g.api_key_env=sk-SECRET", ["endpoints.g.api_key_env", "pattern"]),
+        ("endpoints.h.key=SECRET", ["endpoints.h.model: Field required"]),
+        ("endpoints.g.model.api_key=SECRET", ["endpoints.g.model.api_key", "'model'"]),
+    ],
+)
+def test_keys_in_the_wrong_place_are_not_repeated(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["endpoints.g.model=m", override])
+    assert "SECRET" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "broken.yaml"

@@ -44,7 +44,7 @@ class Endpoint:
     port: a local server that is started again on another one continues the same replies.
 
     Raises:
-        ConfigError: no key, a base_url that cannot be used, or a cost limit without prices.
+        ConfigError: no key, or a cost limit without prices.
     """
 
     def __init__(
@@ -57,10 +57,9 @@ class Endpoint:
         sleep: Sleep = asyncio.sleep,
         clock: Clock = time.monotonic,
     ) -> None:
-        host = _host(entry, config)
         _check_prices(entry, config, budget)
         settings = f"{config.structured},side={config.max_image_side},logprobs={config.logprobs}"
-        self.name = f"{config.model}@{host}[{settings}]"
+        self.name = f"{config.model}@{urlsplit(config.base_url).hostname}[{settings}]"
         self.config = config
         self._where = f"endpoints.{entry} ({config.model} at {config.base_url})"
         self._budget = budget
@@ -216,21 +215,6 @@ def _client(key: str, config: EndpointConfig) -> openai.AsyncOpenAI:
             limits=limits, trust_env=not is_loopback(config.base_url)
         ),
     )
-
-
-def _host(entry: str, config: EndpointConfig) -> str:
-    url = urlsplit(config.base_url)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ConfigError(
-            f"endpoints.{entry}.base_url = {config.base_url!r}: give an address such as "
-            "https://api.openai.com/v1"
-        )
-    if url.username or url.password or url.query:
-        raise ConfigError(
-            f"endpoints.{entry}.base_url: holds a user, a password or a query at {url.hostname}; "
-            "keys belong in the environment or in api_key_file"
-        )
-    return url.hostname
 
 
 def _check_prices(entry: str, config: EndpointConfig, budget: Budget) -> None:
