@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.pool import merge_in_order, split_by_cost
 from cluster.failures import CREATION, translate
-from cluster.placement import Bundle, check_fits, plan_roles
+from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
 from fgaif.errors import ConfigError
@@ -280,10 +280,12 @@ class Cluster:
     """Connects to Ray, starts roles when they are first asked for, stops them at the end.
 
     Starting a role returns at once: actors load their models while others work, and calls queue.
+    Of ``roles`` alone, room and checkpoints are looked for.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, roles: Collection[Role] = ROLES) -> None:
         self._config = config
+        self._roles = roles
         self._cluster = config.cluster
         self._pools: dict[str, list[Handle]] = {}
         self._owns_ray = False
@@ -292,7 +294,7 @@ class Cluster:
         if not ray.is_initialized():
             self._owns_ray = True
             connect(self._config)
-        self._bundles = plan_roles(self._config)
+        self._bundles = plan_roles(self._config, self._roles)
         check_fits(self._bundles, ray.cluster_resources())
         return self
 
@@ -372,6 +374,7 @@ class Cluster:
     ) -> list[Handle]:
         if prefix not in self._pools:
             bundles = [b for b in self._bundles if b.role == role and b.name.startswith(prefix)]
+            assert bundles, f"{role} is not among {self._roles}"
             self._pools[prefix] = [
                 self._launch(bundle, *make(index)) for index, bundle in enumerate(bundles)
             ]

@@ -2,10 +2,10 @@
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.table import Table
 
@@ -15,9 +15,12 @@ from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.types import KINDS
 
 Role = Literal["rollout", "reward", "reference", "learner", "judge"]
+ROLES: tuple[Role, ...] = get_args(Role)
 _GIB = 2**30
 _PROCESS_GIB = {"rollout": 0.9, "reward": 0.6, "reference": 0.6, "learner": 0.8, "judge": 0.9}
 """Resident memory of an idle process of the role: interpreter, torch and, for engines, vLLM."""
+_TRAINED_BYTES = 16
+"""Per trained parameter: fp32 weight, gradient and two Adam moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,34 +70,50 @@ def model_size(path: Path) -> ModelSize:
     return ModelSize(parameters=count, linear_shapes=linears)
 
 
-def plan_roles(config: Config) -> tuple[Bundle, ...]:
-    """Plan every actor of the PPO stage, one bundle each (the judge runs only while annotating, and
+def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle, ...]:
+    """Plan the actors of these roles, one bundle each (the judge runs only while annotating, and
     only where the verifier is a checkpoint)."""
-    cluster, width = config.cluster, 2 if config.policy.dtype == "bfloat16" else 4
-    policy = model_size(resolve_checkpoint(config.policy.model))
-    reward = model_size(resolve_checkpoint(config.reward_backbone))
-    judge = config.feedback.local_verifier
-    kv_gib = cluster.engine.kv_cache_mib / 1024
-    train = 16  # bytes per trained parameter: fp32 weight, gradient and two Adam moments
-    need = {
-        "rollout": policy.parameters * width / _GIB + kv_gib,
-        "reward": (reward.parameters + reward.lora_parameters(config.reward.lora)) * width / _GIB,
-        "reference": policy.parameters * width / _GIB
-        + policy.lora_parameters(config.ppo.value_lora) * train / _GIB,
-        "learner": policy.parameters * width / _GIB
-        + policy.lora_parameters(config.policy.lora) * train / _GIB
-        + _activation_gib(config, policy),
-    }
-    bundles: list[Bundle] = []
-    bundles += _bundles("rollout", cluster.rollout, need["rollout"])
-    for kind in KINDS:
-        bundles += _bundles("reward", cluster.reward, need["reward"], prefix=f"reward-{kind}")
-    bundles += _bundles("reference", cluster.reference, need["reference"])
-    bundles += _bundles("learner", cluster.learner, need["learner"])
-    if judge is not None:
-        weights = model_size(resolve_checkpoint(judge)).parameters * width / _GIB
-        bundles += _bundles("judge", cluster.judge, weights + kv_gib)
-    return tuple(bundles)
+    cluster = config.cluster
+    judges = cluster.judge.replicas if config.feedback.local_verifier is not None else 0
+    wanted: list[tuple[Role, RoleConfig, tuple[str, ...]]] = [
+        ("rollout", cluster.rollout, _names("rollout", cluster.rollout.replicas)),
+        *(
+            ("reward", cluster.reward, _names(f"reward-{kind}", cluster.reward.replicas))
+            for kind in KINDS
+        ),
+        ("reference", cluster.reference, _names("reference", cluster.reference.replicas)),
+        ("learner", cluster.learner, _names("learner", cluster.learner.replicas)),
+        ("judge", cluster.judge, _names("judge", judges)),
+    ]
+    planned = [item for item in wanted if item[0] in roles and item[2]]
+    need = {role: _memory_gib(config, role) for role in dict.fromkeys(item[0] for item in planned)}
+    return tuple(
+        Bundle(role=role, name=name, cpus=each.cpus, gpus=each.gpus, memory_gib=need[role])
+        for role, each, names in planned
+        for name in names
+    )
+
+
+def _names(prefix: str, replicas: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}-{index}" for index in range(replicas))
+
+
+def _memory_gib(config: Config, role: Role) -> float:
+    """About what one actor of a role holds: process, weights, and what it trains or caches."""
+    width = 2 if config.policy.dtype == "bfloat16" else 4
+    names = {"reward": config.reward_backbone, "judge": config.feedback.local_verifier}
+    model = model_size(resolve_checkpoint(names.get(role) or config.policy.model))
+    parameters, extra = model.parameters, 0.0
+    if role in ("rollout", "judge"):
+        extra = config.cluster.engine.kv_cache_mib / 1024
+    elif role == "reward":
+        parameters += model.lora_parameters(config.reward.lora)
+    elif role == "reference":
+        extra = model.lora_parameters(config.ppo.value_lora) * _TRAINED_BYTES / _GIB
+    else:
+        extra = model.lora_parameters(config.policy.lora) * _TRAINED_BYTES / _GIB
+        extra += _activation_gib(config, model)
+    return _PROCESS_GIB[role] + parameters * width / _GIB + extra
 
 
 def check_fits(bundles: Sequence[Bundle], available: Mapping[str, float]) -> None:
@@ -105,21 +124,22 @@ def check_fits(bundles: Sequence[Bundle], available: Mapping[str, float]) -> Non
     Raises:
         ConfigError: names the resource, what is needed and what there is.
     """
-    groups = {
-        "PPO (rollout, rewards, reference, learner)": [b for b in bundles if b.role != "judge"],
-        "annotation (rollout, judge)": [b for b in bundles if b.role in ("rollout", "judge")],
-    }
-    for stage, members in groups.items():
+    together = (
+        [bundle for bundle in bundles if bundle.role != "judge"],
+        [bundle for bundle in bundles if bundle.role in ("rollout", "judge")],
+    )
+    for members in together:
+        roles = dict.fromkeys(bundle.role for bundle in members)
         for resource, need in (
             ("CPU", sum(bundle.cpus for bundle in members)),
             ("GPU", sum(bundle.gpus for bundle in members)),
         ):
             have = available.get(resource, 0.0)
             if need > have + 1e-6:
-                keys = ", ".join(sorted({f"cluster.{bundle.role}" for bundle in members}))
+                keys = ", ".join(f"cluster.{role}" for role in roles)
                 raise ConfigError(
-                    f"{stage} needs {need:g} {resource}s but the cluster has {have:g}: lower the "
-                    f"{resource.lower()}s or replicas in {keys}, or add nodes"
+                    f"{', '.join(roles)}: needs {need:g} {resource}s but the cluster has {have:g}: "
+                    f"lower the {resource.lower()}s or replicas in {keys}, or add nodes"
                 )
 
 
@@ -138,19 +158,6 @@ def plan_table(bundles: Sequence[Bundle]) -> Table:
     table.add_section()
     table.add_row("all", f"{total[0]:g}", f"{total[1]:g}", f"{memory:.1f}", "")
     return table
-
-
-def _bundles(role: Role, config: RoleConfig, gib: float, prefix: str = "") -> list[Bundle]:
-    return [
-        Bundle(
-            role=role,
-            name=f"{prefix or role}-{index}",
-            cpus=config.cpus,
-            gpus=config.gpus,
-            memory_gib=gib + _PROCESS_GIB[role],
-        )
-        for index in range(config.replicas)
-    ]
 
 
 def _activation_gib(config: Config, policy: ModelSize) -> float:

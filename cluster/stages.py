@@ -25,7 +25,7 @@ from cluster.feedback_job import annotate_responses
 from cluster.feedback_report import write_summary
 from cluster.launch import Cluster
 from cluster.ledger import ORDER, STAGES, Ledger, Stage
-from cluster.placement import plan_roles, plan_table
+from cluster.placement import Role, plan_roles, plan_table
 from cluster.roles import Roles
 from cluster.train_rewards import train_rewards
 from fgaif.chat.limits import Usage
@@ -91,7 +91,7 @@ def run_stages(
     _require_upstream(ledger, config, todo)
     heavy = [stage for stage in todo if stage != "report"]
     if heavy:
-        with Cluster(config) as cluster:
+        with Cluster(config, stage_roles(config, heavy)) as cluster:
             run = Run(config, cluster, console)
             if "annotate" in heavy and config.feedback.local_verifier is not None:
                 cluster.judges()  # loads while the policy samples
@@ -107,7 +107,8 @@ def run_stages(
 
 def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Console) -> None:
     """Show placement and what each stage would do, and start nothing."""
-    console.print(plan_table(plan_roles(config)))
+    if bundles := plan_roles(config, stage_roles(config, stages)):
+        console.print(plan_table(bundles))
     ledger = Ledger(config.run_dir)
     table = Table(title=f"stages of {config.run_dir}", title_justify="left")
     for column in ("stage", "found", "would"):
@@ -120,6 +121,18 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
     console.print(table)
     if "annotate" in todo:
         console.print(feedback_table(config))
+
+
+def stage_roles(config: Config, stages: Sequence[Stage]) -> set[Role]:
+    """The actors that stages need: a machine for annotation alone has no room for PPO."""
+    roles: dict[Stage, set[Role]] = {
+        "sample": set() if config.data.responses else {"rollout"},
+        "annotate": {"judge"},
+        "eval-before": {"rollout", "reward"},
+        "train": {"rollout", "reward", "reference", "learner"},
+        "eval-after": {"rollout", "reward"},
+    }
+    return {role for stage in stages for role in roles.get(stage, ())}
 
 
 def feedback_table(config: Config) -> Table:

@@ -296,8 +296,8 @@ class FakeCluster:
 
     started = 0
 
-    def __init__(self, config: object) -> None:
-        pass
+    def __init__(self, config: object, roles: set[str]) -> None:
+        assert roles == {"rollout"}
 
     def __enter__(self) -> "FakeCluster":
         FakeCluster.started += 1

@@ -17,11 +17,9 @@ from cluster.evaluation.asking import Asked, ask
 from cluster.evaluation.generate import (
     ModelSpec,
     generate_answers,
-    generation_config,
     pending_answers,
     policy_engines,
 )
-from fgaif.config import parse_config
 from fgaif.data.scenes.files import MODELS
 from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.eval.answers import read_answers
@@ -188,7 +186,7 @@ def test_an_adapter_is_part_of_the_model_and_is_loaded_on_the_engines(tmp_path: 
     assert len({first.digest, second.digest, ModelSpec.parse("scenes:policy").digest}) == 3
     pool = Pool(echo)
     cluster: Any = SimpleNamespace(rollouts=lambda: pool)
-    assert policy_engines(cluster, first)() is pool  # type: ignore[comparison-overlap]
+    assert policy_engines(cluster, first) is pool  # type: ignore[comparison-overlap]
     (manifest,) = pool.loaded
     assert (manifest.version, manifest.scaling) == (1, 2.0)
 
@@ -198,14 +196,6 @@ def test_a_plus_in_a_folder_name_is_no_adapter(tmp_path: Path) -> None:
     assert ModelSpec.parse(str(tmp_path / "a+b")).adapter is None
     with pytest.raises(CheckpointError, match=r"adapter_config\.json does not exist"):
         ModelSpec.parse(f"scenes:policy+{tmp_path}")
-
-
-def test_generation_reserves_nothing_for_other_roles(model: ModelSpec) -> None:
-    config = generation_config(parse_config({"cluster": {"reward": {"gpus": 4}}}), model)
-    roles = (config.cluster.reward, config.cluster.reference, config.cluster.learner)
-    assert all((role.cpus, role.gpus) == (0, 0) for role in roles)
-    assert config.policy.model == str(MODELS / "policy")
-    assert config.cluster.rollout.cpus > 0
 
 
 @pytest.mark.slow

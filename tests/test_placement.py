@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from cluster.placement import check_fits, model_size, plan_roles, plan_table
+from cluster.stages import stage_roles
 from fgaif.config import Config, LoraConfig, load_config
 from fgaif.errors import CheckpointError, ConfigError
 
@@ -51,6 +52,20 @@ def test_a_plan_that_fits_passes(config: Config) -> None:
 def test_a_plan_without_room_names_resource_and_keys(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"needs 6 CPUs but the cluster has 2.*cluster\.learner"):
         check_fits(plan_roles(config), {"CPU": 2.0})
+
+
+def test_stages_ask_for_room_for_their_own_actors_alone(config: Config) -> None:
+    """A machine of two cores, too small for PPO, annotates; other checkpoints are not looked at."""
+    given = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"responses": Path("given.jsonl")}),
+            "policy": config.policy.model_copy(update={"model": "elsewhere"}),
+        }
+    )
+    bundles = plan_roles(given, stage_roles(given, ["sample", "annotate"]))
+    assert [bundle.name for bundle in bundles] == ["judge-0"]
+    check_fits(bundles, {"CPU": 1.0})
+    assert stage_roles(config, ["sample", "eval-after"]) == {"rollout", "reward"}
 
 
 def test_gpus_are_counted_across_roles(config: Config) -> None:

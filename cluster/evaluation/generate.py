@@ -144,26 +144,17 @@ def pending_answers(model: ModelSpec, asked: Sequence[Asked], cache: Path) -> in
     return len(wanted - known)
 
 
-def policy_engines(cluster: "Cluster", model: ModelSpec) -> Engines:
-    """The rollout pool of the cluster, with the model's adapter loaded on every replica."""
-
-    def start() -> "RolloutGroup":
-        rollouts = cluster.rollouts()
-        if model.adapter is not None:
-            rollouts.load_weights(manifest_from_adapter(model.adapter, version=1)).result()
-        return rollouts
-
-    return start
+def policy_engines(cluster: "Cluster", model: ModelSpec) -> "RolloutGroup":
+    """Start the cluster's rollout pool, with the model's adapter loaded on every replica."""
+    rollouts = cluster.rollouts()
+    if model.adapter is not None:
+        rollouts.load_weights(manifest_from_adapter(model.adapter, version=1)).result()
+    return rollouts
 
 
 def generation_config(config: Config, model: ModelSpec) -> Config:
-    """The configuration with this model as the policy and nothing reserved for other roles."""
-    idle = [
-        f"cluster.{role}.{unit}=0"
-        for role in ("reward", "reference", "learner", "judge")
-        for unit in ("cpus", "gpus")
-    ]
-    return with_overrides(config, [f"policy.model={json.dumps(str(model.checkpoint))}", *idle])
+    """The configuration with this model as the policy."""
+    return with_overrides(config, [f"policy.model={json.dumps(str(model.checkpoint))}"])
 
 
 def _key(model: ModelSpec, prompt: Prompt, max_new_tokens: int) -> str:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.evaluation.jobs import Job, Judges, file_digests
 from cluster.evaluation.settings import Settings, judge_settings
 from fgaif.chat.store import ReplyStore
-from fgaif.config import Config, with_overrides
+from fgaif.config import with_overrides
 from fgaif.data.prompts import Skipped
 from fgaif.errors import DataError
 from fgaif.eval.saved import (
@@ -42,6 +42,7 @@ from fgaif.types import Json
 
 if TYPE_CHECKING:
     from cluster.evaluation.generate import ModelSpec
+    from cluster.launch import RolloutGroup
 
 _FACTS_PER_ANSWER = 12
 """Assumed for the estimate of FaithScore's third stage."""
@@ -135,7 +136,9 @@ def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: 
     config = generation_config(settings.config, model)
     with ExitStack() as stack:
         # The cluster starts when the first engine is needed: not if all answers are known.
-        engines = lambda: policy_engines(stack.enter_context(Cluster(config)), model)()  # noqa: E731
+        def engines() -> "RolloutGroup":
+            return policy_engines(stack.enter_context(Cluster(config, {"rollout"})), model)
+
         report = stack.enter_context(_progress(err, "answers"))
         chunk = REQUESTS * config.cluster.rollout.replicas
         new = generate_answers(model, asked, cache, engines, chunk=chunk, progress=report)
@@ -151,8 +154,9 @@ def _score(jobs: Sequence[Job], settings: Settings, err: Console) -> Iterator[tu
             from cluster.launch import Cluster
             from fgaif.lvlm.model import resolve_checkpoint
 
-            config = _verifier_config(settings.config, settings.verifier)
-            cluster = stack.enter_context(Cluster(config))
+            verifier_key = f"feedback.verifier={json.dumps(settings.verifier)}"
+            config = with_overrides(settings.config, [verifier_key])
+            cluster = stack.enter_context(Cluster(config, {"judge"}))
             store = stack.enter_context(ReplyStore(settings.replies))
             verifier = local_verifier(cluster, resolve_checkpoint(settings.verifier), store)
         for job in jobs:
@@ -180,15 +184,6 @@ async def _score_one(
             chat = open_judge(settings.config, settings.judge, settings.replies, bill)
             judges = replace(judges, judge=await stack.enter_async_context(chat))
         return await job.score(judges, report)
-
-
-def _verifier_config(config: Config, verifier: str) -> Config:
-    idle = [
-        f"cluster.{role}.{unit}=0"
-        for role in ("rollout", "reward", "reference", "learner")
-        for unit in ("cpus", "gpus")
-    ]
-    return with_overrides(config, [f"feedback.verifier={json.dumps(verifier)}", *idle])
 
 
 def _with_provenance(job: Job, scored: Scored, settings: Settings) -> Scored:
