@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fgaif.config import Config
+from fgaif.config import API, Config
 from fgaif.errors import DataError
 from fgaif.files import write_whole
 
@@ -116,6 +116,9 @@ def _value(config: Config, key: str) -> Any:
     node: Any = config.model_dump(mode="json")
     for part in key.split("."):
         node = node[part]
+    if key == "endpoints":  # those of step 1: a judge for benchmarks changes no label
+        asked = (config.feedback.extractor, *config.feedback.verifiers)
+        node = {name: entry for name, entry in node.items() if f"{API}{name}" in asked}
     return _without_run_only(node) if isinstance(node, dict) else node
 
 

@@ -35,6 +35,8 @@ def test_an_interrupted_stage_is_partial(tmp_path: Path) -> None:
         ("segment.min_words=3", ["annotate", "train-reward", "eval-before", "train"], ["sample"]),
         ("reward.lr=1", ["train-reward", "train", "eval-after"], ["sample", "annotate"]),
         ("ppo.lr=1", ["train", "eval-after"], ["sample", "train-reward", "eval-before"]),
+        ("data.responses=given.jsonl", ["sample", "annotate", "train"], []),
+        ("endpoints.judge.model=j", [], ["annotate", "train"]),
         ("ppo.resume=latest", [], ["sample", "train", "eval-after"]),
         ("ppo.checkpoint_every=1", [], ["train"]),
         ("cluster.rollout.replicas=2", [], ["sample", "train"]),
@@ -55,3 +57,11 @@ def test_a_broken_ledger_is_named(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text("{")
     with pytest.raises(DataError, match=r"stages\.json.*delete it"):
         Ledger(tmp_path).status(load_config(None), "sample")
+
+
+def test_labels_depend_on_the_models_that_make_them() -> None:
+    asked = ["feedback.extractor=api:writer", "endpoints.writer.model=one"]
+    before = load_config(None, asked)
+    for override, same in (("model=two", False), ("concurrency=3", True), ("price_input=3", True)):
+        after = load_config(None, [*asked, f"endpoints.writer.{override}"])
+        assert (stage_digest(before, "annotate") == stage_digest(after, "annotate")) is same
