@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fgaif.config import LoraConfig
@@ -56,12 +57,15 @@ class SharedRewardModels(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.heads = heads
+        # PEFT's own set_adapter searches the whole model, a third of the time of a short text.
+        self._adapted = [part for part in backbone.modules() if isinstance(part, BaseTunerLayer)]
 
     def forward(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
         """Return float32 logits (N, K, C)."""
         logits = []
         for kind in KINDS:
-            self.backbone.set_adapter(kind, inference_mode=True)
+            for layer in self._adapted:
+                layer.set_adapter(kind, inference_mode=True)
             hidden = last_hidden(self.backbone, input_ids, features)
             logits.append(self.heads[kind](hidden[separators[:, 0], separators[:, 1]]).float())
         return torch.stack(logits, dim=1)
