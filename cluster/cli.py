@@ -118,6 +118,8 @@ def annotate(
     [bold]feedback[/bold] and [bold]endpoints[/bold] in the configuration. It can be stopped at any
     moment; what was paid for is never asked again. [bold]--dry-run[/bold] counts the requests.
     """
+    if (answers and not audit) or (second and not answers):
+        raise ConfigError("--answers goes with --audit, and --second with --answers")
     extra = [f"feedback.max_cost={max_cost}"] if max_cost is not None else []
     if not audit:
         _run(config, [*(overrides or []), *extra], dry_run, force, "annotate")

@@ -13,6 +13,8 @@ from fault_server import FaultServer
 from PIL import Image
 
 from cluster.cli import main
+from fgaif.errors import DataError
+from fgaif.eval.images import ImageFolder
 from fgaif.pending import Ready
 from fgaif.types import GenerationRequest, Json, Response
 
@@ -97,6 +99,25 @@ def test_splits_are_paired_by_name_and_averaged(run: Run, tmp_path: Path) -> Non
             ["LLaVA"],
         ),
         (["pope", "--questions", "q.jsonl", "--corrupt", "fog:3"], ["--corrupt", "--model"]),
+        (["--json", "pope", "--questions", "q.jsonl"], ["after its name", "pope ... --json"]),
+        (["--compare", "o1", "o2", "pope"], ["stands alone"]),
+        (
+            [
+                "pope",
+                "--questions",
+                "q.jsonl",
+                "--answers",
+                "a.jsonl",
+                "--model",
+                "scenes:policy",
+                "--images",
+                ".",
+                "--out",
+                "o",
+            ],
+            ["--model", "a.jsonl", "one of the two"],
+        ),
+        (["pope", "--questions", "q.jsonl", "--answers", "q.jsonl"], ["q.jsonl:1", "repeats"]),
         (["chair", "--captions", "a.jsonl"], ["--annotations"]),
         (["mmhal"], ["--questions or --answers"]),
         (["mmhal", "--answers", "mmhal.json"], ["--judge"]),
@@ -376,3 +397,33 @@ def test_all_five_from_one_checkpoint(
     assert FakeCluster.started == 1  # the second call knew every answer
     assert json.loads(again[1]) == found
     assert "data:image/" in (tmp_path / "o" / "results.html").read_text()
+
+
+def test_images_are_found_by_name_and_only_in_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "set" / "val").mkdir(parents=True)
+    for path in (tmp_path / "set" / "val" / "COCO_val2014_000000000042.png", tmp_path / "out.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "out.png")
+    folder = ImageFolder(tmp_path / "set")
+    for name in ("val/COCO_val2014_000000000042.png", "42", "000000000042.jpg"):
+        assert folder.check(name).path.endswith("set/val/COCO_val2014_000000000042.png")
+    for name in ("../out.png", "link.png", str(tmp_path / "out.png")):
+        with pytest.raises(DataError, match="outside"):
+            folder.check(name)
+
+
+def test_chair_finds_images_by_number_and_by_file_name(run: Run, tmp_path: Path) -> None:
+    tree = {
+        "images": [{"id": 7, "file_name": "a/cat.png"}, {"id": 8, "file_name": "dog.png"}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": 7, "category_id": 1}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(tree))
+    given = write(
+        tmp_path / "c.jsonl",
+        [{"image_id": 7, "caption": "A cat."}, {"image_id": "dog.png", "caption": "A cat."}],
+    )
+    annotations = tmp_path / "instances.json"
+    code, out, _ = run("chair", "--annotations", annotations, "--captions", given, "--json")
+    found = json.loads(out)
+    assert (code, found["items"], found["chair_i"], found["recall"]) == (0, 2, 0.5, 1)

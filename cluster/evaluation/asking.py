@@ -1,15 +1,13 @@
 """Questions of a benchmark made ready for a model: images found, checked, corrupted if wanted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-from fgaif.data.images import check_image
 from fgaif.data.prompts import Skipped
 from fgaif.errors import DataError
-from fgaif.eval.answers import image_name
 from fgaif.eval.corrupt import Corruption, corrupted_ref
+from fgaif.eval.images import ImageFolder
 from fgaif.types import Prompt
 
 
@@ -45,11 +43,11 @@ def ask(
     Raises:
         DataError: not one image can be used.
     """
-    index = _ImageFolder(images)
+    folder = ImageFolder(images)
     prompts, names, skipped = [], [], []
     for identity, name, question in rows:
         try:
-            image = check_image(index.find(name))
+            image = folder.check(name)
             if corruption is not None:
                 image = corrupted_ref(image, corruption, file.parent / "corrupted")
         except DataError as error:
@@ -69,20 +67,3 @@ def ask(
         file=file,
         skipped=tuple(skipped),
     )
-
-
-class _ImageFolder:
-    """Files by name, listed only when a direct path does not exist."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def find(self, name: str) -> Path:
-        direct = self._root / name
-        if direct.is_file():
-            return direct
-        return self._by_name.get(image_name(name), direct)
-
-    @cached_property
-    def _by_name(self) -> Mapping[str, Path]:
-        return {image_name(path.name): path for path in sorted(self._root.rglob("*"))}

@@ -54,6 +54,11 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
 ) -> None:
     """Compare two models, or choose a benchmark."""
+    if context.invoked_subcommand is not None and (compare or output or as_json or seed):
+        raise ConfigError(
+            "--compare stands alone, and options of a benchmark after its name: fgaif eval "
+            f"{context.invoked_subcommand} ... --json"
+        )
     if compare is not None:
         from cluster.evaluation.run import run_comparison
 
@@ -85,7 +90,7 @@ def pope(
     settings = settings_of(common)
     if not questions:
         raise ConfigError("fgaif eval pope needs --questions; `fgaif eval build-pope` makes some")
-    asker = asker_of(settings)
+    asker = asker_of(settings, answers)
     job = pope_job(
         named_splits(questions, "--questions"),
         {} if asker else paired_splits(questions, answers or []),
@@ -126,7 +131,7 @@ def chair(
     job = chair_job(
         annotations,
         captions,
-        asker_of(settings),
+        asker_of(settings, captions),
         synonyms=synonyms,
         count=count,
         seed=common.seed,
@@ -154,7 +159,11 @@ def mmhal(
 
     settings = settings_of(common, judging)
     job = mmhal_job(
-        questions, answers, asker_of(settings), prompt=judge_prompt, max_new_tokens=max_new_tokens
+        questions,
+        answers,
+        asker_of(settings, answers),
+        prompt=judge_prompt,
+        max_new_tokens=max_new_tokens,
     )
     _run([job], settings)
 
@@ -186,7 +195,7 @@ def llava_bench(
         references,
         contexts,
         answers,
-        asker_of(settings),
+        asker_of(settings, answers or reviews),
         rules=rules,
         reviews=reviews,
         max_new_tokens=max_new_tokens,
@@ -222,7 +231,7 @@ def faithscore(
     job = faithscore_job(
         answers,
         settings,
-        asker_of(settings),
+        asker_of(settings, answers),
         extractor=extractor,
         label=label,
         questions=questions,

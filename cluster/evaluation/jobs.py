@@ -173,7 +173,9 @@ async def _score_chair(
     progress: Progress,
 ) -> Scored:
     vocabulary = coco_vocabulary(synonyms)
-    names = {image_name(image.file_name): image for image in images.values()}
+    # By number or by file name, which are the same in COCO; a file name beats a number.
+    names = {str(image.id): image for image in images.values()}
+    names |= {image_name(image.file_name): image for image in images.values()}
     truth = chair_truth(
         {name: image.objects for name, image in names.items()},
         {name: image.captions for name, image in names.items()},

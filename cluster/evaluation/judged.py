@@ -1,5 +1,6 @@
 """The benchmarks of ``fgaif eval`` that a judge scores: MMHal-Bench, LLaVA-Bench, FaithScore."""
 
+from functools import cache
 from pathlib import Path
 
 from cluster.evaluation.asking import Asked
@@ -51,6 +52,7 @@ def mmhal_job(
         asked = (asker.ask("mmhal", rows, max_new_tokens),)
         separate = asked[0].file
 
+    @cache
     def read() -> MmhalItems:
         if separate is None:
             return read_items(source)

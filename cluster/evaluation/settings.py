@@ -87,10 +87,19 @@ def judge_settings(config: Config, entry: str | None) -> EndpointConfig:
     return config.endpoints[entry]
 
 
-def asker_of(settings: Settings) -> Asker | None:
-    """How answers are generated; None where they exist."""
+def asker_of(settings: Settings, answers: object = None) -> Asker | None:
+    """How answers are generated; None where they exist.
+
+    Raises:
+        ConfigError: there are both, a model and a file of ``answers``.
+    """
     if settings.model is None:
         return None
+    if answers:
+        raise ConfigError(
+            f"--model generates answers, and there are some already ({answers}); give one of the "
+            "two"
+        )
     assert settings.images is not None, "checked with the options"
     assert settings.out is not None, "checked with the options"
     corruption = settings.corruption and Corruption.parse(settings.corruption, settings.seed)

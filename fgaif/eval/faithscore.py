@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from fgaif.chat.messages import ChatModel
-from fgaif.data.images import check_image
 from fgaif.errors import DataError
+from fgaif.eval.images import ImageFolder
 from fgaif.eval.judge import CONCURRENCY, READS, Progress, in_parallel, judge
 from fgaif.eval.rows import Row, read_rows
 from fgaif.eval.scored import Scored, Stats, ratio
@@ -67,7 +67,7 @@ def read_lines(path: Path, image_root: Path) -> list[AnsweredImage]:
     has several of one; ``question`` or ``prompt`` is shown to people.
 
     Args:
-        image_root: folder that image paths start from and must lie in.
+        image_root: folder that the images lie in, found by path or name.
 
     Raises:
         DataError: the file, a row or an image cannot be used (names row and key), or an id is there
@@ -75,11 +75,12 @@ def read_lines(path: Path, image_root: Path) -> list[AnsweredImage]:
     """
     answers: dict[str, AnsweredImage] = {}
     images: dict[str, ImageRef] = {}
+    folder = ImageFolder(image_root)
     repeats: Counter[str] = Counter()
     for row in read_rows(path):
         image = row.text("image")
         if image not in images:
-            images[image] = _image(row, image, image_root)
+            images[image] = _image(row, image, folder)
         repeats[image] += 1
         own = image if repeats[image] == 1 else f"{image}#{repeats[image]}"
         name = next((key for key in ("id", "question_id") if key in row.data), None)
@@ -241,9 +242,9 @@ class FaithScorer:
         }
 
 
-def _image(row: Row, image: str, root: Path) -> ImageRef:
+def _image(row: Row, image: str, folder: ImageFolder) -> ImageRef:
     try:
-        return check_image(image, root)
+        return folder.check(image)
     except DataError as error:
         raise DataError(f"{row.where}: key `image`: {error}") from error
 

@@ -97,6 +97,11 @@ def _pairing_key(questions: Sequence[PopeRow], answers: Sequence[Answer]) -> tup
 
 def _check_pair(question: PopeRow, answer: Answer) -> None:
     """Raise DataError unless image and text agree; a prompt may add to the question."""
+    if answer.text == question.text:
+        raise DataError(
+            f"{answer.where}: key `text`: repeats the question {question.text!r:.60}; give the "
+            "answers' file, not the questions'"
+        )
     if answer.question is not None and question.text not in answer.question:
         raise DataError(
             f"{answer.where}: key `question` (or `prompt`): {answer.question!r:.120} is not "

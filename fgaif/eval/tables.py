@@ -13,9 +13,9 @@ from rich.text import Text
 from fgaif.chat.images import data_uri
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
-from fgaif.eval.answers import image_name
 from fgaif.eval.compare import Figure
 from fgaif.eval.figures import figure_of, group_of, title_of
+from fgaif.eval.images import ImageFolder
 from fgaif.eval.saved import worst_items
 from fgaif.eval.scored import Scored
 from fgaif.eval.uncertainty import Comparison, Estimate
@@ -170,31 +170,27 @@ def render_page(title: str, grids: Sequence[Grid], worst: Mapping[str, Sequence[
 def show_items(scored: Scored, images: Path | None, count: int = WORST) -> list[Json]:
     """The worst items with their images embedded, small.
 
-    Images are looked for under ``images`` by name (COCO's number counts as the name), else by the
-    item's own path. Where one cannot be shown, ``alt`` says why.
+    Images are looked for under ``images`` by path and by name, else by path in the working folder.
+    Where one cannot be shown, ``alt`` says why.
     """
     chosen = worst_items(scored, count)
-    places = _image_files(images) if images is not None and chosen else {}
-    return [_shown(item, places) for item in chosen]
+    folder = ImageFolder(images) if images is not None else None
+    return [_shown(item, folder) for item in chosen]
 
 
-def _shown(item: Json, places: Mapping[str, Path]) -> Json:
+def _shown(item: Json, folder: ImageFolder | None) -> Json:
     name = str(item.get("image", ""))
-    path = places.get(image_name(name), Path(name)) if name else Path()
     rest = {key: value for key, value in item.items() if key != "image" and value not in (None, "")}
     try:
-        return {"image": data_uri(image_ref(path), _MAX_SIDE), "alt": path.name, "fields": rest}
+        ref = folder.check(name) if folder is not None else image_ref(name, Path())
+        return {"image": data_uri(ref, _MAX_SIDE), "alt": Path(ref.path).name, "fields": rest}
     except DataError:
         return {"image": None, "alt": f"{name or 'no image named'}: not found", "fields": rest}
 
 
-def _image_files(folder: Path) -> dict[str, Path]:
-    return {image_name(path.name): path for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def _empty(name: str, value: float | None) -> bool:
-    """Whether a figure of a group is not known, because nothing belongs to the group."""
-    return value is None and "/" in name
+    """Whether a figure of a group says nothing, because nothing belongs to the group."""
+    return "/" in name and (value is None or (name.endswith("/items") and not value))
 
 
 def _signed(figure: Figure, value: float | None) -> str:
