@@ -138,6 +138,7 @@ def annotate_responses(
     rows = max(_CHUNK_ROWS, -(-(total - start) // _CHUNKS))
     chunks = list(responses.offsets(rows, start))
     if not chunks:
+        progress(total, total, None)
         return
     snapshot = config.run_dir / "feedback" / "progress.json"
     snapshot.unlink(missing_ok=True)

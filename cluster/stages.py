@@ -2,24 +2,16 @@
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import psutil
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from cluster.bars import progress_bars
 from cluster.driver import PpoData, PpoDriver
 from cluster.feedback_job import annotate_responses
 from cluster.feedback_report import write_summary
@@ -31,6 +23,7 @@ from cluster.train_rewards import train_rewards
 from fgaif.chat.limits import Usage
 from fgaif.config import Config, dump_config, with_overrides
 from fgaif.data.order import request_seed
+from fgaif.data.rows import read_rows
 from fgaif.data.scenes.facts import oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.errors import DataError
@@ -139,8 +132,11 @@ def feedback_table(config: Config) -> Table:
     """What annotating will ask of each model, and about what it costs."""
     responses = response_store(config.run_dir / "responses" / "responses.jsonl")
     labels = label_store(config.run_dir / "feedback" / "labels.jsonl")
-    planned = config.data.feedback_prompts * config.feedback.samples_per_prompt
-    count = len(responses) or planned
+    count = len(responses)
+    if not count and config.data.responses is not None:
+        count = sum(1 for _ in read_rows(config.data.responses, ("image",)))
+    elif not count:
+        count = config.data.feedback_prompts * config.feedback.samples_per_prompt
     plan = plan_feedback(config, count, measure(labels, responses, config))
     table = Table(
         title=f"annotating {count:,} responses takes about this; stored replies are free",
@@ -259,7 +255,7 @@ class Run:
             checkpoint = resolve_checkpoint(config.feedback.local_verifier)
             judge_name = checkpoint_digest(checkpoint)[:16]
         start = time.monotonic()
-        with self._progress("labelling responses") as progress:
+        with progress_bars(self._console, "labelling responses") as progress:
 
             def report(done: int, total: int, usage: Usage | None) -> None:
                 note = ""
@@ -269,14 +265,16 @@ class Run:
                 progress(done, total, note=note)
 
             annotate_responses(config, labels, self._tokenizer, judges, judge_name, report)
-        skipped = len(self.train_source.prompts.skipped)
+        # Responses of another tool are not of `data.train`, which may not even be there.
+        given = config.data.responses is not None
+        skipped = 0 if given else len(self.train_source.prompts.skipped)
         write_summary(folder, labels, self._oracle(), skipped, self._console)
         self._cluster.stop("judge")
 
     def train_reward(self) -> None:
         """Step 2: one reward model per kind."""
         labeled = list(label_store(self._dir / "feedback" / "labels.jsonl"))
-        with self._progress(*KINDS) as progress:
+        with progress_bars(self._console, *KINDS) as progress:
             train_rewards(
                 self._config,
                 labeled,
@@ -383,9 +381,9 @@ class Run:
         )
 
     def _oracle(self) -> Oracle | None:
-        source = self.train_source
-        if source.scenes is None or self._config.data.responses is not None:
+        if self._config.data.responses is not None or self.train_source.scenes is None:
             return None
+        source = self.train_source
         return lambda response, fact: oracle(source.scene_of(response.prompt), fact)
 
     def _segmenter(self, response: Response) -> tuple[Segment, ...]:
@@ -408,7 +406,7 @@ class Run:
         rollouts = self._cluster.rollouts()
         size = _REQUESTS * self._config.cluster.rollout.replicas
         responses: list[Response] = []
-        with self._progress(what) as progress:
+        with progress_bars(self._console, what) as progress:
             progress(done, done + len(requests))
             for start in range(0, len(requests), size):
                 chunk = rollouts.generate(requests[start : start + size]).result()
@@ -422,26 +420,6 @@ class Run:
         if warning := source.prompts.warning():
             self._console.print(f"[yellow]{warning}[/yellow]", highlight=False)
         return source
-
-    @contextmanager
-    def _progress(self, *names: str) -> Iterator[Callable[..., None]]:
-        """Show a bar per name; yields ``report(done, total, name)``."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self._console) as bars:
-            tasks = {name: bars.add_task(name, total=None, note="") for name in names}
-
-            def report(done: int, total: int, name: str = names[0], note: str = "") -> None:
-                bars.update(tasks[name], completed=done, total=total, note=note)
-
-            yield report
 
 
 def _to_run(ledger: Ledger, config: Config, wanted: Sequence[Stage], force: bool) -> list[Stage]:

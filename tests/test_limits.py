@@ -110,7 +110,7 @@ def test_usage_is_one_line() -> None:
         cost=0.25,
     )
     assert usage.line() == (
-        "1,000 replies, 5 retries (3 HTTP 500, 2 timeout), 1 failed, 5,500 tokens, cost 0.25"
+        "cost 0.25, 1,000 replies, 5 retries (3 HTTP 500, 2 timeout), 1 failed, 5,500 tokens"
     )
 
 

@@ -4,14 +4,14 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster.bars import progress_bars
 from cluster.evaluation.jobs import Job, Judges, file_digests
 from cluster.evaluation.settings import Settings, judge_settings
 from fgaif.chat.store import ReplyStore
@@ -139,7 +139,7 @@ def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: 
         def engines() -> "RolloutGroup":
             return policy_engines(stack.enter_context(Cluster(config, {"rollout"})), model)
 
-        report = stack.enter_context(_progress(err, "answers"))
+        report = stack.enter_context(progress_bars(err, "answers", passing=True))
         chunk = REQUESTS * config.cluster.rollout.replicas
         new = generate_answers(model, asked, cache, engines, chunk=chunk, progress=report)
     total = sum(len(part.prompts) for part in asked)
@@ -160,7 +160,7 @@ def _score(jobs: Sequence[Job], settings: Settings, err: Console) -> Iterator[tu
             store = stack.enter_context(ReplyStore(settings.replies))
             verifier = local_verifier(cluster, resolve_checkpoint(settings.verifier), store)
         for job in jobs:
-            with _progress(err, f"scoring {job.benchmark}") as report:
+            with progress_bars(err, f"scoring {job.benchmark}", passing=True) as report:
                 yield (
                     job,
                     asyncio.run(_score_one(job, Judges(verifier=verifier), settings, err, report)),
@@ -270,25 +270,6 @@ def _say_skipped(err: Console, benchmark: str, skipped: Sequence[Skipped]) -> No
             highlight=False,
             markup=False,
         )
-
-
-@contextmanager
-def _progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bars = Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bars:
-        task = bars.add_task(what, total=None)
-
-        def report(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
-
-        yield report
 
 
 def _dump(tree: Mapping[str, object] | Json) -> str:

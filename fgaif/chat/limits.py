@@ -58,15 +58,14 @@ class Usage:
 
     def line(self) -> str:
         """One short line for a progress bar."""
-        parts = [f"{self.replies:,} replies"]
+        parts = [f"cost {self.cost:.4g}"] if self.cost else []
+        parts.append(f"{self.replies:,} replies")
         if self.retries:
             causes = ", ".join(f"{n} {cause}" for cause, n in sorted(self.retries.items()))
             parts.append(f"{sum(self.retries.values()):,} retries ({causes})")
         if self.failed:
             parts.append(f"{self.failed:,} failed")
         parts.append(f"{self.input_tokens + self.output_tokens:,} tokens")
-        if self.cost:
-            parts.append(f"cost {self.cost:.4g}")
         return ", ".join(parts)
 
 
