@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -552,3 +553,41 @@ def test_the_client_imports_no_framework() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     heavy = {"torch", "ray", "transformers", "fastapi", "openai", "PIL", "fgaif.config"}
     assert heavy & set(loaded.decode().split()) == set()
+
+
+class FakeTrainer:
+    """Calls its reward functions as TRL's GRPOTrainer does, with a row whose image is a file."""
+
+    def __init__(self, model: str, reward_funcs: list[Any], train_dataset: list[Json]) -> None:
+        self.functions, self.rows = reward_funcs, train_dataset
+
+    def train(self) -> None:
+        prompts = [[{"role": "user", "content": row["prompt"]}] for row in self.rows]
+        said = [[{"role": "assistant", "content": "A dog."}]] * len(prompts)
+        images = [row["image"] for row in self.rows]
+        self.rewards = [trl_call(f, prompts, said, image=images) for f in self.functions]
+
+
+def test_the_examples_of_the_documentation_run(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "What?", "image": "photo.png"}]
+    loads = SimpleNamespace(load_dataset=lambda *_, **__: rows)
+    monkeypatch.setitem(sys.modules, "datasets", loads)
+    monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(GRPOTrainer=FakeTrainer))
+    monkeypatch.chdir(tmp_path)
+    Path("photo.png").write_bytes(png())
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    spaces = []
+    for block in blocks:
+        spaces.append({"__name__": "example"})
+        exec(block.replace("http://127.0.0.1:8000", stub.url), spaces[-1])
+    shown = capsys.readouterr().out
+    assert "0.25 object    There is a red circle. " in shown
+    assert "total 10.0" in shown
+    assert spaces[-2]["trainer"].rewards == [[2.0], [0.5], [-0.5]]
+    rewards = spaces[-1]["reward_func"](["Q: A dog."], ["Q:"], ["photo.png"])
+    assert rewards["rewards"].tolist() == [2.0]
+    for space in spaces[-2:]:
+        space["client"].close()

@@ -4,7 +4,7 @@
 
 Starts ``fgaif serve`` on loopback with reward models that were never trained (their speed and
 memory are those of trained ones), on the policy of the embedded world and, for the memory of
-weights, on a random LLaVA of 67M parameters. Closed loop: each client sends its next request when it
+weights, on a random LLaVA of 67M parameters. Closed loop: a client sends its next request when it
 has the answer to the one before; one text of about 40 tokens and one image per request, 64 of
 each, so that after the warm-up image features come from the cache. Clients, HTTP proxy, ingress
 and models share the machine. Every answer is compared with the one that a lone client got.
@@ -85,6 +85,7 @@ class Load:
     p50: float
     p95: float
     p99: float
+    slowest: float
     failed: int
     wrong: int
 
@@ -108,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = arguments.only or ["batching", "placement", "weights", "kill"]
     with TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), arguments.seconds, arguments.clients)
+        bench = Bench(Path(folder), arguments.seconds, arguments.clients, arguments.json)
         if "batching" in chosen:
             for _ in range(arguments.rounds):
                 bench.measure(Setting(name="shared, batch 16"))
@@ -120,17 +121,18 @@ def main() -> None:
             bench.measure(Setting(name="67M separate", backbone="wide", placement="separate"))
         if "kill" in chosen:
             bench.kill(Setting(name="kill", replicas=2))
-        report = bench.report()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1))
+        bench.show()
+    print(json.dumps(bench.report(), indent=1))
 
 
 class Bench:
     """The measurements of one run; all files are in ``folder``."""
 
-    def __init__(self, folder: Path, seconds: float, clients: Sequence[int]) -> None:
+    def __init__(
+        self, folder: Path, seconds: float, clients: Sequence[int], json_file: Path | None
+    ) -> None:
         self._folder = folder
+        self._json_file = json_file
         self._seconds = seconds
         self._clients = clients
         self._samples = samples()
@@ -150,6 +152,7 @@ class Bench:
                 self._loads.append(load)
                 print(load, file=sys.stderr)
             self._memory[setting.name] = memory(process)
+        self._save()
 
     def kill(self, setting: Setting, clients: int = 8) -> None:
         """Kill one of the replicas in the middle of a load, and count what the clients saw."""
@@ -174,11 +177,12 @@ class Bench:
                 "failed": load.failed,
                 "wrong": load.wrong,
                 "replicas_new": len({p.pid for p in scorers(process)} - {p.pid for p in before}),
-                "slowest_ms": load.p99,
+                "slowest_ms": load.slowest,
             }
+        self._save()
 
-    def report(self) -> dict[str, object]:
-        """Everything as JSON; the table goes to standard error."""
+    def show(self) -> None:
+        """Print the table to standard error."""
         table = Table(title="Scoring service")
         for name in ("setting", "clients", "req/s", "p50 ms", "p95 ms", "p99 ms", "failed"):
             table.add_column(name, justify="left" if name == "setting" else "right")
@@ -187,8 +191,16 @@ class Bench:
             rate, failed = f"{load.per_second:.1f}", str(load.failed + load.wrong)
             table.add_row(load.setting, str(load.clients), rate, *milliseconds, failed)
         Console(stderr=True, width=100).print(table)
+
+    def _save(self) -> None:
+        if self._json_file is not None:
+            text = json.dumps(self.report(), indent=1) + "\n"
+            self._json_file.write_text(text, encoding="utf-8")
+
+    def report(self) -> dict[str, object]:
+        """Everything so far, for JSON."""
         return {
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "machine": f"{processor()}, {os.cpu_count()} cores",
             "commit": commit(),
             "loads": [asdict(load) for load in self._loads],
             "gain_of_batching": self._gain(),
@@ -353,6 +365,7 @@ async def drive(
         p50=p50,
         p95=p95,
         p99=p99,
+        slowest=round(max(taken), 1),
         failed=seen["failed"],
         wrong=seen["wrong"],
     )
@@ -363,7 +376,7 @@ def scorers(process: psutil.Process) -> list[psutil.Process]:
     found = []
     for child in process.children(recursive=True):
         title = " ".join(child.cmdline())
-        if title.startswith("ray::ServeReplica") and "Scor" in title:
+        if title.startswith("ray::ServeReplica") and ":scorer" in title:
             found.append(child)
     return found
 
@@ -377,6 +390,13 @@ def memory(process: psutil.Process) -> dict[str, float]:
         "scoring": round(sum(held)),
         "all": round(sum(everything) + process.memory_full_info().uss / MIB),
     }
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def commit() -> str:
