@@ -9,6 +9,7 @@ from fgaif.config import Config
 from fgaif.errors import DataError
 from fgaif.feedback.audit import audit_sample, read_answers, read_items, write_audit
 from fgaif.feedback.audit_report import AuditReport, audit_report, audit_tables
+from fgaif.feedback.parquet import read_labels
 from fgaif.feedback.store import JsonlStore, label_store
 from fgaif.files import write_json
 from fgaif.types import LabeledResponse
@@ -41,7 +42,10 @@ def report_audit(
 ) -> AuditReport:
     """Compare the verdicts with a person's answers; print it and write ``audit/report.json``.
 
-    ``second`` is the label file of another verifier on the same responses.
+    ``second`` is the label file, .jsonl or .parquet, of another verifier on the same responses.
+
+    Raises:
+        DataError: a file is missing, broken, or of another sample.
     """
     folder = audit_folder(config)
     items = read_items(folder)
@@ -49,7 +53,7 @@ def report_audit(
         open_labels(config),
         items,
         read_answers(answers, items),
-        second=label_store(second) if second else None,
+        second=read_labels(second) if second else None,
     )
     show_audit(report, folder / "report.json", console.print)
     return report

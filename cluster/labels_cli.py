@@ -111,8 +111,10 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
     if not names:
         raise ConfigError("fgaif labels import: name at least one file")
     target = config.run_dir / "feedback" / "labels.jsonl"
-    if target.exists():
-        raise DataError(f"{target}: exists; import into another run, e.g. name=imported")
+    responses = config.run_dir / "responses" / "responses.jsonl"
+    for path in (target, responses):
+        if path.exists():
+            raise DataError(f"{path}: exists; import into another run, e.g. name=imported")
     tokenizer = load_processor(resolve_checkpoint(config.policy.model)).tokenizer
     pixels = config.data.max_image_pixels
     if form == "parquet":
@@ -129,9 +131,7 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
                 err.print(found.warning(), style="yellow", markup=False)
             sets.append(found.labeled)
         labeled = join_labels(sets) if form == "stepwise" else [x for part in sets for x in part]
-    response_store(config.run_dir / "responses" / "responses.jsonl").append(
-        item.response for item in labeled
-    )
+    response_store(responses).append(item.response for item in labeled)
     label_store(target).append(labeled)
     ledger = Ledger(config.run_dir)
     for stage in ("sample", "annotate"):

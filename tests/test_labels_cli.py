@@ -128,3 +128,36 @@ def test_an_audit_is_written_answered_and_reported(run_dir: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["truth"] == "people"
     assert report["unanswered"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (["annotate", "--answers", "a.json"], ConfigError, "--answers goes with --audit"),
+        (["annotate", "--audit", "--second", "b.jsonl"], ConfigError, "--second with --answers"),
+        (["labels", "import", "no.jsonl", "--form", "parquet", "name=new"], DataError, "no such"),
+    ],
+)
+def test_options_that_do_not_go_together_and_missing_files_are_refused(
+    run_dir: Path, arguments: list[str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        call(*arguments, f"dir={run_dir.parent}")
+
+
+def test_a_second_label_file_must_be_there(run_dir: Path) -> None:
+    where = settings(run_dir)
+    call("annotate", "--audit", *where)
+    items = json.loads((run_dir / "feedback" / "audit" / "audit_items.json").read_text())
+    answers = run_dir / "answers.json"
+    answers.write_text(json.dumps({"audit": items["audit"], "answers": {}}))
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
+        call("annotate", "--audit", "--answers", str(answers), "--second", "gone.jsonl", *where)
+
+
+def test_labels_are_not_imported_beside_sampled_responses(run_dir: Path, tmp_path: Path) -> None:
+    responses = tmp_path / "sampled" / "responses" / "responses.jsonl"
+    responses.parent.mkdir(parents=True)
+    responses.write_text("")
+    with pytest.raises(DataError, match=r"responses\.jsonl: exists; import into another run"):
+        call("labels", "import", "x.jsonl", f"dir={tmp_path}", "name=sampled")

@@ -7,6 +7,7 @@ hang. Each item weighs as many facts as it stands for, so that estimates are tho
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
@@ -84,17 +85,22 @@ def audit_sample(labeled: Iterable[LabeledResponse], n: int, seed: int) -> tuple
     def rank(item: AuditItem) -> bytes:
         return hashlib.sha256(f"{seed}:{item.id}".encode()).digest()
 
+    counts: Counter[tuple[Kind, Answer]] = Counter()
     strata: dict[tuple[Kind, Answer], list[AuditItem]] = {}
     for response, fact in distinct_facts(labeled):
         item = audit_item(response, fact)
         if item.answer in _JUDGED:
-            strata.setdefault((item.kind, item.answer), []).append(item)
+            key = (item.kind, item.answer)
+            counts[key] += 1
+            kept = strata.setdefault(key, [])
+            kept.append(item)
+            if len(kept) >= 2 * n:  # no more than these can be drawn
+                kept[:] = sorted(kept, key=rank)[:n]
     if not strata:
         raise DataError("audit: no fact has a yes/no verdict; annotate some responses first")
-    sizes = _shares({key: len(items) for key, items in strata.items()}, n)
     drawn = [
-        replace(item, weight=len(strata[key]) / size)
-        for key, size in sizes.items()
+        replace(item, weight=counts[key] / size)
+        for key, size in _shares(counts, n).items()
         for item in sorted(strata[key], key=rank)[:size]
     ]
     return tuple(sorted(drawn, key=rank))

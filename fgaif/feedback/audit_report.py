@@ -201,13 +201,14 @@ def audit_tables(report: AuditReport) -> Iterator[Table]:
         f"{report.unsure} could not be told, {report.unanswered} not answered"
     )
     yield table
-    names = list(next(iter(report.verdicts.values())))
-    classes = list(next(iter(report.classes.values())))
-    table = _table("distinct facts and segments", "", *names, *(f"seg. {c}" for c in classes))
-    for kind_name in KINDS:
-        counts = [*report.verdicts[kind_name].values(), *report.classes[kind_name].values()]
-        table.add_row(kind_name, *map(str, counts))
-    yield table
+    for title, counts in (
+        ("distinct facts by verdict", report.verdicts),
+        ("segments by label", report.classes),
+    ):
+        table = _table(title, "", *next(iter(counts.values())))
+        for kind_name in KINDS:
+            table.add_row(kind_name, *map(str, counts[kind_name].values()))
+        yield table
     if report.agreements:
         table = _table("two verifiers", "first", "second", "facts", "agree", "kappa")
         for pair in report.agreements:

@@ -50,8 +50,10 @@ def read_labels(path: Path) -> Iterator[LabeledResponse]:
     """Read a .parquet file that :func:`write_labels` wrote, or a labels.jsonl, as a stream.
 
     Raises:
-        DataError: unreadable file or malformed row (names ``FILE:ROW``).
+        DataError: no such file, or a malformed row (names ``FILE:ROW``).
     """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a labels.jsonl or .parquet file")
     if path.suffix != ".parquet":
         yield from label_store(path)
         return
