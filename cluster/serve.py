@@ -37,6 +37,7 @@ _STUCK_AFTER = 5
 _HEALTH_PERIOD_S = 10.0
 _HEALTH_TIMEOUT_S = 60.0
 _DRAIN_STEP_S = 0.05
+_ROOM = 32
 _SPARE = 64
 """Requests beyond the queue that an ingress replica takes in, to refuse them in our own words."""
 
@@ -247,7 +248,8 @@ def deployment_options(config: Config, args: ServeArgs) -> dict[str, dict[str, A
         }
     scorer = common | scaling | {
         "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
-        "max_ongoing_requests": 2 * settings.batch.size,
+        # A full replica is asked again only after a pause: room for the next batch, and to wait.
+        "max_ongoing_requests": max(2 * settings.batch.size, _ROOM),
         "max_queued_requests": 8 * settings.queue,
     }  # fmt: skip
     options = dict.fromkeys(scorer_kinds(config), scorer)

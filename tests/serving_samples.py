@@ -1,27 +1,37 @@
 """Tiny reward models on disk, images as requests carry them, and a backend without Ray."""
 
+import asyncio
 import base64
 import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from tiny import byte_level_tokenizer
 
 from actors.scorer import ScoringActor
 from fgaif.config import Config, LoraConfig
-from fgaif.data.images import ImageBytes
+from fgaif.data.images import ImageBytes, load_image
+from fgaif.feedback.facts import SceneFacts
 from fgaif.lvlm.model import load_lvlm
 from fgaif.reward.checkpoint import RewardCard, checkpoint_digest, save_reward_model
 from fgaif.reward.model import new_reward_model, trainable_state
 from fgaif.serving.errors import invalid
 from fgaif.serving.schema import (
+    CardOut,
     GenerateRequest,
     GenerateResponse,
+    ModelOut,
     ModelsResponse,
     ReloadResponse,
 )
-from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
-from fgaif.types import KINDS
+from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, TextScorer
+from fgaif.types import KINDS, FloatArray, ImageRef, Response, Segment
 
 TEXT = (
     "The image features a dog sitting on a couch, and there is a small red star above it, next to "
@@ -90,3 +100,125 @@ class LocalBackend:
 
     async def probe(self) -> str:
         return self.actor.probe()
+
+
+class StubScorer:
+    """Probabilities made of the number of tokens; real in everything that is read before."""
+
+    max_length = 512
+
+    def look(self, image: ImageRef) -> None:
+        load_image(image)
+
+    def length(self, response: Response, segments: Sequence[Segment]) -> int:
+        return len(response.token_ids) + len(segments)
+
+    def probs(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> list[FloatArray]:
+        rows = []
+        for pieces in segments:
+            tokens = np.array([[piece.token_end - piece.token_start] for piece in pieces])
+            hallu = np.broadcast_to(1 / (1 + tokens.reshape(-1, 1)), (len(pieces), len(KINDS)))
+            rows.append(np.stack([0 * hallu, 1 - hallu, hallu], axis=-1).astype(np.float32))
+        return rows
+
+
+class StubBackend:
+    """A backend without a model; ``delay`` seconds long."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
+        self.version = "stub"
+        tokenizer = byte_level_tokenizer()
+        self._scorer = TextScorer(
+            StubScorer(), tokenizer, version="stub", min_words=5, extractor=SceneFacts()
+        )
+
+    async def score(self, item: ScoreItem) -> ScoredItem:
+        await asyncio.sleep(self.delay)
+        (answer,) = self._scorer.score([item])
+        if isinstance(answer, Refused):
+            raise invalid(answer.message, answer.field)
+        return answer
+
+    async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:
+        return GenerateResponse(text=request.prompt, finish="stop")
+
+    async def models(self) -> ModelsResponse:
+        card = CardOut(
+            head="linear", min_words=5, backbone_digest="", input_digest="", noise=None, metrics={}
+        )
+        model = ModelOut(
+            name="stub",
+            version=self.version,
+            kinds=list(KINDS),
+            backbone="none",
+            placement="shared",
+            loaded_at="2026-01-01T00:00:00+00:00",
+            cards=dict.fromkeys(KINDS, card),
+        )
+        return ModelsResponse(models=[model])
+
+    async def reload(self, version: str | None) -> ReloadResponse:
+        return ReloadResponse(previous=self.version, version=version or "stub", replicas=1)
+
+    async def probe(self) -> str:
+        return self.version
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an application sent back."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+async def call(
+    app: Any,
+    path: str,
+    *,
+    method: str = "POST",
+    chunks: Sequence[bytes] = (b"",),
+    headers: dict[str, str] | None = None,
+    read: list[bytes] | None = None,
+) -> Answer:
+    """Call an application by ASGI alone; ``read`` collects the chunks that it took."""
+    sent: list[Any] = []
+    left = list(chunks)
+
+    async def receive() -> Any:
+        if not left:
+            await asyncio.sleep(3600)
+        chunk = left.pop(0)
+        if read is not None:
+            read.append(chunk)
+        return {"type": "http.request", "body": chunk, "more_body": bool(left)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+    await app(scope, receive, send)
+    start, *rest = sent
+    found = {k.decode(): v.decode() for k, v in start["headers"]}
+    return Answer(start["status"], found, b"".join(part.get("body", b"") for part in rest))

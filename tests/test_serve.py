@@ -1,5 +1,7 @@
 """The service on Ray Serve over HTTP: equal to the PPO actors, whole under load and reloads."""
 
+import asyncio
+import json
 import os
 import shutil
 import socket
@@ -16,9 +18,10 @@ import reward_samples
 import serving_samples
 from ray import serve
 from serving_samples import TEXT, data_uri, png
+from websockets.sync.client import connect
 
 from actors.reward import RewardActor
-from cluster.serve import ServeArgs, deploy
+from cluster.serve import API, ServeArgs, deploy
 from fgaif.config import Config, with_overrides
 from fgaif.data.images import image_bytes
 from fgaif.feedback.given import given_response
@@ -48,7 +51,6 @@ class Served:
 def served(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
     rewards = serving_samples.write_rewards(tiny_llava_dir, folder / "rewards")
-    shutil.copytree(rewards, folder / "separate")
     config = with_overrides(reward_samples.settings(tiny_llava_dir), SMALL)
     os.environ["FGAIF_SERVE_KEY"] = KEY
     with socket.socket() as probe:
@@ -101,3 +103,159 @@ def test_scores_over_http_equal_the_ppo_actors(served: Served) -> None:
     assert result["total"] == pytest.approx(values.sum(), abs=1e-4)
     for k, kind in enumerate(KINDS):
         assert result["rewards"][kind] == pytest.approx(values[:, k].sum(), abs=1e-4)
+
+
+def test_concurrent_requests_batch_without_changing_anything(served: Served) -> None:
+    texts = [TEXT[i:] for i in range(0, 40, 2)]
+    alone = [probs(score(served.url, png(7), text).json()["results"][0]) for text in texts[:4]]
+
+    async def every() -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(headers=AUTH, timeout=60) as client:
+            calls = [
+                client.post(
+                    f"{served.url}/v1/score",
+                    json={"image": data_uri(png(7)), "text": text, "prompt": PROMPT},
+                )
+                for text in texts
+            ]
+            return list(await asyncio.gather(*calls))
+
+    answers = asyncio.run(every())
+    assert {answer.status_code for answer in answers} == {200}
+    for answer, single in zip(answers, alone, strict=False):
+        assert np.abs(probs(answer.json()["results"][0]) - single).max() < 1e-5
+    together = score(served.url, png(7), texts[:4]).json()["results"]
+    for result, single in zip(together, alone, strict=True):
+        assert np.abs(probs(result) - single).max() < 1e-5
+
+
+def test_health_models_and_metrics(served: Served) -> None:
+    health = httpx2.get(f"{served.url}/healthz", timeout=30)
+    assert (health.status_code, health.json()["ready"]) == (200, True)
+    (model,) = httpx2.get(f"{served.url}/v1/models", headers=AUTH).json()["models"]
+    assert model["version"] == health.json()["version"]
+    assert (model["placement"], set(model["cards"])) == ("shared", set(KINDS))
+    assert str(served.checkpoint.parent) not in json.dumps(model)  # names, no paths
+    assert "fgaif_requests_total" in httpx2.get(f"{served.url}/metrics", headers=AUTH).text
+
+
+def test_the_key_is_wanted_over_http_and_websocket(served: Served) -> None:
+    assert httpx2.get(f"{served.url}/v1/models").status_code == 401
+    wrong = {"Authorization": "Bearer no"}
+    refused = httpx2.post(f"{served.url}/v1/score", json={}, headers=wrong)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (401, "unauthorized")
+    with connect(f"ws{served.url[4:]}/v1/score/stream") as stream:
+        stream.send(json.dumps({"image": data_uri(png())}))
+        assert json.loads(stream.recv(timeout=30))["error"]["type"] == "unauthorized"
+
+
+def test_a_stream_over_a_websocket_ends_with_the_score(served: Served) -> None:
+    whole = score(served.url, png(), TEXT).json()["results"][0]
+    with connect(
+        f"ws{served.url[4:]}/v1/score/stream", additional_headers=AUTH, open_timeout=30
+    ) as stream:
+        stream.send(json.dumps({"image": data_uri(png()), "prompt": PROMPT}))
+        assert json.loads(stream.recv(timeout=30))["ready"]
+        for start in range(0, len(TEXT), 9):
+            stream.send(json.dumps({"delta": TEXT[start : start + 9]}))
+        stream.send('{"end": true}')
+        answers = [json.loads(message) for message in stream]
+    *segments, last = answers
+    assert np.abs(probs(last["result"]) - probs(whole)).max() < 1e-5
+    assert [s["segment"]["text"] for s in segments] == [s["text"] for s in whole["segments"]]
+    told = probs({"segments": [s["segment"] for s in segments]})
+    assert np.abs(told - probs(whole)).max() < 1e-5
+
+
+def test_errors_over_http(served: Served) -> None:
+    cases = [
+        ({"text": "", "image": "x"}, 422, "text"),
+        ({"text": "a", "image": "x"}, 422, "image"),
+        ({"text": "a </s> b", "image": data_uri(png())}, 422, "text"),
+        ({"text": "a " * 3000, "image": data_uri(png())}, 422, "text"),
+    ]
+    for body, status, field in cases:
+        answer = httpx2.post(f"{served.url}/v1/score", json=body, headers=AUTH, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["field"]) == (status, field)
+    huge = b"x" * (33 * 2**20)
+    answer = httpx2.post(f"{served.url}/v1/score", content=huge, headers=AUTH, timeout=30)
+    assert answer.status_code == 413
+
+
+def test_a_reload_under_load_drops_no_request(served: Served, tmp_path: Path) -> None:
+    """Requests before are of the old version, after of the new one, none is of neither."""
+    fresh = serving_samples.write_rewards(served.checkpoint, tmp_path / "new", seed=1)
+    old = score(served.url, png(), TEXT).json()["model"]["version"]
+    seen: list[tuple[int, str]] = []
+
+    async def load(client: httpx2.AsyncClient, stop: asyncio.Event) -> None:
+        body = {"image": data_uri(png()), "text": TEXT, "prompt": PROMPT}
+        while not stop.is_set():
+            answer = await client.post(f"{served.url}/v1/score", json=body)
+            seen.append((answer.status_code, answer.json().get("model", {}).get("version")))
+
+    async def scenario() -> Any:
+        stop = asyncio.Event()
+        async with httpx2.AsyncClient(headers=AUTH, timeout=60) as client:
+            users = [asyncio.create_task(load(client, stop)) for _ in range(4)]
+            await asyncio.sleep(0.5)
+            for kind in KINDS:
+                shutil.rmtree(served.rewards / kind)
+                shutil.copytree(fresh / kind, served.rewards / kind)
+            wrong = await client.post(
+                f"{served.url}/v1/models/reload", json={"version": "0123456789abcdef"}
+            )
+            answer = await client.post(f"{served.url}/v1/models/reload", json={})
+            await asyncio.sleep(0.5)
+            stop.set()
+            await asyncio.gather(*users)
+        return wrong, answer.json()
+
+    wrong, reloaded = asyncio.run(scenario())
+    assert (wrong.status_code, wrong.json()["error"]["field"]) == (422, "version")
+    assert (reloaded["previous"], reloaded["replicas"]) == (old, 1)
+    assert {status for status, _ in seen} == {200}
+    versions = [version for _, version in seen]
+    assert set(versions) == {old, reloaded["version"]}
+    assert versions[-1] == reloaded["version"]
+    result = score(served.url, png(), TEXT).json()["results"][0]
+    assert np.abs(probs(result) - expected(served, fresh, png(), TEXT)).max() < 1e-5
+    again = httpx2.post(f"{served.url}/v1/models/reload", json={}, headers=AUTH, timeout=60).json()
+    assert again["previous"] == again["version"] == reloaded["version"]
+
+
+def test_a_damaged_folder_is_not_loaded_and_service_goes_on(served: Served) -> None:
+    head = served.rewards / "relation" / "reward_head.safetensors"
+    content = head.read_bytes()
+    head.write_bytes(b"damaged")
+    answer = httpx2.post(f"{served.url}/v1/models/reload", json={}, headers=AUTH, timeout=60)
+    head.write_bytes(content)
+    assert answer.status_code == 422
+    assert str(served.rewards) not in answer.text
+    assert score(served.url, png(), TEXT).status_code == 200
+
+
+def test_separate_scorers_equal_the_ppo_actors_and_refuse_what_is_too_much(
+    served: Served,
+) -> None:
+    """Last, because it replaces the application: one deployment per kind, a queue of two."""
+    overrides = ["serve.placement=separate", "serve.queue=2", "serve.batch.size=1"]
+    config = with_overrides(served.config, overrides)
+    serve.run(deploy(config, ServeArgs(rewards=served.rewards)), name="fgaif", route_prefix="/")
+    answer = score(served.url, png(), TEXT)
+    wanted = expected(served, served.rewards, png(), TEXT)
+    assert np.abs(probs(answer.json()["results"][0]) - wanted).max() < 1e-5
+
+    async def flood() -> list[httpx2.Response]:
+        body = {"image": data_uri(png()), "text": [TEXT] * 32, "prompt": PROMPT}
+        async with httpx2.AsyncClient(headers=AUTH, timeout=60) as client:
+            calls = [client.post(f"{served.url}/v1/score", json=body) for _ in range(12)]
+            return list(await asyncio.gather(*calls))
+
+    answers = asyncio.run(flood())
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["type"] == "overloaded"
+    assert sum(serve.get_deployment_handle(API, "fgaif").broadcast("drain").results()) == 0
+    assert score(served.url, png(), TEXT).status_code == 503

@@ -1,7 +1,6 @@
 """The web application: routes, OpenAPI, page. It knows its models only as a ``Backend``."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -66,7 +65,10 @@ _SCORE_BODY = {
         "required": True,
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/ScoreRequest"}},
-            "multipart/form-data": {"schema": _FORM},
+            "multipart/form-data": {
+                "schema": _FORM,
+                "encoding": {"image": {"contentType": "image/png, image/jpeg, image/webp"}},
+            },
         },
     }
 }
@@ -84,18 +86,12 @@ def create_app(backend: Backend, config: Config, *, key: str | None) -> FastAPI:
     """
     service = Service(backend, config)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.images.close()
-
     app = FastAPI(
         title="FGAIF hallucination scores",
         version=__version__,
         description=_DESCRIPTION,
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
-        lifespan=lifespan,
     )
     gate = app.state.gate = Gate()
     app.add_middleware(Guard, config=config.serve, key=key, metrics=service.metrics, gate=gate)

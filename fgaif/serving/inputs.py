@@ -41,10 +41,6 @@ class ImageReader:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._check, content)
 
-    def close(self) -> None:
-        """Let the threads end."""
-        self._threads.shutdown(wait=False)
-
     def _decode(self, image: str) -> ImageBytes:
         start = _DATA_URI.match(image)
         try:

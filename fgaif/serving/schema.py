@@ -7,7 +7,7 @@ segment's reward is the sum over kinds, a text's total the sum over its segments
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fgaif.types import Kind
 
@@ -31,6 +31,15 @@ ImageText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "ima
 allows it, as an https URL."""
 
 
+def _integral(value: Any) -> Any:
+    # JSON has one kind of number: 5.0 is an integer to its schemas.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Integer = Annotated[int, BeforeValidator(_integral)]
+_MinWords = Annotated[int, Field(ge=1, le=MAX_MIN_WORDS), BeforeValidator(_integral)]
+
+
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -51,7 +60,7 @@ class ScoreRequest(_Request):
     """The question that the text answers."""
     facts: bool = False
     """Also list each segment's facts, where the server can tell them."""
-    min_words: int | None = Field(None, ge=1, le=MAX_MIN_WORDS)
+    min_words: _MinWords | None = None
     """Fewest words of a piece cut at a comma; default: what the reward models were trained with."""
 
     @property
@@ -106,8 +115,8 @@ class GenerateRequest(_Request):
     prompt: Question = DEFAULT_PROMPT
     temperature: float = Field(0.0, ge=0, le=2)
     """0 is greedy."""
-    max_new_tokens: int = Field(128, ge=1, le=1024)
-    seed: int = Field(0, ge=0, lt=2**31)
+    max_new_tokens: _Integer = Field(128, ge=1, le=1024)
+    seed: _Integer = Field(0, ge=0, lt=2**31)
 
 
 class ReloadRequest(_Request):
@@ -272,7 +281,7 @@ class StreamStart(_Request):
     image: ImageText
     prompt: Question = DEFAULT_PROMPT
     facts: bool = False
-    min_words: int | None = Field(None, ge=1, le=MAX_MIN_WORDS)
+    min_words: _MinWords | None = None
     key: str | None = Field(None, max_length=4096, repr=False)
     """The API key, for browsers, which cannot set the header of a WebSocket."""
 
