@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.serve_backend import ServeBackend
 from fgaif.config import Config, load_config
 from fgaif.data.images import ImageBytes
-from fgaif.errors import ActorError, ConfigError
+from fgaif.errors import ActorError, ConfigError, DataError
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.app import create_app
 from fgaif.serving.guard import log_failure
@@ -37,6 +37,7 @@ _STUCK_AFTER = 5
 _HEALTH_PERIOD_S = 10.0
 _HEALTH_TIMEOUT_S = 60.0
 _DRAIN_STEP_S = 0.05
+_STARTS = 3
 _ROOM = 32
 _SPARE = 64
 """Requests beyond the queue that an ingress replica takes in, to refuse them in our own words."""
@@ -137,7 +138,7 @@ class GeneratorReplica:
     @serve.batch(batch_wait_timeout_s=0.01)
     async def generate(
         self, asked: list[tuple[ImageBytes, GenerateRequest]]
-    ) -> list[GenerateResponse]:
+    ) -> list[GenerateResponse | Refused]:
         """Answer a batch; callers send and get one each."""
         requests = [
             GenerationRequest(
@@ -149,7 +150,16 @@ class GeneratorReplica:
             for image, request in asked
         ]
         loop = asyncio.get_running_loop()
-        answers = await loop.run_in_executor(self._thread, self._actor.generate, requests)
+        return await loop.run_in_executor(self._thread, self._answer, requests)
+
+    def _answer(self, requests: list[GenerationRequest]) -> list[GenerateResponse | Refused]:
+        try:
+            answers = self._actor.generate(requests)
+        except DataError:
+            if len(requests) > 1:  # one of them is at fault: each by itself
+                return [self._answer([request])[0] for request in requests]
+            told = "prompt and max_new_tokens do not fit into the policy's context, or bad image"
+            return [Refused(field="prompt", message=told)]
         return [GenerateResponse(text=answer.text, finish=answer.finish) for answer in answers]
 
 
@@ -235,6 +245,7 @@ def deployment_options(config: Config, args: ServeArgs) -> dict[str, dict[str, A
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
+        "max_constructor_retry_count": _STARTS,
     }  # fmt: skip
     replicas = settings.replicas
     scaling: dict[str, Any] = {"num_replicas": replicas.min}

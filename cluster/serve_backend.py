@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from fgaif.chat.messages import gather_all
 from fgaif.config import ServeConfig
 from fgaif.data.images import ImageBytes
-from fgaif.errors import CheckpointError, DataError
+from fgaif.errors import CheckpointError
 from fgaif.serving.errors import invalid, overloaded, unavailable
 from fgaif.serving.schema import (
     GenerateRequest,
@@ -58,10 +58,10 @@ class ServeBackend:
         """Let the policy answer."""
         if self._generator is None:
             raise invalid("no policy is served here")
-        try:
-            return await _call(self._generator.generate, (image, request))
-        except DataError:
-            raise invalid("prompt and answer do not fit into the policy's context") from None
+        answer = await _call(self._generator.generate, (image, request))
+        if isinstance(answer, Refused):
+            raise invalid(answer.message, answer.field)
+        return answer
 
     async def models(self) -> ModelsResponse:
         """What the scorers have loaded; the cards of all kinds are known to each."""

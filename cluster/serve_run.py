@@ -17,7 +17,7 @@ from cluster.serve import API, APP, ServeArgs, deploy, deployment_options, score
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
-from fgaif.reward.checkpoint import common_min_words, read_card, rewards_version
+from fgaif.reward.checkpoint import checked_card, common_min_words, rewards_version
 from fgaif.serving.access import read_serve_key
 from fgaif.types import KINDS
 
@@ -36,8 +36,9 @@ def run_service(config: Config, args: ServeArgs, host: str, port: int, out: Cons
 
     from cluster.launch import connect
 
-    version = check_models(args)
-    args = args.model_copy(update={"anonymous": may_be_open(config, host)})
+    version = check_models(config, args)
+    chosen = {"anonymous": may_be_open(config, host), "rewards": args.rewards.resolve()}
+    args = args.model_copy(update=chosen)
     connect(config)
     try:
         _start(config, args, host, port)
@@ -54,10 +55,15 @@ def run_service(config: Config, args: ServeArgs, host: str, port: int, out: Cons
         ray.shutdown()
 
 
-def check_models(args: ServeArgs) -> str:
-    """Version of the folder's reward models, whose cards fit together."""
+def check_models(config: Config, args: ServeArgs) -> str:
+    """Version of the folder's reward models, which fit the backbone and each other.
+
+    Raises:
+        CheckpointError: they do not, or are not complete.
+    """
     version = rewards_version(args.rewards)
-    common_min_words([read_card(args.rewards / kind) for kind in KINDS])
+    backbone = resolve_checkpoint(config.reward_backbone)
+    common_min_words([checked_card(args.rewards / kind, backbone) for kind in KINDS])
     return version
 
 
@@ -90,7 +96,7 @@ def is_loopback(host: str) -> bool:
 def print_service(config: Config, args: ServeArgs, host: str, port: int, out: Console) -> None:
     """Print deployments with replicas, resources and memory, then the Serve config file."""
     options = deployment_options(config, args)
-    table = Table(title=f"service of {args.rewards}, version {check_models(args)}")
+    table = Table(title=f"service of {args.rewards}, version {check_models(config, args)}")
     for column in ("deployment", "replicas", "CPUs", "GPUs", "weights, GiB", "kinds"):
         table.add_column(column)
     kinds = scorer_kinds(config)

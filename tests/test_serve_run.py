@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+import reward_samples
 import serving_samples
 import yaml
 from rich.console import Console
 
 from cluster.serve import ServeArgs, deployment_options
-from cluster.serve_run import may_be_open, print_service, serve_yaml
-from fgaif.config import load_config
+from cluster.serve_run import check_models, may_be_open, print_service, serve_yaml
+from fgaif.config import load_config, with_overrides
 from fgaif.errors import CheckpointError, ConfigError
 
 SERVE = Path(__file__).parents[1] / "configs" / "serve"
@@ -38,7 +39,8 @@ def test_dry_run_prints_a_plan_and_a_file_for_serve_deploy(
     rewards = serving_samples.write_rewards(tiny_llava_dir, tmp_path / "rewards")
     args = ServeArgs(rewards=rewards, set=("serve.queue=9",))
     out = Console(record=True, width=200)
-    print_service(load_config(None, args.set), args, "127.0.0.1", 8123, out)
+    config = with_overrides(reward_samples.settings(tiny_llava_dir), args.set)
+    print_service(config, args, "127.0.0.1", 8123, out)
     printed = out.export_text()
     assert "scorer" in printed
     tree = yaml.safe_load(printed[printed.index("http_options:") :])
@@ -51,6 +53,14 @@ def test_dry_run_prints_a_plan_and_a_file_for_serve_deploy(
 def test_a_folder_without_reward_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="train-reward"):
         print_service(load_config(None), ServeArgs(rewards=tmp_path), "127.0.0.1", 8000, Console())
+
+
+def test_reward_models_of_another_backbone_are_refused_before_the_start(
+    tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    args = ServeArgs(rewards=serving_samples.write_rewards(tiny_llava_dir, tmp_path))
+    with pytest.raises(CheckpointError, match=r"set reward\.backbone"):
+        check_models(load_config(None), args)
 
 
 def test_only_loopback_needs_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ def load_reward_model(
     Raises:
         CheckpointError: the card, adapter or head is missing or does not fit the backbone.
     """
-    card = _checked_card(directory, backbone)
+    card = checked_card(directory, backbone)
     model = load_lvlm(backbone, dtype=dtype, device=device, attention=attention)
     merged = load_adapter(model, directory).merge_and_unload()
     return RewardModel(merged, _load_head(directory, card, merged)).eval().requires_grad_(False)
@@ -180,7 +180,7 @@ def load_shared_reward_models(
     Raises:
         CheckpointError: as ``load_reward_model``, for any kind.
     """
-    cards = {kind: _checked_card(directory / kind, backbone) for kind in KINDS}
+    cards = {kind: checked_card(directory / kind, backbone) for kind in KINDS}
     model = load_lvlm(backbone, dtype=dtype, device=device, attention=attention)
     first, *rest = KINDS
     try:
@@ -194,7 +194,8 @@ def load_shared_reward_models(
     return SharedRewardModels(shared, nn.ModuleDict(heads)).eval().requires_grad_(False)
 
 
-def _checked_card(directory: Path, backbone: Path) -> RewardCard:
+def checked_card(directory: Path, backbone: Path) -> RewardCard:
+    """Read a card for ``backbone``; raises CheckpointError if it is for another one."""
     card = read_card(directory)
     found = checkpoint_digest(backbone)
     if card.backbone_digest != found:
