@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.judge import JudgeActor
 from actors.rollout import RolloutActor
 from fgaif.config import Config, parse_config
 from fgaif.data.images import image_ref
@@ -28,6 +29,13 @@ def rollout_actor(model_dir: Path) -> RolloutActor:
     All stay alive: an engine that is collected takes the process-wide groups of the others along.
     """
     return RolloutActor(model_dir, engine_config())
+
+
+@cache
+def judge_actor(model_dir: Path, max_model_len: int) -> JudgeActor:
+    """The same for a verifier."""
+    engine = {"max_num_seqs": 64, "max_model_len": max_model_len, "kv_cache_mib": 32}
+    return JudgeActor(model_dir, parse_config({"cluster": {"engine": engine}}))
 
 
 def photo_prompts(photos: Path, text: str = "Describe this image in detail.") -> list[Prompt]:

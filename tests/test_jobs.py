@@ -1,7 +1,9 @@
 """Runs as Ray jobs: what is uploaded, and one real submission through a dashboard's port."""
 
 import json
+import os
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,8 +83,9 @@ def test_the_rayjob_is_one_that_kuberay_and_fgaif_take(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def dashboard() -> Iterator[str]:
-    """A head node with its dashboard and job agent on free ports."""
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head node with its dashboard and job agent on free ports; jobs find this Python first."""
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     port, agent = free_port(), free_port()
     arguments = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
     cluster = RayCluster(

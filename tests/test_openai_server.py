@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import judge_actor
 from test_feedback_job import TOKENIZER, World
 
-from actors.judge import JudgeActor
 from actors.openai_server import server_command, server_environment
 from cluster.launch import free_port
 from fgaif.chat.batched import BatchedChat
@@ -86,7 +86,7 @@ def test_api_and_own_actors_give_the_same_labels(server: str, tmp_path: Path) ->
         "feedback.verifier=api:eyes",
     )
     served = label(api, world, None, tmp_path / "served.sqlite")
-    judge = JudgeActor(resolve_checkpoint("scenes:verifier"), settings())
+    judge = judge_actor(resolve_checkpoint("scenes:verifier"), 512)
     own = label(settings(), world, BatchedChat("own", judge.answer), tmp_path / "own.sqlite")
     for first, second in zip(served, own, strict=True):
         assert first.labels.tolist() == second.labels.tolist()
