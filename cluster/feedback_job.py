@@ -59,10 +59,7 @@ class AnnotateChunk:
         judge_name: str,
     ) -> None:
         folder = config.run_dir / "feedback"
-        local = None
-        if judges is not None:
-            local = BatchedChat(judge_name, lambda asked: judges.answer(asked).result())
-        self._models = FeedbackModels(config, ReplyStore(folder / "replies.sqlite"), local)
+        self._models = _models(config, judges, judge_name, ReplyStore(folder / "replies.sqlite"))
         self._annotator = self._models.annotator()
         self._responses = response_store(config.run_dir / "responses" / "responses.jsonl")
         self._tokenizer = SimpleNamespace(backend_tokenizer=Tokenizer.from_str(tokenizer))
@@ -115,6 +112,15 @@ class AnnotateChunk:
             write_whole(self._progress, json.dumps(state))
 
 
+def _models(
+    config: Config, judges: "JudgeGroup | None", judge_name: str, store: ReplyStore
+) -> FeedbackModels:
+    local = None
+    if judges is not None:
+        local = BatchedChat(judge_name, lambda asked: judges.answer(asked).result())
+    return FeedbackModels(config, store, local)
+
+
 def annotate_responses(
     config: Config,
     labels: JsonlStore[LabeledResponse],
@@ -129,6 +135,7 @@ def annotate_responses(
     label file, replies from the reply store.
 
     Raises:
+        ConfigError: a key, a price or a prompt is missing; nothing was started.
         ServiceError: a model cannot be asked (key, quota, budget); all that was paid for is kept.
         DataError: a malformed stored response, a full disk.
         ActorError: the worker or a judge died.
@@ -140,7 +147,10 @@ def annotate_responses(
     if not chunks:
         progress(total, total, None)
         return
-    snapshot = config.run_dir / "feedback" / "progress.json"
+    folder = config.run_dir / "feedback"
+    with ReplyStore(folder / "replies.sqlite") as store:
+        _models(config, judges, judge_name, store).annotator()  # what is missing is said here
+    snapshot = folder / "progress.json"
     snapshot.unlink(missing_ok=True)
     # The worker must find the run folder whatever its own working directory is.
     placed = config.model_copy(update={"dir": config.dir.resolve()})

@@ -34,7 +34,7 @@ from fgaif.data.scenes.facts import oracle, parse_facts
 from fgaif.data.scenes.files import read_scenes, write_split
 from fgaif.data.scenes.tokenizer import build_tokenizer
 from fgaif.data.scenes.world import Scene
-from fgaif.errors import ServiceError
+from fgaif.errors import ConfigError, ServiceError
 from fgaif.feedback.store import label_store, response_store
 from fgaif.types import KINDS, LabeledResponse, Prompt, Response
 
@@ -262,6 +262,17 @@ def test_a_job_killed_as_a_whole_ends_with_the_same_bytes(
         assert start().wait() == 0
     assert label_bytes(config) == label_bytes(quiet)
     assert server.requests.total() - len(server.requests) <= 32
+
+
+def test_a_missing_key_is_said_before_anything_starts(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("ray.data.from_items", None)
+    config = settings(tmp_path, "https://api.example.com/v1")
+    prepare(config, world)
+    with pytest.raises(ConfigError, match=r"endpoints\.local: no key .* OPENAI_API_KEY"):
+        run(config)
 
 
 def test_a_wrong_key_stops_the_job_with_the_fix_and_keeps_what_was_paid(

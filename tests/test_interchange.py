@@ -360,6 +360,7 @@ def test_given_responses_are_tokenised_with_the_policys_tokenizer(folder: Path, 
         ({"response": "A.", "id": "x", "prompt": "Other?"}, "id 'x' was used for another image"),
         ({"response": "A.", "id": "x", "image": "blue.png"}, "id 'x' was used for another image"),
         ({"response": "A.", "id": [1]}, "column `id`"),
+        ({"response": "cut \ud83d"}, "column `response`: half a character .* at place 4"),
     ],
 )
 def test_a_bad_given_row_is_named(folder: Path, row: dict[str, object], message: str) -> None:

@@ -78,14 +78,30 @@ def text_of(where: str, row: Json, column: str) -> str:
     """Return a column that must hold a text which is not blank.
 
     Raises:
-        DataError: it is missing or holds something else.
+        DataError: it is missing or holds something else, or half a character.
     """
     value = row.get(column)
     if isinstance(value, str) and value.strip():
-        return value
+        return whole_text(where, column, value)
     if value is None and column not in row:
         raise DataError(f"{where}: no column `{column}`, only {', '.join(row)}; rename or add it")
     raise DataError(f"{where}: column `{column}`: {value!r:.80}: expected a text that is not empty")
+
+
+def whole_text(where: str, column: str, text: str) -> str:
+    """Return a text without half characters (lone surrogates), which no tokenizer reads.
+
+    Raises:
+        DataError: it holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: column `{column}`: half a character ({text[error.start]!r}) at place "
+            f"{error.start}; take it out"
+        ) from error
+    return text
 
 
 def row_id(where: str, row: Json, default: str) -> str:

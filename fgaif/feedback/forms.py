@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from fgaif.data.prompts import Skipped, skipped_warning
-from fgaif.data.rows import row_id, text_of
+from fgaif.data.rows import row_id, text_of, whole_text
 from fgaif.errors import DataError
 from fgaif.feedback.given import ResponseMaker
 from fgaif.feedback.parquet import write_parquet
@@ -137,6 +137,8 @@ def list_of(where: str, row: Json, column: str, kind: type[T]) -> list[T]:
             raise DataError(
                 f"{where}: {column}[{index}] = {value!r:.60}: expected {kind.__name__}, not blank"
             )
+        if isinstance(value, str):
+            whole_text(where, column, value)
     return values
 
 
