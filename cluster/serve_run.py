@@ -1,6 +1,7 @@
 """``fgaif serve``: start the service, show its plan, stop it without dropping a request."""
 
 import ipaddress
+import logging
 import os
 import signal
 import threading
@@ -44,7 +45,10 @@ def run_service(config: Config, args: ServeArgs, host: str, port: int, out: Cons
         _start(config, args, host, port)
         shown = f"[{host}]" if ":" in host else host
         key = "without a key" if args.anonymous else f"with the key of {config.serve.key_env}"
-        out.print(f"serving version {version} at http://{shown}:{port}, {key}; Ctrl-C stops")
+        out.print(
+            f"serving version {version} at http://{shown}:{port}, {key}; Ctrl-C stops",
+            soft_wrap=True,
+        )
         _wait_for_signal()
         out.print("stopping: requests in work are finished first")
         left = serve.get_deployment_handle(API, APP).broadcast("drain").results()
@@ -137,6 +141,7 @@ def serve_yaml(args: ServeArgs, host: str, port: int) -> str:
 
 
 def _start(config: Config, args: ServeArgs, host: str, port: int) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     try:
         serve.run(deploy(config, args), name=APP, route_prefix="/")
