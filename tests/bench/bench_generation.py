@@ -58,7 +58,7 @@ def main() -> None:
     model = ModelSpec.parse("scenes:policy")
     config = generation_config(load_config(CONFIG), model)
     rates: dict[str, list[float]] = {"pool": [], "fgaif eval": []}
-    with tempfile.TemporaryDirectory() as name, Cluster(config) as cluster:
+    with tempfile.TemporaryDirectory() as name, Cluster(config, {"rollout"}) as cluster:
         folder = Path(name)
         prompts = load_prompts("scenes:test", limit=options.questions, cache=folder).prompts
         pool = cluster.rollouts()
