@@ -3,13 +3,14 @@
     python tests/bench/bench_serve.py [--seconds 6] [--rounds 1] [--clients 1 8 32] [--json FILE]
 
 Starts ``fgaif serve`` on loopback with reward models that were never trained (their speed and
-memory are those of trained ones), on the policy of the embedded world and, for the memory of
-weights, on a random LLaVA of 67M parameters. Closed loop: a client sends its next request when it
-has the answer to the one before; one text of about 40 tokens and one image per request, 64 of
-each, so that after the warm-up image features come from the cache. Clients, HTTP proxy, ingress
-and models share the machine. Every answer is compared with the one that a lone client got.
+memory are those of trained ones), on three backbones: ``tiny``, the 50k parameters of the tests,
+``scenes``, the 0.9M of the embedded world's policy, and random 67M for the memory of weights.
+Closed loop: a client sends its next request when it has the answer to the one before; one text of
+about 40 tokens and one image per request, 64 of each, so that after the warm-up image features come
+from the cache. Clients, HTTP proxy, ingress and models share the machine. Every answer is compared
+with the one that a lone client got.
 
-    batching      shared backbone, serve.batch.size 16 against 1, in turn
+    batching      serve.batch.size 16 against 1, in turn, on one backbone for all kinds
     placement     shared backbone against one deployment per kind
     weights       the same for the larger backbone, with the memory of the replicas
     kill          two replicas, one killed (SIGKILL) under load; clients retry
@@ -112,15 +113,17 @@ def main() -> None:
         bench = Bench(Path(folder), arguments.seconds, arguments.clients, arguments.json)
         if "batching" in chosen:
             for _ in range(arguments.rounds):
-                bench.measure(Setting(name="shared, batch 16"))
-                bench.measure(Setting(name="shared, batch 1", batch=1))
+                bench.measure(Setting(name="tiny, batch 16", backbone="tiny"))
+                bench.measure(Setting(name="tiny, batch 1", backbone="tiny", batch=1))
+                bench.measure(Setting(name="scenes, batch 16"))
+                bench.measure(Setting(name="scenes, batch 1", batch=1))
+        if "kill" in chosen:
+            bench.kill(Setting(name="kill", replicas=2))
         if "placement" in chosen:
-            bench.measure(Setting(name="separate, batch 16", placement="separate"))
+            bench.measure(Setting(name="scenes, separate", placement="separate"))
         if "weights" in chosen:
             bench.measure(Setting(name="67M shared", backbone="wide"))
             bench.measure(Setting(name="67M separate", backbone="wide", placement="separate"))
-        if "kill" in chosen:
-            bench.kill(Setting(name="kill", replicas=2))
         bench.show()
     print(json.dumps(bench.report(), indent=1))
 
@@ -209,19 +212,21 @@ class Bench:
             "kill": self._kill,
         }
 
-    def _gain(self) -> dict[int, float]:
-        """Throughput with batching over that without, by number of clients; means of rounds."""
+    def _gain(self) -> dict[str, dict[int, float]]:
+        """Throughput with batching over that without, by backbone and clients; means of rounds."""
         rates: dict[tuple[str, int], list[float]] = {}
         for load in self._loads:
             rates.setdefault((load.setting, load.clients), []).append(load.per_second)
+        means = {key: statistics.mean(values) for key, values in rates.items()}
         return {
-            clients: round(
-                statistics.mean(rates["shared, batch 16", clients])
-                / statistics.mean(rates["shared, batch 1", clients]),
-                2,
-            )
-            for clients in self._clients
-            if ("shared, batch 1", clients) in rates
+            name: {
+                clients: round(
+                    means[f"{name}, batch 16", clients] / means[f"{name}, batch 1", clients], 2
+                )
+                for clients in self._clients
+            }
+            for name in ("tiny", "scenes")
+            if f"{name}, batch 1" in {setting for setting, _ in rates}
         }
 
     @contextmanager
@@ -236,9 +241,15 @@ class Bench:
         command += [f"serve.replicas.{bound}={setting.replicas}" for bound in ("max", "min")]
         command += ["serve.ingress_cpus=0.1"]
         url, start = f"http://127.0.0.1:{port}", time.perf_counter()
+        # Ray's workers give way to all others by default, here to the clients as well.
+        environment = os.environ | {"RAY_worker_niceness": "0"}
         with log.open("w") as file:
             process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         try:
             asyncio.run(healthy(url, process, log))
@@ -254,10 +265,10 @@ class Bench:
     def _models(self, backbone: str) -> tuple[Path, str]:
         """Reward models on a backbone, made at first use, and the backbone's name."""
         name, min_words = "scenes:policy", 4
-        if backbone == "wide":
-            name = str(self._folder / "wide")
+        if backbone != "scenes":
+            name = str(self._folder / backbone)
             if not Path(name).exists():
-                build_wide(Path(name))
+                (build_wide if backbone == "wide" else tiny.build_tiny_llava)(Path(name))
         rewards = self._folder / f"rewards-{backbone}"
         if not rewards.exists():
             make_rewards(rewards, resolve_checkpoint(name), min_words)
@@ -300,11 +311,11 @@ def make_rewards(directory: Path, backbone: Path, min_words: int) -> None:
         save_reward_model(directory / kind, model, trainable_state(model), card)
 
 
-def build_wide(directory: Path) -> None:
+def build_wide(directory: Path) -> Path:
     """Write a random LLaVA whose weights (67M parameters) outweigh a process without them."""
     tokenizer = tiny.byte_level_tokenizer()
     config = tiny._config(tokenizer, len(tokenizer), width=1536, image_size=56, max_length=1024)
-    tiny._save(directory, config, tokenizer, 0)
+    return tiny._save(directory, config, tokenizer, 0)
 
 
 async def healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
