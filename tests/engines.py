@@ -1,12 +1,16 @@
 """In-process vLLM engines shared by test modules, and prompts about the tests' photographs."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
 from actors.judge import JudgeActor
 from actors.rollout import RolloutActor
+from fgaif.chat.batched import Batch
+from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config, parse_config
 from fgaif.data.images import image_ref
 from fgaif.types import GenerationRequest, Prompt, Response
@@ -36,6 +40,17 @@ def judge_actor(model_dir: Path, max_model_len: int) -> JudgeActor:
     """The same for a verifier."""
     engine = {"max_num_seqs": 64, "max_model_len": max_model_len, "kv_cache_mib": 32}
     return JudgeActor(model_dir, parse_config({"cluster": {"engine": engine}}))
+
+
+def one_at_a_time(judge: JudgeActor) -> Batch:
+    """The judge as a Ray actor answers: the batches of several threads one after the other."""
+    lock = Lock()
+
+    def answer(requests: Sequence[ChatRequest]) -> list[Reply | None]:
+        with lock:
+            return judge.answer(requests)
+
+    return answer
 
 
 def photo_prompts(photos: Path, text: str = "Describe this image in detail.") -> list[Prompt]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import judge_actor
+from engines import judge_actor, one_at_a_time
 from test_feedback_job import TOKENIZER, World
 
 from actors.openai_server import server_command, server_environment
@@ -87,7 +87,8 @@ def test_api_and_own_actors_give_the_same_labels(server: str, tmp_path: Path) ->
     )
     served = label(api, world, None, tmp_path / "served.sqlite")
     judge = judge_actor(resolve_checkpoint("scenes:verifier"), 512)
-    own = label(settings(), world, BatchedChat("own", judge.answer), tmp_path / "own.sqlite")
+    local = BatchedChat("own", one_at_a_time(judge))
+    own = label(settings(), world, local, tmp_path / "own.sqlite")
     for first, second in zip(served, own, strict=True):
         assert first.labels.tolist() == second.labels.tolist()
         for text, verdict in first.verdicts.items():
