@@ -36,7 +36,7 @@ from fgaif.files import write_whole
 from fgaif.types import LabeledResponse, Response
 
 if TYPE_CHECKING:
-    from cluster.launch import JudgeGroup
+    from cluster.scorers import JudgeGroup
 
 Progress = Callable[[int, int, Usage | None], None]
 """Told rows done, rows in all, and what was asked and paid so far in this run."""

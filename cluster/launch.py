@@ -1,279 +1,28 @@
 """From the plan to running actors: the only place where a class is made remote."""
 
-import logging
 import os
 import socket
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.pool import merge_in_order, split_by_cost
-from cluster.failures import CREATION, translate
+from cluster.handles import Handle
 from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
-from fgaif.chat.messages import ChatRequest, Reply
+from cluster.rollouts import RolloutGroup
+from cluster.scorers import JudgeGroup, RewardGroup
+from cluster.trained import LearnerGroup, ReferenceClient
 from fgaif.config import Config
 from fgaif.errors import ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
-from fgaif.pending import Pending, Then
-from fgaif.types import (
-    KINDS,
-    Evaluation,
-    FloatArray,
-    GenerationRequest,
-    Kind,
-    Prompt,
-    Response,
-    Segment,
-    SegmentScores,
-    TrainBatch,
-    UpdateReport,
-    WeightsManifest,
-)
-
-log = logging.getLogger(__name__)
-
-Create = Callable[[], tuple[Any, PlacementGroup]]
-"""Starts an actor in a placement group of its own and returns both."""
+from fgaif.types import KINDS, Kind
 
 _REPEATABLE = ("rollout", "reward", "judge")
 """Roles whose calls give the same on a fresh actor: seeded sampling, scoring, yes or no."""
-
-_REPLACING = threading.Lock()
-"""Several threads may find the same actor dead; one of them replaces it."""
-
-
-class Handle:
-    """A named actor in its own placement group, replaced when it dies if ``restarts`` allow it.
-
-    Only for actors whose calls can be repeated on a fresh one: ``prepare`` brings that to the state
-    of the one that died (a rollout engine to its weights version), then the call is made again.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        create: Create,
-        *,
-        timeout_s: float,
-        start_timeout_s: float,
-        restarts: int = 0,
-    ) -> None:
-        self.name = name
-        self.prepare: Callable[[Any], None] = lambda _: None
-        self._create = create
-        self._timeout_s = timeout_s
-        self._start_timeout_s = start_timeout_s
-        self._restarts_left = restarts
-        self.actor, self._group = create()
-
-    def call(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
-        """Start ``method(actor).remote(*arguments)``; ``result`` names the actor if it fails."""
-        actor = self.actor
-        reference = method(actor).remote(*arguments)
-
-        def finish() -> Any:
-            nonlocal actor, reference
-            while True:
-                try:
-                    return ray.get(reference, timeout=self._timeout_s)
-                except (ray.exceptions.RayError, TimeoutError) as error:
-                    if not self._replace(actor, error):
-                        raise translate(error, self.name) from error
-                    actor = self.actor
-                    reference = method(actor).remote(*arguments)
-
-        return Then(finish)
-
-    def stop(self) -> None:
-        """Kill the actor and free its resources."""
-        ray.kill(self.actor)
-        remove_placement_group(self._group)
-
-    def _replace(self, dead: Any, error: Exception) -> bool:
-        """Start another actor in place of one that died or hangs; False if that would not help."""
-        gone = (ray.exceptions.ActorDiedError, ray.exceptions.GetTimeoutError, TimeoutError)
-        if not isinstance(error, gone) or CREATION in str(error):
-            return False
-        with _REPLACING:
-            if self.actor is not dead:
-                return True  # another call found it out first
-            if self._restarts_left == 0:
-                return False
-            self._restarts_left -= 1
-            cause = translate(error, self.name)
-            log.warning("%s\n%s is replaced, %d left", cause, self.name, self._restarts_left)
-            self.stop()
-            self.actor, self._group = self._create()
-            try:
-                ray.get(self.actor.__ray_ready__.remote(), timeout=self._start_timeout_s)
-                self.prepare(self.actor)
-            except (ray.exceptions.RayError, TimeoutError) as failed:
-                raise translate(failed, self.name) from failed
-        return True
-
-
-class Pool:
-    """Replicas of one actor class: split work or ask everyone."""
-
-    def __init__(self, handles: Sequence[Handle]) -> None:
-        self.handles = handles
-
-    def spread(
-        self, method: Callable[[Any], Any], items: Sequence[Any], costs: Sequence[float]
-    ) -> Pending[Any]:
-        """Split the items by cost, call every replica with its share, merge in order."""
-        return self.share(method, items, split_by_cost(costs, len(self.handles)))
-
-    def share(
-        self, method: Callable[[Any], Any], items: Sequence[Any], shares: Sequence[Sequence[int]]
-    ) -> Pending[Any]:
-        """Call each replica with the items of its share of indexes, merge in order."""
-        calls = [
-            handle.call(method, [items[index] for index in indexes])
-            for handle, indexes in zip(self.handles, shares, strict=True)
-        ]
-        return Then(lambda: merge_in_order(shares, [call.result() for call in calls]))
-
-    def everywhere(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[list[Any]]:
-        """Call every replica with the same arguments."""
-        calls = [handle.call(method, *arguments) for handle in self.handles]
-        return Then(lambda: [call.result() for call in calls])
-
-    def stop(self) -> None:
-        """Stop every replica."""
-        for handle in self.handles:
-            handle.stop()
-
-
-class RolloutGroup(Pool):
-    """All rollout engines as one."""
-
-    def generate(self, requests: Sequence[GenerationRequest]) -> Pending[list[Response]]:
-        """Split by expected length, sample everywhere, return in order."""
-        costs = [float(request.max_new_tokens) for request in requests]
-        return self.spread(lambda actor: actor.generate, requests, costs)
-
-    def p_yes(self, prompts: Sequence[Prompt]) -> Pending[list[float]]:
-        """Split evenly, ask everywhere, return in order."""
-        return self.spread(lambda actor: actor.p_yes, prompts, [1.0] * len(prompts))
-
-    def load_weights(self, manifest: WeightsManifest) -> Pending[list[int]]:
-        """Send one copy to the object store; every replica loads it, later replacements too."""
-        stored = ray.put(manifest)
-        for handle in self.handles:
-            handle.prepare = lambda actor: ray.get(actor.load_weights.remote(stored))
-        return self.everywhere(lambda actor: actor.load_weights, stored)
-
-    def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
-        """Score the same responses on every replica."""
-        return self.everywhere(lambda actor: actor.probe_logprobs, responses)
-
-
-class JudgeGroup(Pool):
-    """All verifier engines as one."""
-
-    def answer(self, requests: Sequence[ChatRequest]) -> Pending[list[Reply | None]]:
-        """Split by length of the answer, ask everywhere, return in order."""
-        costs = [1.0 if request.yes_no else float(request.max_tokens) for request in requests]
-        return self.spread(lambda actor: actor.answer, requests, costs)
-
-
-class RewardGroup:
-    """One actor (or several) per kind; scores of the kinds are stacked to (S, K, C)."""
-
-    def __init__(self, handles: Sequence[Sequence[Handle]]) -> None:
-        self._kinds = [Pool(replicas) for replicas in handles]
-
-    def score(
-        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
-    ) -> Pending[list[SegmentScores]]:
-        """Score every kind at the same time."""
-        items = list(zip(responses, segments, strict=True))
-        costs = [float(len(response.token_ids)) for response in responses]
-        calls = [
-            group.spread(lambda actor: actor.score_pairs, items, costs) for group in self._kinds
-        ]
-
-        def finish() -> list[SegmentScores]:
-            kinds = [call.result() for call in calls]
-            return [
-                SegmentScores(probs=np.stack(rows, axis=1)) for rows in zip(*kinds, strict=True)
-            ]
-
-        return Then(finish)
-
-    def stop(self) -> None:
-        """Stop every scorer."""
-        for group in self._kinds:
-            group.stop()
-
-
-class ReferenceClient:
-    """The reference and value actor."""
-
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-
-    def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
-        """Reference log-probs and values."""
-        return self._handle.call(lambda actor: actor.evaluate, responses)
-
-    def update_values(self, batch: TrainBatch) -> Pending[UpdateReport]:
-        """Train the value model."""
-        return self._handle.call(lambda actor: actor.update_values, batch)
-
-    def save(self, path: Path) -> Pending[None]:
-        """Write its state."""
-        return self._handle.call(lambda actor: actor.save, path)
-
-    def restore(self, path: Path) -> Pending[None]:
-        """Read its state."""
-        return self._handle.call(lambda actor: actor.restore, path)
-
-    def stop(self) -> None:
-        """Stop the actor."""
-        self._handle.stop()
-
-
-class LearnerGroup(Pool):
-    """All DeepSpeed ranks as one. Every rank takes part in every call; rank 0 answers for all."""
-
-    def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
-        """Equal counts per rank: under ZeRO-3 every forward pass is a collective."""
-        ranks = len(self.handles)
-        shares = [list(range(rank, len(responses), ranks)) for rank in range(ranks)]
-        return self.share(lambda actor: actor.logprobs, responses, shares)
-
-    def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Pending[UpdateReport]:
-        """Every rank takes its share of each minibatch."""
-        return self._first(lambda actor: actor.update, ray.put(batch), anchors)
-
-    def publish(self, version: int) -> Pending[WeightsManifest]:
-        """Gather the adapter (a collective under ZeRO-3) and number it."""
-        return self._first(lambda actor: actor.publish, version)
-
-    def save(self, path: Path) -> Pending[None]:
-        """Every rank writes its part."""
-        return self._first(lambda actor: actor.save, path)
-
-    def restore(self, path: Path) -> Pending[None]:
-        """Every rank reads its part."""
-        return self._first(lambda actor: actor.restore, path)
-
-    def save_adapter(self, path: Path) -> Pending[None]:
-        """Write the adapter as a PEFT directory."""
-        return self._first(lambda actor: actor.save_adapter, path)
-
-    def _first(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
-        everyone = self.everywhere(method, *arguments)
-        return Then(lambda: everyone.result()[0])
 
 
 class Cluster:
@@ -382,7 +131,7 @@ class Cluster:
 
     def _launch(self, bundle: Bundle, cls: type, arguments: tuple[Any, ...]) -> Handle:
         settings = self._cluster
-        create = partial(_create, bundle, cls, arguments, str(settings.threads))
+        create = partial(create_actor, bundle, cls, arguments, str(settings.threads))
         restarts = settings.max_restarts if bundle.role in _REPEATABLE else 0
         return Handle(
             bundle.name,
@@ -393,9 +142,10 @@ class Cluster:
         )
 
 
-def _create(
+def create_actor(
     bundle: Bundle, cls: type, arguments: tuple[Any, ...], threads: str
 ) -> tuple[Any, PlacementGroup]:
+    """Reserve the bundle and start the class in it, without waiting for either."""
     resources = {"CPU": bundle.cpus} | ({"GPU": bundle.gpus} if bundle.gpus else {})
     group = placement_group([resources], name=bundle.name)
     remote = ray.remote(cls).options(

@@ -9,8 +9,10 @@ import pytest
 import ray
 from mortal import Mortal
 
-from cluster.launch import Handle, Pool, RolloutGroup, _create
+from cluster.handles import Handle, Pool
+from cluster.launch import create_actor
 from cluster.placement import Bundle
+from cluster.rollouts import RolloutGroup
 from fgaif.errors import ActorError, DataError
 
 
@@ -30,7 +32,7 @@ def local_ray() -> Iterator[None]:
 
 def start(folder: Path, name: str, *, restarts: int = 2, timeout_s: float = 60) -> Handle:
     bundle = Bundle(role="rollout", name=name, cpus=0.1, gpus=0, memory_gib=0)
-    environment = partial(_create, bundle, Mortal, (folder, name), "1")
+    environment = partial(create_actor, bundle, Mortal, (folder, name), "1")
     handle = Handle(name, environment, timeout_s=timeout_s, start_timeout_s=60, restarts=restarts)
     ray.get(handle.actor.__ray_ready__.remote(), timeout=60)
     return handle

@@ -21,7 +21,8 @@ from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.types import GenerationRequest, Json, Prompt, Response
 
 if TYPE_CHECKING:
-    from cluster.launch import Cluster, RolloutGroup
+    from cluster.launch import Cluster
+from cluster.rollouts import RolloutGroup
 
 REQUESTS = 512
 """Requests per call and replica."""

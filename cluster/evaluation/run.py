@@ -42,7 +42,7 @@ from fgaif.types import Json
 
 if TYPE_CHECKING:
     from cluster.evaluation.generate import ModelSpec
-    from cluster.launch import RolloutGroup
+    from cluster.rollouts import RolloutGroup
 
 _FACTS_PER_ANSWER = 12
 """Assumed for the estimate of FaithScore's third stage."""

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from cluster.evaluation.asking import Asked
 from cluster.evaluation.generate import ModelSpec, generate_answers, generation_config
-from cluster.launch import Cluster, RolloutGroup
+from cluster.launch import Cluster
+from cluster.rollouts import RolloutGroup
 from fgaif.config import load_config
 from fgaif.data.prompts import load_prompts
 from fgaif.types import GenerationRequest, Prompt
