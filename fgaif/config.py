@@ -363,6 +363,13 @@ class PpoConfig(_Section):
     keep_checkpoints: int = Field(2, ge=1)
     resume: str | None = None
     """`latest`, or a checkpoint directory."""
+    async_depth: int = Field(0, ge=0, le=2)
+    """Batches sampled ahead: 0 is on-policy; 1 samples the next batch while this one is trained on,
+    with weights one step older; 2 keeps two batches ahead."""
+    tis_cap: float = Field(2.0, gt=0)
+    """Cap of the importance weight learner/sampler per token, used where `async_depth` > 0."""
+    max_staleness: int = Field(2, ge=0)
+    """Responses sampled with weights older than so many steps are dropped and counted."""
     probe_tolerance: float = Field(1e-3, gt=0)
     """Largest |log-prob difference| of the probe prompt between learner and engine after a sync."""
 
@@ -372,6 +379,15 @@ class PpoConfig(_Section):
             raise ValueError(
                 f"ppo.minibatch = {self.minibatch} is larger than ppo.rollout_batch = "
                 f"{self.rollout_batch}: lower the first or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_allows_depth(self) -> Self:
+        if self.async_depth > self.max_staleness:
+            raise ValueError(
+                f"ppo.async_depth = {self.async_depth} samples with weights older than "
+                f"ppo.max_staleness = {self.max_staleness} allows: raise the second"
             )
         return self
 
@@ -390,6 +406,36 @@ class RoleConfig(_Section):
     replicas: int = Field(1, ge=1)
     cpus: float = Field(1.0, ge=0)
     gpus: float = Field(0.0, ge=0)
+
+
+class AutoscaleConfig(_Section):
+    """Number of rollout engines by the length of their queue."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(ge=1)
+    target_queue: float = Field(2.0, gt=0)
+    """Chunks per engine and batch that are aimed at."""
+    patience: int = Field(3, ge=1)
+    """Batches in a row that must need fewer engines before any is let go."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(
+                f"cluster.rollout.autoscale.min = {self.min} is above max = {self.max}: lower the "
+                "first or raise the second"
+            )
+        return self
+
+
+class RolloutRoleConfig(RoleConfig):
+    """Rollout engines; `fgaif scale` changes their number while a run goes on."""
+
+    chunk: int = Field(64, ge=1)
+    """Responses that an engine is given at a time. Smaller ones spread better over engines that
+    come and go, larger ones fill an engine better; not the number of engines but this decides
+    which responses share a batch, so scaling does not change what is sampled."""
+    autoscale: AutoscaleConfig | None = None
 
 
 class EngineConfig(_Section):
@@ -411,7 +457,7 @@ class ClusterConfig(_Section):
     """Ray address; default: the cluster this process belongs to, else a local one."""
     local_cpus: int | None = Field(None, ge=1)
     """CPUs of a local Ray; default: all."""
-    rollout: RoleConfig = RoleConfig()
+    rollout: RolloutRoleConfig = RolloutRoleConfig()
     reward: RoleConfig = RoleConfig()
     """Resources of each of the three reward actors."""
     reference: RoleConfig = RoleConfig()
@@ -422,8 +468,14 @@ class ClusterConfig(_Section):
     threads: int = Field(1, ge=1)
     """OMP threads of each actor on CPU."""
     max_restarts: int = Field(3, ge=0)
-    """Times that each rollout, reward and judge actor is replaced when it dies or does not answer
-    in time; its share of the work is done again. Others stop the run; it resumes by itself."""
+    """Times in a row that an actor is replaced when it dies or hangs, without having answered in
+    between; the run stops after that."""
+    heartbeat_s: float = Field(5.0, gt=0)
+    """Time between two signs of life of an actor's process."""
+    heartbeat_timeout_s: float = Field(60.0, gt=0)
+    """An actor without a sign of life for so long is frozen, and is replaced."""
+    stall_timeout_s: float = Field(900.0, gt=0)
+    """An actor at work that makes no progress for so long hangs, and is replaced."""
     start_timeout_s: float = Field(600.0, gt=0)
     call_timeout_s: float = Field(3600.0, gt=0)
 
