@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from actors.deepspeed_setup import import_deepspeed, join_process_group
 from actors.engine import LoraEngine
+from actors.pulse import beat
 from fgaif.config import Config
 from fgaif.errors import FgaifError
 from fgaif.lvlm.features import FeatureCache
@@ -192,9 +193,17 @@ class LearnerActor:
                     batch.mask[indexes, :width] * weights[:, None],
                 )
             )
+            importance = (
+                None
+                if batch.weights is None
+                else torch.from_numpy(batch.weights[indexes, :width]).to(self._engine.device)
+            )
             new = self._logprobs(responses)
             clip = self._config.ppo.clip
-            value = policy_loss(new, old, advantages, mask, clip=clip, num_valid_tokens=valid)
+            value = policy_loss(
+                new, old, advantages, mask,
+                clip=clip, num_valid_tokens=valid, weights=importance,
+            )  # fmt: skip
             totals.add_policy(value, new, old, advantages, mask, clip)
             return value
 
@@ -232,6 +241,7 @@ class LearnerActor:
         return _AnchorPiece(compute=compute, reference=self._engine.run(compute), weights=weight)
 
     def _anchor_loss(self, piece: "_AnchorPiece", totals: "_Totals") -> Tensor:
+        beat(len(piece.weights))
         kl = anchor_kl(piece.reference, self._engine.run(piece.compute))
         mean = (kl * piece.weights).sum()
         totals.anchor_kl += mean.detach()
@@ -239,6 +249,7 @@ class LearnerActor:
 
     def _logprobs(self, responses: Sequence[Response]) -> Tensor:
         """Log-probs (B, T) of the responses under the policy, zero at padding."""
+        beat(sum(len(response.token_ids) for response in responses))
         batch = self._encoder.encode(responses, self._like, pixels=False)
         compute = partial(
             response_logprobs,

@@ -75,6 +75,13 @@ GLOSSARY: dict[str, Metric] = {
         high=0.005,
     ),
     "mismatch/max": Metric(meaning="largest |log-prob difference| of a sampled token", high=1),
+    "staleness/mean": Metric(meaning="updates between a response's weights and the learner's"),
+    "staleness/max": Metric(meaning="the same of the oldest response"),
+    "staleness/dropped": Metric(meaning="responses too old to be trained on", high=0),
+    "tis/mean_weight": Metric(
+        meaning="mean importance weight of the tokens, learner against sampler", low=0.8, high=1.2
+    ),
+    "tis/capped_frac": Metric(meaning="share of the weights that were cut at the cap", high=0.05),
     "sync/max_abs_diff": Metric(
         meaning="largest log-prob difference of the probe after the sync, learner against engine"
     ),

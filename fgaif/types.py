@@ -189,6 +189,7 @@ class TrainBatch:
 
     ``task_rewards`` are the per-token rewards before the KL term; ``rewards`` include it.
     ``advantages`` are whitened over valid tokens, ``returns`` = unwhitened advantages + values.
+    ``weights`` are importance weights of the policy's loss per token, None for all ones.
     """
 
     responses: tuple[Response, ...]
@@ -200,6 +201,7 @@ class TrainBatch:
     rewards: FloatArray
     advantages: FloatArray
     returns: FloatArray
+    weights: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

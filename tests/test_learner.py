@@ -1,6 +1,7 @@
 """The DeepSpeed learner on one CPU rank, against torch, Hugging Face, itself resumed, two ranks."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,21 @@ def test_an_update_raises_the_probability_of_rewarded_responses(tiny_llava_dir, 
     assert report["policy/grad_norm"] > 0
     assert report["policy/tokens"] == 2 * batch.mask.sum()
     assert report["policy/anchor_kl"] == 0
+
+
+def test_importance_weights_scale_the_gradient_of_their_tokens(tiny_llava_dir, tmp_path):
+    """Ones change no bit of the update, zeros leave no gradient."""
+    responses = make_responses(tmp_path, 8)
+    reports = []
+    for weight in (None, 1.0, 0.0):
+        learner = one_rank(tiny_config(tiny_llava_dir, tmp_path))
+        batch = make_train_batch(responses, learner.logprobs(responses))
+        weights = None if weight is None else weight * batch.mask
+        reports.append(learner.update(replace(batch, weights=weights), []).metrics)
+    plain, ones, zeros = reports
+    for name in ("policy/loss", "policy/grad_norm", "policy/approx_kl"):
+        assert plain[name] == ones[name] != 0
+    assert zeros["policy/loss"] == zeros["policy/grad_norm"] == 0
 
 
 def test_published_factors_rebuild_the_policy(tiny_llava_dir, tmp_path):

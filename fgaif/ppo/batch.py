@@ -6,6 +6,7 @@ import numpy as np
 
 from fgaif.errors import DataError
 from fgaif.ppo.advantages import gae, whiten
+from fgaif.ppo.importance import importance_weights
 from fgaif.ppo.kl import kl_k1
 from fgaif.types import Evaluation, FloatArray, IntArray, Response, TrainBatch
 
@@ -19,6 +20,7 @@ def make_batch(
     kl_coef: float,
     gamma: float,
     lam: float,
+    tis_cap: float | None = None,
 ) -> TrainBatch:
     """Pad rollouts to (B, T), subtract the KL term from the rewards, estimate advantages.
 
@@ -31,6 +33,7 @@ def make_batch(
         task_rewards: per response (T,), the fine-grained rewards without KL.
         kl_coef: beta.
         gamma, lam: discount and GAE's lambda.
+        tis_cap: cap of the importance weights from engine to learner; None gives the batch none.
 
     Raises:
         DataError: lengths differ; the message names the response.
@@ -43,6 +46,10 @@ def make_batch(
     task = pad(task_rewards)
     rewards = task - np.float32(kl_coef) * kl_k1(old, reference, mask)
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    weights = None
+    if tis_cap is not None:
+        rollout = pad([response.rollout_logprobs for response in responses])
+        weights = importance_weights(old, rollout, mask, cap=tis_cap)
     return TrainBatch(
         responses=tuple(responses),
         mask=mask,
@@ -53,6 +60,7 @@ def make_batch(
         rewards=rewards,
         advantages=whiten(advantages, mask),
         returns=returns,
+        weights=weights,
     )
 
 

@@ -17,18 +17,23 @@ def policy_loss(
     *,
     clip: float,
     num_valid_tokens: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Compute the clipped surrogate loss.
 
-        sum_t max(-A_t rho_t, -A_t clip(rho_t, 1 - clip, 1 + clip)) / num_valid_tokens
+        sum_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - clip, 1 + clip)) / num_valid_tokens
         rho_t = exp(logprobs_t - old_logprobs_t)
 
-    All tensors (B, T); only tokens where ``mask`` is 1 count, whatever the rest holds.
+    All tensors (B, T); only tokens where ``mask`` is 1 count, whatever the rest holds. ``weights``
+    are constant importance weights from the sampler to the old policy, None for ones.
     """
     _check(mask, logprobs, old_logprobs, advantages)
     ratio = _ratio(logprobs, old_logprobs, mask)
     gain = torch.where(mask > 0, advantages, 0.0)
     loss = torch.maximum(-gain * ratio, -gain * ratio.clamp(1 - clip, 1 + clip))
+    if weights is not None:
+        _check(mask, weights)
+        loss = loss * torch.where(mask > 0, weights.detach(), 0.0)
     return loss.sum() / num_valid_tokens
 
 
