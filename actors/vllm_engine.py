@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LlavaConfig
 
+from actors.pulse import beat
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError, DataError
@@ -132,6 +133,7 @@ class VllmEngine:
                 self._served = number + 1
             if not engine.has_unfinished_requests():
                 break
+            beat(min(engine.get_num_unfinished_requests(), self._room // 2))  # a token for each
             outputs |= {int(done.request_id): done for done in engine.step() if done.finished}
         ordered = [outputs[number] for number in range(first, self._served)]
         self._tokens += sum(len(output.outputs[0].token_ids) for output in ordered)
