@@ -10,6 +10,20 @@ from fgaif.errors import ActorError, FgaifError
 _TAIL_LINES = 15
 CREATION = "raised in its creation task"
 """In Ray's words for an actor whose constructor failed: another one would fail too."""
+_GONE = (
+    ray.exceptions.ActorDiedError
+    | ray.exceptions.ActorUnavailableError
+    | ray.exceptions.NodeDiedError
+    | ray.exceptions.WorkerCrashedError
+    | ray.exceptions.ObjectLostError
+    | ray.exceptions.OutOfMemoryError
+    | ray.exceptions.GetTimeoutError
+)
+
+
+def is_gone(error: BaseException) -> bool:
+    """Whether an actor, its node or the answer it gave is lost, so that another one may help."""
+    return isinstance(error, _GONE | TimeoutError)
 
 
 def translate(error: Exception, name: str) -> FgaifError:
