@@ -4,10 +4,14 @@
                   ^                                                              |
                   +------- sync of version v+1 <------ learner, values <---------+
 
-Order is the contract: nothing is sampled between an update and the sync that follows it, and the
-next step starts only after every replica has confirmed the new version.
+Order is the contract. On policy (``ppo.async_depth`` 0) nothing is sampled between an update and
+the sync that follows it, and the next step starts only after every engine has confirmed the new
+version. With depth d the batch of step s is sampled, with the version of step s - d, while earlier
+ones are trained on; which version that is never depends on who was faster, so that asynchronous
+runs can be repeated and resumed exactly too.
 """
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +24,17 @@ from cluster.weight_sync import SyncReport, sync
 from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint
 from fgaif.config import Config
 from fgaif.data.order import batch_indexes, draw, request_seed
-from fgaif.errors import ConfigError
-from fgaif.pending import gather
+from fgaif.errors import ActorError, ConfigError, FgaifError
+from fgaif.feedback.store import response_store
+from fgaif.pending import Pending, Ready, gather
 from fgaif.ppo.batch import make_batch
+from fgaif.ppo.importance import drop_stale, off_policy_metrics
 from fgaif.ppo.kl import KlState, update_kl
 from fgaif.ppo.metrics import rollout_metrics
 from fgaif.reward.dense import RewardCenters, dense_rewards
 from fgaif.types import GenerationRequest, Prompt, Response, Segment, StepReport
+
+log = logging.getLogger(__name__)
 
 Segmenter = Callable[[Response], tuple[Segment, ...]]
 FindMalformed = Callable[[Response, Sequence[Segment]], Collection[int]]
@@ -71,6 +79,9 @@ class PpoDriver:
         self._state = LoopState(
             step=0, kl=KlState.from_config(config.ppo.kl), centers=RewardCenters.empty()
         )
+        self._ahead: dict[int, Pending[list[Response | None]]] = {}
+        self._syncing: Pending[SyncReport] | None = None
+        self._updating = False
         self._seconds: dict[str, float] = {}
 
     @property
@@ -79,15 +90,26 @@ class PpoDriver:
         return self._state.step
 
     def run(self) -> Iterator[StepReport]:
-        """Yield a report after each step until ``ppo.steps`` are done; resume if configured."""
+        """Yield a report after each step until ``ppo.steps`` are done; resume if configured.
+
+        Raises:
+            FgaifError: what stopped the run; where the learner is whole, the last finished step is
+                kept as a checkpoint.
+        """
+        config = self._config.ppo
         self._resume()
-        first = self._requests(self._state.step)[:1]
-        self._sync(self._roles.rollouts.generate(first).result(), self._state.step)
-        while self._state.step < self._config.ppo.steps:
-            report = self._step()
+        first = self._roles.rollouts.generate(self._requests(self._state.step)[:1]).result()
+        self._sync(_answered(first), self._state.step)
+        saved = self._state.step
+        while self._state.step < config.steps:
+            try:
+                report = self._step()
+            except FgaifError as error:
+                raise self._stopped(error, saved) from error
             done = self._state.step
-            if done % self._config.ppo.checkpoint_every == 0 or done == self._config.ppo.steps:
+            if done % config.checkpoint_every == 0 or done == config.steps:
                 self._checkpoint()
+                saved = done
             yield report
 
     def _step(self) -> StepReport:
@@ -95,7 +117,7 @@ class PpoDriver:
         self._seconds = {}
         with self._timed("total"):
             with self._timed("rollout"):
-                responses = roles.rollouts.generate(self._requests(state.step)).result()
+                responses, lost = self._sample()
                 segments = [self._segmenter(response) for response in responses]
                 malformed = [
                     self._find_malformed(r, s) for r, s in zip(responses, segments, strict=True)
@@ -112,7 +134,9 @@ class PpoDriver:
             batch = make_batch(
                 responses, old_logprobs, evaluations, rewards.tokens,
                 kl_coef=state.kl.coef, gamma=config.gamma, lam=config.lam,
+                tis_cap=config.tis_cap if config.async_depth else None,
             )  # fmt: skip
+            self._updating = True
             with self._timed("update"):
                 update = roles.learner.update(batch, self._anchors(state.step))
                 value_report = roles.reference.update_values(batch).result()
@@ -126,15 +150,40 @@ class PpoDriver:
             kl=update_kl(state.kl, metrics["kl/response"], len(responses), config.kl),
             centers=rewards.centers,
         )
+        self._updating = False
         return StepReport(
             step=version,
             version=version,
             metrics=metrics
+            | lost
+            | off_policy_metrics(batch, step=state.step, tis_cap=config.tis_cap)
             | policy_report.metrics
             | value_report.metrics
             | sync_report.metrics()
             | self._timings(float(batch.mask.sum())),
         )
+
+    def _sample(self) -> tuple[list[Response], dict[str, float]]:
+        """Take this step's responses, after asking for those of the steps ahead.
+
+        Every step's are sampled with the version that is newest when they are asked for. Returns
+        them with the numbers of those that are missing.
+        """
+        config, now = self._config.ppo, self._state.step
+        for step in range(now, min(now + config.async_depth + 1, config.steps)):
+            if step not in self._ahead:
+                requests = self._requests(step)
+                self._ahead[step] = self._roles.rollouts.generate(requests, version=now)
+        sampled = self._ahead.pop(now).result()
+        responses = _answered(sampled)
+        fresh, stale = drop_stale(responses, now, config.max_staleness)
+        if not fresh:
+            raise ActorError(
+                f"PPO step {now + 1}: none of {len(sampled)} responses can be used ({stale} too "
+                f"old, {len(sampled) - len(responses)} set aside because they kill engines)"
+            )
+        lost = {"set_aside": len(sampled) - len(responses), "stale": stale}
+        return [responses[i] for i in fresh], {f"rollout/{k}": float(v) for k, v in lost.items()}
 
     def _requests(self, step: int) -> list[GenerationRequest]:
         config, prompts = self._config, self._data.prompts
@@ -161,12 +210,33 @@ class PpoDriver:
         return [anchors[index] for index in chosen]
 
     def _sync(self, probe: Sequence[Response], version: int) -> SyncReport:
-        return sync(
+        """Bring a version to the engines; those that sample ahead are not waited for.
+
+        In asynchronous mode the report is that of the sync before, which must have succeeded.
+        """
+        last = self._syncing if self._ahead else None
+        self._syncing = sync(
             self._roles.learner,
             self._roles.rollouts,
             probe,
             version=version,
             tolerance=self._config.ppo.probe_tolerance,
+        )
+        return (last or self._syncing).result()
+
+    def _stopped(self, error: FgaifError, saved: int) -> FgaifError:
+        """Keep the last finished step, if the learner still stands there; say so."""
+        step = self._state.step
+        if self._updating or step == saved:
+            return error
+        try:
+            self._checkpoint()
+        except FgaifError as failure:
+            log.warning("step %d could not be kept: %s", step, failure)
+            return error
+        return type(error)(
+            f"{error}\nStep {step} is kept in {self._root / 'checkpoints'}: go on with "
+            "ppo.resume=latest"
         )
 
     def _checkpoint(self) -> None:
@@ -178,6 +248,9 @@ class PpoDriver:
             self._roles.reference.save(folder / "reference").result()
             learner.result()
             self._roles.learner.save_adapter(folder / "adapter").result()
+            for number, sampling in self._ahead.items():
+                store = response_store(folder / _AHEAD.format(number))
+                store.append(_answered(sampling.result()))
 
         state = {
             "step": step,
@@ -186,13 +259,15 @@ class PpoDriver:
             "config": stage_digest(self._config, "train"),
             "data": self._data.digest,
         }
-        write_checkpoint(
+        path = write_checkpoint(
             self._root / "checkpoints",
             f"step_{step:06d}",
             write,
             keep=self._config.ppo.keep_checkpoints,
             state=state,
         )
+        self._roles.learner.settle(path / "learner")
+        self._roles.reference.settle(path / "reference")
 
     def _resume(self) -> None:
         """Continue from ``ppo.resume``; refuse another configuration or other data."""
@@ -219,6 +294,10 @@ class PpoDriver:
             kl=KlState(**state["kl"]),
             centers=RewardCenters.from_json(state["centers"]),
         )
+        for number in range(state["step"], state["step"] + self._config.ppo.async_depth):
+            file = path / _AHEAD.format(number)
+            if file.is_file():
+                self._ahead[number] = Ready(list(response_store(file)))
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -229,3 +308,11 @@ class PpoDriver:
     def _timings(self, tokens: float) -> dict[str, float]:
         seconds = {f"seconds/{stage}": value for stage, value in self._seconds.items()}
         return seconds | {"tokens_per_second": tokens / self._seconds["total"]}
+
+
+_AHEAD = "ahead/step_{:06d}.jsonl"
+"""Responses of later steps that were sampled when a checkpoint was written."""
+
+
+def _answered(sampled: Sequence[Response | None]) -> list[Response]:
+    return [response for response in sampled if response is not None]

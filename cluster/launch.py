@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +22,8 @@ from fgaif.errors import ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.types import KINDS, Kind
 
-_REPEATABLE = ("rollout", "reward", "judge")
-"""Roles whose calls give the same on a fresh actor: seeded sampling, scoring, yes or no."""
+_REPEATABLE = ("reward", "judge")
+"""Roles whose calls give the same on a fresh actor without further ado."""
 
 
 class Cluster:
@@ -37,6 +38,7 @@ class Cluster:
         self._roles = roles
         self._cluster = config.cluster
         self._pools: dict[str, list[Handle]] = {}
+        self._rollouts: RolloutGroup | None = None
         self._owns_ray = False
 
     def __enter__(self) -> Self:
@@ -48,21 +50,26 @@ class Cluster:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for handles in self._pools.values():
-            for handle in handles:
-                handle.stop()
-        self._pools.clear()
+        for name in ["rollout", *self._pools]:
+            self.stop(name)
         if self._owns_ray:
             ray.shutdown()
 
     def rollouts(self) -> RolloutGroup:
-        """The policy's engines."""
-        from actors.rollout import RolloutActor
+        """The policy's engines, as many as configured; their number may change at any time."""
+        if self._rollouts is None:
+            from actors.rollout import RolloutActor
 
-        model = resolve_checkpoint(self._config.policy.model)
-        return RolloutGroup(
-            self._start("rollout", "rollout", lambda _: (RolloutActor, (model, self._config)))
-        )
+            model = resolve_checkpoint(self._config.policy.model)
+            pattern = next(bundle for bundle in self._bundles if bundle.role == "rollout")
+            threads = str(self._cluster.threads)
+
+            def create(name: str) -> tuple[Any, PlacementGroup]:
+                bundle = replace(pattern, name=name)
+                return create_actor(bundle, RolloutActor, (model, self._config), threads)
+
+            self._rollouts = RolloutGroup(create, self._cluster)
+        return self._rollouts
 
     def judges(self) -> JudgeGroup:
         """The verifier's engines."""
@@ -114,6 +121,9 @@ class Cluster:
 
     def stop(self, name: str) -> None:
         """Stop the role's actors (``judge``, ``rollout``, ...) if they run."""
+        if name == "rollout" and self._rollouts is not None:
+            self._rollouts.stop()
+            self._rollouts = None
         for key in [key for key in self._pools if key == name or key.startswith(f"{name}-")]:
             for handle in self._pools.pop(key):
                 handle.stop()

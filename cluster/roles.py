@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fgaif.pending import Pending
 from fgaif.types import (
@@ -19,24 +19,32 @@ from fgaif.types import (
     WeightsManifest,
 )
 
+if TYPE_CHECKING:
+    from cluster.weight_sync import Probe
+
 
 class Rollouts(Protocol):
     """All rollout engines as one."""
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Pending[list[Response]]:
-        """Sample one response per request, in order."""
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, version: int | None = None
+    ) -> Pending[list[Response | None]]:
+        """Sample one response per request, in order, with a loaded version (by default the newest).
+
+        None where a sample was set aside because it keeps killing engines.
+        """
         ...
 
     def p_yes(self, prompts: Sequence[Prompt]) -> Pending[list[float]]:
         """Probability of answering yes rather than no, per prompt."""
         ...
 
-    def load_weights(self, manifest: WeightsManifest) -> Pending[list[int]]:
-        """Load a version on every replica; each answers with the version it now has."""
-        ...
+    def load_weights(self, manifest: WeightsManifest, probe: "Probe") -> Pending[list[float]]:
+        """Load a version on every engine and hold it against the probe; the differences found.
 
-    def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
-        """Teacher-forced log-probs (T,) of the responses, from every replica."""
+        Raises (from the result):
+            SyncError: an engine confirms another version or scores the probe differently.
+        """
         ...
 
 
@@ -65,6 +73,10 @@ class Reference(Protocol):
         """Write the value model and its optimiser into ``path``."""
         ...
 
+    def settle(self, path: Path) -> None:
+        """What ``save`` wrote lies at ``path`` for good now: a lost state is rebuilt from there."""
+        ...
+
     def restore(self, path: Path) -> Pending[None]:
         """Read what ``save`` wrote."""
         ...
@@ -87,6 +99,10 @@ class Learner(Protocol):
 
     def save(self, path: Path) -> Pending[None]:
         """Write adapter, optimiser, schedule and RNG into ``path``."""
+        ...
+
+    def settle(self, path: Path) -> None:
+        """What ``save`` wrote lies at ``path`` for good now: a lost state is rebuilt from there."""
         ...
 
     def restore(self, path: Path) -> Pending[None]:

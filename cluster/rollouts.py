@@ -1,33 +1,336 @@
-"""The rollout engines as one."""
+"""The rollout engines as one: an elastic pool over Ray actors.
 
-from collections.abc import Sequence
+One thread drives the pool's rules (``actors/pool.py``). Calls of the driver and news of actors
+reach it as events of a queue, so the rules need no locks; who waits for answers has a future.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from cluster.handles import Pool
-from fgaif.pending import Pending
-from fgaif.types import FloatArray, GenerationRequest, Prompt, Response, WeightsManifest
+from actors.pool import ElasticPool, Member, Task
+from cluster.failures import CREATION, is_gone, translate
+from cluster.weight_sync import Probe, check_version
+from fgaif.config import ClusterConfig
+from fgaif.errors import ActorError, FgaifError
+from fgaif.pending import Pending, Then
+from fgaif.types import GenerationRequest, Prompt, Response, WeightsManifest
+
+log = logging.getLogger(__name__)
+
+Create = Callable[[str], tuple[Any, PlacementGroup]]
+"""Starts a named actor in a placement group of its own and returns both."""
+Watch = Callable[[str, bool], str | None]
+"""What is wrong with an actor (name, busy), if anything."""
+
+Method = Callable[[Any], Any]
+"""Picks the remote method of an actor that answers a chunk."""
+
+_TICK_S = 1.0
+_KEPT_WEIGHTS = 4  # versions in the object store: the newest and what asynchronous chunks may want
+_QUESTIONS = 8  # chunks of yes/no questions are this much larger: each answer is one token
 
 
-class RolloutGroup(Pool):
-    """All rollout engines as one."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """A version in the object store, and the probe that proves its arrival."""
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Pending[list[Response]]:
-        """Split by expected length, sample everywhere, return in order."""
-        costs = [float(request.max_new_tokens) for request in requests]
-        return self.spread(lambda actor: actor.generate, requests, costs)
+    version: int
+    stored: ray.ObjectRef
+    probe: Probe | None
+
+
+class RolloutGroup:
+    """All rollout engines as one; engines join, leave and are replaced while it works.
+
+    Args:
+        create: starts an engine of the given name.
+        cluster: number of engines, size of chunks, time-outs, bounds.
+        watch: tells of frozen or hung actors; asked once a second for those at work.
+        wished: number of engines that somebody asked for meanwhile, or None.
+        tell: called about once a second, and at every change, with the members and queue length.
+    """
+
+    def __init__(
+        self,
+        create: Create,
+        cluster: ClusterConfig,
+        *,
+        watch: Watch = lambda name, busy: None,
+        wished: Callable[[], int | None] = lambda: None,
+        tell: Callable[[Sequence[Member], int], None] = lambda members, queued: None,
+    ) -> None:
+        self._cluster = cluster
+        self._transport = _RayTransport(create, self._put, cluster, watch)
+        self._wished, self._tell = wished, tell
+        self._followed: int | None = None
+        autoscale = cluster.rollout.autoscale
+        self._pool = ElasticPool(
+            transport=self._transport, max_restarts=cluster.max_restarts, autoscale=autoscale
+        )
+        self._transport.pool = self._pool
+        self._serial = 0
+        self._versions: dict[int, int] = {}
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        start = cluster.rollout.replicas
+        if autoscale:
+            start = min(max(start, autoscale.min), autoscale.max)
+        self._put(partial(self._pool.resize, start))
+        self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
+        self._thread.start()
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        version: int | None = None,
+        chunk: int | None = None,
+    ) -> Pending[list[Response | None]]:
+        """Sample one response per request, in order; None for one that keeps killing engines.
+
+        ``version`` is the version of the weights to sample with, by default the newest.
+        """
+        weights = None if version is None else self._versions[version]
+        size = chunk or self._cluster.rollout.chunk
+        return self._submit(lambda actor: actor.generate, list(requests), size, weights)
 
     def p_yes(self, prompts: Sequence[Prompt]) -> Pending[list[float]]:
-        """Split evenly, ask everywhere, return in order."""
-        return self.spread(lambda actor: actor.p_yes, prompts, [1.0] * len(prompts))
+        """Probability of answering yes rather than no, per prompt; NaN where none could be got."""
+        # Questions about one image stay together, where its keys and values are shared.
+        order = sorted(range(len(prompts)), key=lambda index: prompts[index].image.sha256)
+        size = self._cluster.rollout.chunk * _QUESTIONS
+        asked = self._submit(
+            lambda actor: actor.p_yes, [prompts[index] for index in order], size, None
+        )
 
-    def load_weights(self, manifest: WeightsManifest) -> Pending[list[int]]:
-        """Send one copy to the object store; every replica loads it, later replacements too."""
+        def finish() -> list[float]:
+            answers = [float("nan")] * len(prompts)
+            for index, answer in zip(order, asked.result(), strict=True):
+                answers[index] = float("nan") if answer is None else answer
+            return answers
+
+        return Then(finish)
+
+    def load_weights(
+        self, manifest: WeightsManifest, probe: Probe | None = None
+    ) -> Pending[list[float]]:
+        """Make a version the newest; done when every engine at work has it and passed the probe.
+
+        One copy goes to the object store. Returns the engines' largest differences on the probe (0
+        without one). Engines that come later load it before they are given work.
+        """
+        self._serial += 1
         stored = ray.put(manifest)
-        for handle in self.handles:
-            handle.prepare = lambda actor: ray.get(actor.load_weights.remote(stored))
-        return self.everywhere(lambda actor: actor.load_weights, stored)
+        weights = _Weights(version=manifest.version, stored=stored, probe=probe)
+        self._versions[manifest.version] = self._serial
+        future: Future[None] = Future()
+        serial = self._serial
 
-    def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
-        """Score the same responses on every replica."""
-        return self.everywhere(lambda actor: actor.probe_logprobs, responses)
+        def begin() -> None:
+            self._transport.offer(serial, weights, self._pool.oldest_weights())
+            self._pool.load(serial, future)
+
+        self._put(begin)
+
+        def finish() -> list[float]:
+            future.result()
+            return self._transport.differences(serial)
+
+        return Then(finish)
+
+    def resize(self, engines: int) -> None:
+        """Grow or shrink to so many engines; takes effect while work goes on."""
+        self._put(partial(self._pool.resize, engines))
+
+    def set_aside(self) -> int:
+        """Number of samples given up so far because they keep killing engines."""
+        return len(self._pool.set_aside)
+
+    def stop(self) -> None:
+        """Stop every engine and the thread."""
+        self._put(None)
+        self._thread.join()
+        self._transport.stop_all()
+
+    def _submit(
+        self, method: Method, items: list[Any], size: int, weights: int | None
+    ) -> Pending[list[Any]]:
+        future: Future[list[Any]] = Future()
+        self._put(partial(self._pool.submit, method, items, size, future, weights))
+        return Then(future.result)
+
+    def _put(self, event: Callable[[], None] | None) -> None:
+        self._events.put(event)
+
+    def _run(self) -> None:
+        """Handle events until told to stop; whatever goes wrong reaches those who wait."""
+        last = 0.0
+        while True:
+            try:
+                event = self._events.get(timeout=_TICK_S)
+                if event is None:
+                    return
+                event()
+            except queue.Empty:
+                pass
+            except Exception as error:
+                self._pool.fail(error)
+            now = time.monotonic()
+            if now - last >= _TICK_S:
+                last = now
+                self._tick(now)
+
+    def _tick(self, now: float) -> None:
+        wished = self._wished()
+        if wished is not None and wished != self._followed:
+            self._followed = wished
+            self._pool.autoscale = None  # who scales by hand decides
+            self._pool.resize(wished)
+        try:
+            self._transport.look(now)
+        except ActorError as error:
+            self._pool.fail(error)
+        self._tell(list(self._pool.members.values()), len(self._pool.queue))
+
+
+class _RayTransport:
+    """Starts engines, sends them chunks and reports back by events."""
+
+    def __init__(
+        self,
+        create: Create,
+        put: Callable[[Callable[[], None]], None],
+        cluster: ClusterConfig,
+        watch: Watch,
+    ) -> None:
+        self._create, self._put, self._cluster, self._watch = create, put, cluster, watch
+        self._actors: dict[str, tuple[Any, PlacementGroup]] = {}
+        self._since: dict[str, float] = {}
+        self._weights: dict[int, _Weights] = {}
+        self._differences: dict[int, list[float]] = {}
+        self.pool: ElasticPool
+
+    def offer(self, serial: int, weights: _Weights, oldest: int) -> None:
+        """Keep weights for those that load them; let go of what nobody wants any more."""
+        self._weights[serial] = weights
+        self._differences[serial] = []
+        for old in [key for key in self._weights if key < min(oldest, serial - _KEPT_WEIGHTS + 1)]:
+            del self._weights[old], self._differences[old]
+
+    def differences(self, serial: int) -> list[float]:
+        return list(self._differences[serial])
+
+    def start(self, name: str, life: int) -> None:
+        self._since[name] = time.monotonic()
+        self._actors[name] = self._create(name)
+        actor = self._actors[name][0]
+        self._when_done(actor.__ray_ready__.remote(), partial(self._started, name, life))
+
+    def work(self, name: str, life: int, task: Task, load: bool) -> None:
+        self._since[name] = time.monotonic()
+        actor = self._actors[name][0]
+        calls: list[ray.ObjectRef] = []
+        if load:
+            weights = self._weights[task.weights]
+            calls.append(actor.load_weights.remote(weights.stored))
+            if weights.probe is not None:
+                calls.append(actor.probe_logprobs.remote(weights.probe.responses))
+        if task.job is not None:
+            calls.append(task.job.method(actor).remote(task.items))
+        # An actor does its calls in order: when the last is done, all are.
+        self._when_done(calls[-1], partial(self._finished, name, life, task, calls, load))
+
+    def stop(self, name: str, life: int) -> None:
+        actor, group = self._actors.pop(name)
+        ray.kill(actor)
+        remove_placement_group(group)
+
+    def stop_all(self) -> None:
+        for name in list(self._actors):
+            self.stop(name, 0)
+
+    def look(self, now: float) -> None:
+        """Kill those that hang.
+
+        Raises:
+            ActorError: no engine became ready in time.
+        """
+        members = list(self.pool.members.values())
+        for member in members:
+            waited = now - self._since[member.name]
+            if member.task is None:
+                continue
+            problem = self._watch(member.name, True)
+            if waited > self._cluster.call_timeout_s:
+                problem = "did not answer within cluster.call_timeout_s"
+            if problem:
+                self.pool.died(member.name, member.life, ActorError(f"{member.name} {problem}"))
+        starting = [now - self._since[m.name] for m in members if m.state == "starting"]
+        nobody_works = len(starting) == len(members) > 0
+        if nobody_works and min(starting) > self._cluster.start_timeout_s:
+            raise ActorError(
+                f"no rollout engine became ready within cluster.start_timeout_s = "
+                f"{self._cluster.start_timeout_s:g}: is there room for one? See `ray status`"
+            )
+
+    def _when_done(self, reference: ray.ObjectRef, event: Callable[[Any], None]) -> None:
+        # The callback runs in a thread of Ray's: it hands over and returns.
+        reference.future().add_done_callback(lambda done: self._put(partial(event, done)))
+
+    def _started(self, name: str, life: int, done: "Future[Any]") -> None:
+        error = done.exception()
+        if error is None:
+            self._since[name] = time.monotonic()
+            self.pool.started(name, life)
+        else:
+            self._failed(name, life, error)
+
+    def _finished(
+        self,
+        name: str,
+        life: int,
+        task: Task,
+        calls: list[ray.ObjectRef],
+        load: bool,
+        done: "Future[Any]",
+    ) -> None:
+        member = self.pool.members.get(name)
+        if member is None or member.life != life:
+            return
+        try:
+            if load:
+                self._check(name, task.weights, calls)
+            answers = done.result() if task.job is not None else []
+        except Exception as error:
+            self._failed(name, life, error)
+        else:
+            self.pool.finished(name, life, answers)
+
+    def _check(self, name: str, serial: int, calls: list[ray.ObjectRef]) -> None:
+        weights = self._weights[serial]
+        difference = 0.0
+        check_version(name, weights.version, ray.get(calls[0]))
+        if weights.probe is not None:
+            difference = weights.probe.check(name, weights.version, ray.get(calls[1]))
+        self._differences[serial].append(difference)
+
+    def _failed(self, name: str, life: int, error: BaseException) -> None:
+        """Tell a death, which is mended, from an error in the work, which is not."""
+        assert isinstance(error, Exception)
+        cause = error if isinstance(error, FgaifError) else translate(error, name)
+        if is_gone(error) and CREATION not in str(error):
+            log.warning("%s\n%s is replaced", cause, name)
+            self.pool.died(name, life, cause)
+        elif isinstance(error, ray.exceptions.ActorDiedError):
+            self.pool.fail(cause)
+        else:
+            self.pool.refused(name, life, cause)

@@ -406,13 +406,23 @@ class Run:
         rollouts = self._cluster.rollouts()
         size = _REQUESTS * self._config.cluster.rollout.replicas
         responses: list[Response] = []
+        lost = 0
         with progress_bars(self._console, what) as progress:
             progress(done, done + len(requests))
             for start in range(0, len(requests), size):
-                chunk = rollouts.generate(requests[start : start + size]).result()
+                asked = requests[start : start + size]
+                sampled = rollouts.generate(asked, chunk=_REQUESTS).result()
+                chunk = [response for response in sampled if response is not None]
                 keep(chunk)
                 responses += chunk
+                lost += len(sampled) - len(chunk)
                 progress(done + len(responses), done + len(requests))
+        if lost:
+            self._console.print(
+                f"{lost} of {len(requests)} samples were set aside: each killed rollout engines "
+                "more than once",
+                style="yellow",
+            )
         return responses
 
     def _open(self, name: str, limit: int) -> Source:

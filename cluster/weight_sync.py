@@ -1,6 +1,7 @@
 """Bring a version of the policy from the learner to every rollout engine, and prove it arrived.
 
-publish -> load on every replica -> every replica confirms the version -> probe on every replica.
+publish -> load on every engine -> each confirms the version -> each scores the probe like the
+learner. An engine that joins or is replaced later goes through the same before it is given work.
 """
 
 import time
@@ -11,9 +12,36 @@ import numpy as np
 
 from cluster.roles import Learner, Rollouts
 from fgaif.errors import SyncError
-from fgaif.types import Response
+from fgaif.pending import Pending, Then
+from fgaif.types import FloatArray, Response
 
 _PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Responses, the learner's log-probs of their tokens one after the other (N,), and how far an
+    engine's may be from them."""
+
+    responses: Sequence[Response]
+    expected: FloatArray
+    tolerance: float
+
+    def check(self, engine: str, version: int, found: Sequence[FloatArray]) -> float:
+        """Return the largest difference of an engine's log-probs.
+
+        Raises:
+            SyncError: it exceeds the tolerance, or is not a number.
+        """
+        difference = float(np.abs(np.concatenate(found) - self.expected).max())
+        if not difference <= self.tolerance:  # also catches NaN
+            raise SyncError(
+                f"weights version {version}: log-probs of the probe differ by {difference:.3g} "
+                f"between the learner and {engine}, more than ppo.probe_tolerance = "
+                f"{self.tolerance:g}; with policy.dtype=bfloat16 raise the tolerance to about 0.3, "
+                "otherwise the engine does not run the learner's weights"
+            )
+        return difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,44 +69,42 @@ def sync(
     *,
     version: int,
     tolerance: float,
-) -> SyncReport:
-    """Publish ``version``, load it everywhere and compare log-probs of the probe responses.
+) -> Pending[SyncReport]:
+    """Publish ``version`` and have every engine load it; the result is there when all have.
 
-    The first 64 tokens of each probe response are scored by the learner and by every replica; the
-    largest difference must not exceed ``tolerance``.
+    The first 64 tokens of each probe response are scored by the learner and by every engine; the
+    largest difference must not exceed ``tolerance``. Engines at work load it when they are through.
 
-    Raises:
-        SyncError: a replica holds another version afterwards, or disagrees with the learner.
+    Raises (from the result):
+        SyncError: an engine holds another version afterwards, or disagrees with the learner.
     """
     start = time.perf_counter()
     manifest = learner.publish(version).result()
-    confirmed = rollouts.load_weights(manifest).result()
-    for replica, found in enumerate(confirmed):
-        if found != version:
-            raise SyncError(
-                f"weights version {version}: rollout-{replica} confirmed version {found}; "
-                "restart the run from its last checkpoint (ppo.resume=latest)"
-            )
     short = [_head(response) for response in probe]
-    pending = rollouts.probe_logprobs(short)
     expected = np.concatenate(learner.logprobs(short).result())
-    differences = [
-        float(np.abs(np.concatenate(found) - expected).max()) for found in pending.result()
-    ]
-    for replica, difference in enumerate(differences):
-        if not difference <= tolerance:  # also catches NaN
-            raise SyncError(
-                f"weights version {version}: log-probs of the probe differ by {difference:.3g} "
-                f"between the learner and rollout-{replica}, more than ppo.probe_tolerance = "
-                f"{tolerance:g}; with policy.dtype=bfloat16 raise the tolerance to about 0.3, "
-                "otherwise the engine does not run the learner's weights"
-            )
-    return SyncReport(
-        version=version,
-        bytes=sum(array.nbytes for array in manifest.tensors.values()),
-        seconds=time.perf_counter() - start,
-        max_abs_diff=max(differences),
+    loading = rollouts.load_weights(
+        manifest, Probe(responses=short, expected=expected, tolerance=tolerance)
     )
+
+    def finish() -> SyncReport:
+        differences = loading.result()
+        return SyncReport(
+            version=version,
+            bytes=sum(array.nbytes for array in manifest.tensors.values()),
+            seconds=time.perf_counter() - start,
+            max_abs_diff=max(differences),
+        )
+
+    return Then(finish)
+
+
+def check_version(engine: str, version: int, confirmed: int) -> None:
+    """Raise SyncError unless the engine has confirmed this version."""
+    if confirmed != version:
+        raise SyncError(
+            f"weights version {version}: {engine} confirmed version {confirmed}; restart the run "
+            "from its last checkpoint (ppo.resume=latest)"
+        )
 
 
 def _head(response: Response) -> Response:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.roles import Roles
+from cluster.weight_sync import Probe, check_version
 from fgaif.pending import Ready
 from fgaif.types import (
     Evaluation,
@@ -69,7 +70,9 @@ class World:
         """The object in all four parts."""
         return Roles(rollouts=self, rewards=self, reference=self, learner=self)  # type: ignore[arg-type]
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Ready[list[Response]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], version: int | None = None
+    ) -> Ready[list[Response | None]]:
         self.events.append(f"generate v{self.engine_version}")
         self.seeds.append([request.seed for request in requests])
         return Ready([response(r.prompt, r.sample, version=self.engine_version) for r in requests])
@@ -77,16 +80,15 @@ class World:
     def p_yes(self, asked: Sequence[Prompt]) -> Ready[list[float]]:
         return Ready([0.5] * len(asked))
 
-    def load_weights(self, manifest: WeightsManifest) -> Ready[list[int]]:
+    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Ready[list[float]]:
         self.events.append(f"load v{manifest.version}")
         if not self.stale:
             self.engine_version = manifest.version
             self.engine_parameter = float(manifest.tensors["w"][0])
-        return Ready([self.engine_version])
-
-    def probe_logprobs(self, responses: Sequence[Response]) -> Ready[list[list[FloatArray]]]:
         self.events.append("probe")
-        return Ready([[np.full(4, self.engine_parameter, np.float32) for _ in responses]])
+        check_version("rollout-0", manifest.version, self.engine_version)
+        found = [np.full(4, self.engine_parameter, np.float32) for _ in probe.responses]
+        return Ready([probe.check("rollout-0", manifest.version, found)])
 
     def score(
         self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
@@ -130,6 +132,9 @@ class World:
         state = json.loads((path / "state.json").read_text())
         self.parameter, self.value_updates = state["parameter"], state["values"]
         return Ready(None)
+
+    def settle(self, path: Path) -> None:
+        assert (path / "state.json").is_file()
 
     def save_adapter(self, path: Path) -> Ready[None]:
         path.mkdir(parents=True)

@@ -36,13 +36,13 @@ def test_a_step_samples_with_the_version_that_was_synced_last(tmp_path: Path) ->
     next(steps)
     # The first sync proves that the engine starts from the learner's weights.
     assert world.events[:5] == [
-        "generate v0", "publish v0", "load v0", "probe", "learner logprobs",
+        "generate v0", "publish v0", "learner logprobs", "load v0", "probe",
     ]  # fmt: skip
     step = world.events[5:]
     assert step[0] == "generate v0"
     assert sorted(step[1:4]) == ["evaluate", "learner logprobs", "score"]
     assert sorted(step[4:6]) == ["update policy", "update values"]
-    assert step[6:] == ["publish v1", "load v1", "probe", "learner logprobs"]
+    assert step[6:] == ["publish v1", "learner logprobs", "load v1", "probe"]
     world.events.clear()
     next(steps)
     assert world.events[0] == "generate v1"

@@ -12,14 +12,14 @@ from engines import photo_prompts, requests, response_to, rollout_actor
 from peft import PeftModel
 
 from actors.rollout import RolloutActor
-from cluster.weight_sync import sync
+from cluster.weight_sync import Probe, check_version, sync
 from fgaif.config import LoraConfig
 from fgaif.errors import SyncError
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.logprobs import response_logprobs
 from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor
 from fgaif.lvlm.weights import make_manifest
-from fgaif.pending import Pending, Ready
+from fgaif.pending import Pending, Ready, Then
 from fgaif.types import FloatArray, ImageRef, Prompt, Response, WeightsManifest
 
 LORA = LoraConfig(r=4, alpha=8.0)
@@ -40,14 +40,17 @@ class FakeRoles:
         factors = {"m.lora_A.weight": np.ones((2, 3)), "m.lora_B.weight": np.ones((4, 2))}
         return Ready(make_manifest(factors, scaling=1.0, version=version))
 
-    def load_weights(self, manifest: WeightsManifest) -> Pending[list[int]]:
+    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Pending[list[float]]:
         self.events.append(f"load {manifest.version}")
-        return Ready(list(self.versions))
+        self.probed = [len(response.token_ids) for response in probe.responses]
+        return Then(lambda: [self._one(n, manifest, probe) for n in range(len(self.versions))])
 
-    def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
-        self.events.append("probe engines")
-        self.probed = [len(response.token_ids) for response in responses]
-        return Ready([[self._scores(r) + offset for r in responses] for offset in self.offsets])
+    def _one(self, number: int, manifest: WeightsManifest, probe: Probe) -> float:
+        engine = f"rollout-{number}"
+        check_version(engine, manifest.version, self.versions[number])
+        self.events.append(f"probe {engine}")
+        found = [self._scores(r) + self.offsets[number] for r in probe.responses]
+        return probe.check(engine, manifest.version, found)
 
     def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
         self.events.append("probe learner")
@@ -60,8 +63,10 @@ class FakeRoles:
 
 def test_publishes_loads_confirms_and_then_probes() -> None:
     roles = FakeRoles(offsets=(0.0, 5e-4))
-    report = sync(roles, roles, [PROBE], version=7, tolerance=1e-3)
-    assert roles.events == ["publish", "load 7", "probe engines", "probe learner"]
+    report = sync(roles, roles, [PROBE], version=7, tolerance=1e-3).result()
+    assert roles.events == [
+        "publish", "probe learner", "load 7", "probe rollout-0", "probe rollout-1",
+    ]  # fmt: skip
     assert report.version == 7
     assert report.bytes == (2 * 3 + 4 * 2) * 4
     assert report.max_abs_diff == pytest.approx(5e-4, rel=1e-3)
@@ -70,15 +75,15 @@ def test_publishes_loads_confirms_and_then_probes() -> None:
 def test_a_replica_with_another_version_stops_the_run_before_the_probe() -> None:
     roles = FakeRoles(versions=(7, 6))
     with pytest.raises(SyncError, match="version 7: rollout-1 confirmed version 6"):
-        sync(roles, roles, [PROBE], version=7, tolerance=1e-3)
-    assert "probe engines" not in roles.events
+        sync(roles, roles, [PROBE], version=7, tolerance=1e-3).result()
+    assert "probe rollout-1" not in roles.events
 
 
 @pytest.mark.parametrize("offset", [0.02, float("nan")])
 def test_a_replica_that_disagrees_is_named_with_the_difference(offset: float) -> None:
     roles = FakeRoles(offsets=(0.0, offset))
     with pytest.raises(SyncError, match=r"version 7: .* differ by (0\.02|nan) .* rollout-1"):
-        sync(roles, roles, [PROBE], version=7, tolerance=1e-3)
+        sync(roles, roles, [PROBE], version=7, tolerance=1e-3).result()
 
 
 def test_only_the_head_of_a_long_probe_is_scored() -> None:
@@ -119,11 +124,10 @@ class OneReplica:
     def __init__(self, actor: RolloutActor) -> None:
         self.actor = actor
 
-    def load_weights(self, manifest: WeightsManifest) -> Pending[list[int]]:
-        return Ready([self.actor.load_weights(manifest)])
-
-    def probe_logprobs(self, responses: Sequence[Response]) -> Pending[list[list[FloatArray]]]:
-        return Ready([self.actor.probe_logprobs(responses)])
+    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Pending[list[float]]:
+        check_version("rollout-0", manifest.version, self.actor.load_weights(manifest))
+        found = self.actor.probe_logprobs(probe.responses)
+        return Ready([probe.check("rollout-0", manifest.version, found)])
 
 
 @pytest.fixture
@@ -149,7 +153,8 @@ def test_engine_and_learner_agree_after_each_of_many_syncs(
     memory = []
     for version in range(1, 21):
         learner.randomise(version)
-        report = sync(learner, OneReplica(actor), probe, version=version, tolerance=1e-3)
+        synced = sync(learner, OneReplica(actor), probe, version=version, tolerance=1e-3)
+        report = synced.result()
         assert report.version == actor.version() == version
         memory.append(psutil.Process().memory_info().rss)
     moved = np.abs(np.concatenate(actor.probe_logprobs(probe)) - base).max()
@@ -157,7 +162,7 @@ def test_engine_and_learner_agree_after_each_of_many_syncs(
     assert memory[-1] - memory[4] < 8 * 2**20
     assert actor.generate(requests(prompts))[0].policy_version == 20
     learner.randomise(0, scale=0.0)
-    sync(learner, OneReplica(actor), probe, version=21, tolerance=1e-3)
+    sync(learner, OneReplica(actor), probe, version=21, tolerance=1e-3).result()
     np.testing.assert_allclose(np.concatenate(actor.probe_logprobs(probe)), base, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from cluster.evaluation.asking import Asked
 from fgaif.config import Config, with_overrides
-from fgaif.errors import CheckpointError
+from fgaif.errors import ActorError, CheckpointError
 from fgaif.feedback.store import JsonlStore
 from fgaif.files import write_whole
 from fgaif.lvlm.model import resolve_checkpoint
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 from cluster.rollouts import RolloutGroup
 
 REQUESTS = 512
+_PER_ENGINE = 256  # of a chunk, given to one engine at a time
 """Requests per call and replica."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -110,11 +111,17 @@ def generate_answers(
         new = [
             _Answer(key=key, text=response.text.strip(), finish=response.finish)
             for key, response in zip(part, responses, strict=True)
+            if response is not None
         ]
         store.append(new)
         known |= {answer.key: answer for answer in new}
         done += len(new)
         progress(done, total)
+    if lost := [key for key in todo if key not in known]:
+        raise ActorError(
+            f"{len(lost)} of {total} questions killed the engine more than once, the first about "
+            f"{todo[lost[0]].prompt.image.path}; {done} answers are kept in {cache}"
+        )
     for job in asked:
         _write_answers(model, job, known)
     return len(todo)
@@ -122,15 +129,15 @@ def generate_answers(
 
 def _in_chunks(
     todo: Mapping[str, GenerationRequest], engines: Engines, chunk: int
-) -> Iterator[tuple[list[str], list[Response]]]:
+) -> Iterator[tuple[list[str], list[Response | None]]]:
     """Yield keys and responses by chunk; the next chunk waits at the engines while they work."""
     keys = list(todo)
     parts = [keys[start : start + chunk] for start in range(0, len(keys), chunk)]
-    calls: deque[tuple[list[str], Pending[list[Response]]]] = deque()
+    calls: deque[tuple[list[str], Pending[list[Response | None]]]] = deque()
     pool = engines() if parts else None
     for part in parts:
         assert pool is not None
-        calls.append((part, pool.generate([todo[key] for key in part])))
+        calls.append((part, pool.generate([todo[key] for key in part], chunk=_PER_ENGINE)))
         if len(calls) > 1:
             first, call = calls.popleft()
             yield first, call.result()
