@@ -1,0 +1,68 @@
+"""A PPO run as a Ray job: the real driver, groups and placement over the light actors.
+
+    python nodes_job.py fgaif.yaml
+
+writes what ``fgaif train`` writes, under the configuration's run folder.
+"""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import light_actors
+
+from cluster.driver import PpoData, PpoDriver
+from cluster.launch import Cluster
+from cluster.roles import Roles
+from fgaif.config import Config, load_config
+from fgaif.tracking import Tracker
+from fgaif.types import ImageRef, Prompt
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    """Prompts about images that nobody opens."""
+    image = ImageRef(path="none.png", sha256="0" * 64)
+    return [Prompt(id=f"p{index}", image=image, text="Describe.") for index in range(count)]
+
+
+def stand_in() -> None:
+    """Put the light actors in the place of those that ``Cluster`` imports when it starts a role."""
+    for module, name, stand_in in (
+        ("actors.rollout", "RolloutActor", light_actors.LightRollout),
+        ("actors.reward", "RewardActor", light_actors.LightReward),
+        ("actors.reference", "ReferenceActor", light_actors.LightReference),
+        ("actors.learner", "LearnerActor", light_actors.LightLearner),
+    ):
+        sys.modules[module] = ModuleType(module)
+        setattr(sys.modules[module], name, stand_in)
+
+
+def train(config: Config, roles: Roles) -> None:
+    """Run PPO over prompts without images, as ``fgaif train`` does over real ones."""
+    data = PpoData(prompts=make_prompts(1000), anchors=[], digest="light")
+    driver = PpoDriver(config, roles, data, light_actors.segments, lambda *_: ())
+    with Tracker(config.run_dir / "policy", config.tracking, name=config.name) as tracker:
+        for report in driver.run():
+            tracker.log(report)
+    roles.learner.save_adapter(config.run_dir / "policy" / "adapter").result()
+
+
+def main(path: Path) -> None:
+    """Train on the cluster that this process belongs to."""
+    stand_in()
+    config = load_config(path)
+    rewards = config.run_dir / "rewards"
+    with Cluster(config, ("rollout", "reward", "reference", "learner")) as cluster:
+        train(
+            config,
+            Roles(
+                rollouts=cluster.rollouts(),
+                learner=cluster.learner(),
+                reference=cluster.reference(rewards),
+                rewards=cluster.rewards(rewards),
+            ),
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
