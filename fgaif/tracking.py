@@ -77,7 +77,8 @@ GLOSSARY: dict[str, Metric] = {
     "mismatch/max": Metric(meaning="largest |log-prob difference| of a sampled token", high=1),
     "staleness/mean": Metric(meaning="updates between a response's weights and the learner's"),
     "staleness/max": Metric(meaning="the same of the oldest response"),
-    "staleness/dropped": Metric(meaning="responses too old to be trained on", high=0),
+    "rollout/stale": Metric(meaning="responses too old to be trained on", high=0),
+    "rollout/set_aside": Metric(meaning="requests given up: they kill engines", high=0),
     "tis/mean_weight": Metric(
         meaning="mean importance weight of the tokens, learner against sampler", low=0.8, high=1.2
     ),
