@@ -8,7 +8,8 @@ import numpy as np
 
 from cluster.roles import Roles
 from cluster.weight_sync import Probe, check_version
-from fgaif.pending import Ready
+from fgaif.errors import ActorError
+from fgaif.pending import Ready, Then
 from fgaif.types import (
     Evaluation,
     FloatArray,
@@ -65,6 +66,9 @@ class World:
         self.engine_version = 0
         self.engine_parameter = 0.0
         self.stale = False
+        self.poison: set[str] = set()
+        self.broken = ""
+        self.batch_sizes: list[int] = []
 
     def roles(self) -> Roles:
         """The object in all four parts."""
@@ -72,10 +76,21 @@ class World:
 
     def generate(
         self, requests: Sequence[GenerationRequest], version: int | None = None
-    ) -> Ready[list[Response | None]]:
-        self.events.append(f"generate v{self.engine_version}")
+    ) -> Then[list[Response | None]]:
+        wanted = self.engine_version if version is None else version
+        self.events.append(f"generate v{wanted}")
         self.seeds.append([request.seed for request in requests])
-        return Ready([response(r.prompt, r.sample, version=self.engine_version) for r in requests])
+        return Then(lambda: [self._answer(request, wanted) for request in requests])
+
+    def _answer(self, request: GenerationRequest, version: int) -> Response | None:
+        self._maybe_break("generate")
+        if request.prompt.id in self.poison:
+            return None
+        return response(request.prompt, request.sample, version=version)
+
+    def _maybe_break(self, what: str) -> None:
+        if self.broken == what:
+            raise ActorError("rollout-0 died for good")
 
     def p_yes(self, asked: Sequence[Prompt]) -> Ready[list[float]]:
         return Ready([0.5] * len(asked))
@@ -112,7 +127,9 @@ class World:
         return Ready([np.full(4, self.parameter, np.float32) for _ in responses])
 
     def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Ready[UpdateReport]:
+        self._maybe_break("update")
         self.events.append("update policy")
+        self.batch_sizes.append(len(batch.responses))
         self.anchor_counts.append(len(anchors))
         self.parameter -= float(batch.task_rewards.sum()) * 1e-3 + 1e-3 * len(self.seeds[-1])
         return Ready(UpdateReport(metrics={"policy/loss": self.parameter}))

@@ -7,8 +7,9 @@ import pytest
 from fakes import World, prompts, two_segments
 
 from cluster.driver import PpoData, PpoDriver
-from fgaif.config import Config, load_config
-from fgaif.errors import ConfigError, SyncError
+from fgaif.checkpoint import latest_checkpoint
+from fgaif.config import Config, load_config, with_overrides
+from fgaif.errors import ActorError, ConfigError, SyncError
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:
@@ -116,3 +117,94 @@ def test_only_the_newest_checkpoints_are_kept_and_each_holds_an_adapter(tmp_path
     assert (root / "step_000006" / "adapter" / "adapter_config.json").is_file()
     state = json.loads((root / "step_000006" / "state.json").read_text())
     assert state["step"] == 6
+
+
+def versions_sampled_with(world: World) -> list[int]:
+    return [int(event.split("v")[1]) for event in world.events if event.startswith("generate")][1:]
+
+
+@pytest.mark.parametrize(
+    ("depth", "versions"),
+    [(0, [0, 1, 2, 3, 4, 5]), (1, [0, 0, 1, 2, 3, 4]), (2, [0, 0, 0, 1, 2, 3])],
+)
+def test_batches_sampled_ahead_have_the_version_of_so_many_steps_before(
+    tmp_path: Path, depth: int, versions: list[int]
+) -> None:
+    world = World()
+    reports = list(driver(world, config(tmp_path, f"ppo.async_depth={depth}")).run())
+    assert versions_sampled_with(world) == versions
+    ages = [report.metrics["staleness/max"] for report in reports]
+    assert ages == [step - version for step, version in enumerate(versions)]
+    assert ("tis/mean_weight" in reports[0].metrics) == (depth > 0)
+
+
+def test_the_next_batch_is_asked_for_before_this_one_is_trained_on(tmp_path: Path) -> None:
+    world = World()
+    next(driver(world, config(tmp_path, "ppo.async_depth=1")).run())
+    started = [event for event in world.events[5:] if event.startswith(("generate", "update"))]
+    assert started[:3] == ["generate v0", "generate v0", "update policy"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_asynchronous_run_that_is_resumed_equals_the_whole_one(
+    tmp_path: Path, depth: int
+) -> None:
+    overrides = [f"ppo.async_depth={depth}"]
+    whole = World()
+    reports = list(driver(whole, config(tmp_path / "whole", *overrides)).run())
+    cut = World()
+    steps = driver(cut, config(tmp_path / "cut", *overrides)).run()
+    for _ in range(3):
+        next(steps)
+    resumed = World()
+    settings = config(tmp_path / "cut", *overrides, "ppo.resume=latest")
+    rest = list(driver(resumed, settings).run())
+    assert [report.step for report in rest] == [3, 4, 5, 6]
+    assert versions_sampled_with(resumed) == versions_sampled_with(whole)[2 + depth :]
+    assert resumed.parameter == whole.parameter
+    for ours, theirs in zip(rest, reports[2:], strict=True):
+        timeless = {k for k in ours.metrics if "second" not in k}
+        assert {k: ours.metrics[k] for k in timeless} == {k: theirs.metrics[k] for k in timeless}
+
+
+def test_samples_set_aside_are_counted_and_trained_without(tmp_path: Path) -> None:
+    world = World()
+    world.poison = {"p3"}
+    reports = list(driver(world, config(tmp_path, "ppo.rollout_batch=10")).run())
+    assert [report.metrics["rollout/set_aside"] for report in reports] == [1] * 6
+    assert world.batch_sizes == [9] * 6
+
+
+def test_a_step_without_any_usable_response_stops_the_run(tmp_path: Path) -> None:
+    world = World()
+    steps = driver(world, config(tmp_path)).run()
+    next(steps)
+    world.poison = {prompt.id for prompt in prompts(10)}
+    with pytest.raises(ActorError, match="step 2: none of 4 responses can be used"):
+        next(steps)
+
+
+@pytest.mark.parametrize("during", ["generate", "update"])
+def test_a_run_that_must_stop_keeps_its_last_finished_step_where_the_learner_is_whole(
+    tmp_path: Path, during: str
+) -> None:
+    world = World()
+    settings = config(tmp_path, "ppo.checkpoint_every=100")
+    steps = driver(world, settings).run()
+    for _ in range(3):
+        next(steps)
+    world.broken = during
+    with pytest.raises(ActorError, match="died for good") as stopped:
+        next(steps)
+    kept = latest_checkpoint(settings.run_dir / "policy" / "checkpoints")
+    if during == "update":
+        assert kept is None
+        return
+    assert kept is not None
+    assert kept.name == "step_000003"
+    assert "go on with ppo.resume=latest" in str(stopped.value)
+    resumed = World()
+    list(driver(resumed, with_overrides(settings, ["ppo.resume=latest"])).run())
+    whole = World()
+    list(driver(whole, config(tmp_path / "whole")).run())
+    assert resumed.parameter == whole.parameter
