@@ -31,7 +31,6 @@ def server_command(model: Path, name: str, config: Config, host: str, port: int)
         )
     on_gpu = torch.cuda.is_available()
     settings = engine_settings(config, context_length(model, config), on_gpu)
-    del settings["worker_extension_cls"]  # the server's weights stay as they are
     settings |= {"model": str(model), "served_model_name": name, "host": host, "port": port}
     if template := _template(model):
         settings["chat_template"] = template

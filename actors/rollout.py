@@ -60,10 +60,10 @@ class RolloutActor:
         return self._engine.p_yes(prompts)
 
     def load_weights(self, manifest: WeightsManifest) -> int:
-        """Merge a published version into the engine and return the version now loaded.
+        """Load a published version into the engine and return the version now loaded.
 
         Raises:
-            SyncError: damaged on the way, or it names layers that the engine does not have; the
+            SyncError: damaged on the way, or it names weights that the engine does not have; the
                 version loaded before stays in place.
         """
         if arrays_digest(manifest.tensors) != manifest.digest:
@@ -71,7 +71,7 @@ class RolloutActor:
                 f"weights version {manifest.version}: the digest does not match the tensors; "
                 "publish the version again"
             )
-        problems = self._engine.merge_lora(manifest.scaling, manifest.tensors)
+        problems = self._engine.load_weights(manifest)
         if problems:
             raise SyncError(
                 f"weights version {manifest.version} does not fit the engine "

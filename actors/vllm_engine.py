@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.numpy import save
 from transformers import LlavaConfig
 
 from actors.pulse import beat
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
-from fgaif.errors import CheckpointError, ConfigError, DataError
+from fgaif.errors import CheckpointError, ConfigError, DataError, SyncError
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.model import load_processor
-from fgaif.types import FloatArray, Json, Prompt
+from fgaif.lvlm.weights import parts
+from fgaif.types import Json, Prompt, WeightsManifest
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -37,6 +39,10 @@ CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 RETRY_TEMPERATURE = 0.7
+_SYNC: Json = {
+    "worker_extension_cls": "actors.vllm_worker.WeightsCheck",
+    "weight_transfer_config": {"backend": "host"},
+}
 _CPU_BLOCK = 32  # smallest that vLLM's fast CPU attention takes; its default of 128 wastes cache
 
 
@@ -64,7 +70,9 @@ class VllmEngine:
         model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
         self.max_model_len = context_length(model_dir, config)
         try:
-            llm = LLM(str(model_dir), **engine_settings(config, self.max_model_len, on_gpu))
+            llm = LLM(
+                str(model_dir), **engine_settings(config, self.max_model_len, on_gpu), **_SYNC
+            )
         except ValueError as error:
             raise ConfigError(
                 f"vLLM refuses {model_dir} with cluster.engine = {engine.model_dump()}: {error}"
@@ -214,16 +222,32 @@ class VllmEngine:
         item = self.encode(Prompt(id=request.subject, image=request.image, text=text))
         return item, len(item["prompt_token_ids"])
 
-    def merge_lora(self, scaling: float, tensors: dict[str, FloatArray]) -> list[str]:
-        """Merge LoRA factors in every worker and forget prefixes cached under the old weights.
+    def load_weights(self, manifest: WeightsManifest) -> list[str]:
+        """Load a version in every worker and forget what was computed with the weights before.
 
-        Returns the problems that kept the version from being merged. The vision tower is not
-        touched, so cached image features stay valid.
+        Returns the problems that kept the version from being loaded: then nothing has changed.
+
+        Raises:
+            SyncError: requests are running, whose keys and values would outlive their weights.
         """
-        problems: list[str] = self._llm.collective_rpc("merge_lora", args=(scaling, tensors))[0]
-        if not problems:
-            self._llm.reset_prefix_cache()
-        return problems
+        call = self._llm.collective_rpc
+        shapes = {name: list(array.shape) for name, array in manifest.tensors.items()}
+        problems: list[str] = call("weights_problems", args=(shapes,))[0]
+        if problems:
+            return problems
+        call("start_weight_update")
+        for part in parts(manifest.tensors):
+            # As bytes: between processes vLLM would turn arrays into lists.
+            update = {"tensors": save(part), "scaling": manifest.scaling}
+            call("update_weights", args=(update,))
+        call("finish_weight_update")
+        self._llm.reset_encoder_cache()
+        if not self._llm.reset_prefix_cache():
+            raise SyncError(
+                f"weights version {manifest.version} was loaded while requests were running; "
+                "load a version between two calls"
+            )
+        return []
 
     def stats(self) -> EngineStats:
         """Work done so far."""
@@ -302,5 +326,4 @@ def engine_settings(config: Config, max_model_len: int, on_gpu: bool) -> Json:
         "max_logprobs": -1,
         # Free white space is where small models get lost in JSON.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-        "worker_extension_cls": "actors.vllm_worker.LoraMerge",
     }

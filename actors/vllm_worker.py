@@ -1,156 +1,198 @@
-"""vLLM worker extension: merge a LoRA update into the engine's weights.
+"""Weights from the learner into a vLLM worker, through vLLM's own weight-transfer interface.
 
-vLLM fuses projections (q, k, v; gate and up) and its CPU backend drops a linear layer's weight once
-a kernel holds a packed copy. So the base weights are read from the checkpoint again and kept on
-the host; each version is ``W0 + scaling * B @ A``, computed from W0 so that nothing drifts, and
-loaded for the complete fused layer through the layer's own weight loader, which also shards it.
+vLLM's backends move weights by NCCL or CUDA IPC, which ties the engines to the learner in one
+collective group or on one GPU. ``HostTransfer`` is one more backend: the tensors come through host
+memory, as the object store hands them over, so an engine may join at any time and anywhere, also
+without a GPU.
+
+A version is everything in which the policy differs from the checkpoint that the engine was started
+from: whole weights, LoRA factors, or both. A layer is always computed from the checkpoint,
+``W0 + scaling * B @ A``, so that nothing drifts, and a layer that a version does not name gets its
+checkpoint's weights back. vLLM fuses projections (q, k, v; gate and up), so all members of a
+touched layer are loaded together; names, shards and packed kernels are then vLLM's business.
 """
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from safetensors.torch import load
+from torch import Tensor
+from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.export import public_name
-from fgaif.types import FloatArray
+from fgaif.lvlm.weights import split_tensors
 
-_FUSED: dict[str, tuple[str, str | int]] = {
-    "q_proj": ("qkv_proj", "q"),
-    "k_proj": ("qkv_proj", "k"),
-    "v_proj": ("qkv_proj", "v"),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
 }
 
 
-class LoraMerge:
-    """Mixed into vLLM's worker, whose ``model_runner`` and ``model_config`` it uses."""
+class WeightsCheck:
+    """Mixed into vLLM's worker, whose ``weight_transfer_engine`` it asks."""
 
-    model_runner: Any
-    model_config: Any
+    weight_transfer_engine: Any
 
-    def merge_lora(self, scaling: float, tensors: dict[str, FloatArray]) -> list[str]:
-        """Load ``W0 + scaling * B @ A`` into every layer named, or nothing and say why not.
-
-        Args:
-            scaling: factor on the product.
-            tensors: ``<module>.lora_A`` (r, in) and ``<module>.lora_B`` (out, r), HF names.
-
-        Returns:
-            The problems found; empty if the version was loaded.
-        """
-        layers = dict(self.model_runner.get_model().named_modules())
-        updates = _pair(tensors)
-        problems = [
-            problem
-            for module, factors in updates.items()
-            for problem in _check(module, factors, layers, self._base_weights())
-        ]
-        if problems:
-            return problems
-        modules = {public_name(module): factors for module, factors in updates.items()}
-        for fused in sorted({_fuse(module)[0] for module in modules}):
-            _load(layers[fused], self._merged(fused, modules, scaling))
-        return []
-
-    def _merged(
-        self, fused: str, updates: Mapping[str, dict[str, FloatArray]], scaling: float
-    ) -> Iterator[tuple[Tensor, tuple[str | int, ...]]]:
-        """Weights (out, in) of the members of a fused layer, each with its shard id."""
-        parent, _, leaf = fused.rpartition(".")
-        members = [name for name, (whole, _) in _FUSED.items() if whole == leaf] or [leaf]
-        device = next(self.model_runner.get_model().parameters()).device
-        for member in members:
-            module = f"{parent}.{member}"
-            weight = self._base_weights()[module].to(device)
-            if module in updates:
-                a = torch.tensor(updates[module]["lora_A"], device=device)
-                b = torch.tensor(updates[module]["lora_B"], device=device)
-                weight = (weight.float() + scaling * (b @ a)).to(weight.dtype)
-            yield weight, _fuse(module)[1]
-
-    def _base_weights(self) -> dict[str, Tensor]:
-        """The language model's linear weights by vLLM module name, read once."""
-        if not hasattr(self, "_base"):
-            self._base = _read_base(Path(self.model_config.model), self.model_config.dtype)
-        return self._base
+    def weights_problems(self, shapes: dict[str, list[int]]) -> list[str]:
+        """What keeps tensors of these shapes, by manifest name, from being loaded."""
+        problems: list[str] = self.weight_transfer_engine.problems(shapes)
+        return problems
 
 
-def _read_base(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+@dataclass
+class Nothing(WeightTransferInitInfo):
+    """There is no connection to set up."""
+
+
+@dataclass
+class Part(WeightTransferUpdateInfo):
+    """Some tensors of a version in safetensors format, and the factor on its LoRA products."""
+
+    tensors: bytes
+    scaling: float
+
+
+class HostTransfer(WeightTransferEngine[Nothing, Part]):
+    """Collects the parts of a version; nothing in the model is touched before the last is here."""
+
+    init_info_cls = Nothing
+    update_info_cls = Part
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._checkpoint = _Checkpoint(Path(self.model_config.model))
+        self._incoming: dict[str, Tensor] = {}
+        self._scaling = 1.0
+        self._changed: set[str] = set()
+
+    def init_transfer_engine(self, init_info: Nothing) -> None:
+        """Do nothing: tensors come with the calls."""
+
+    def start_weight_update(self) -> None:
+        """Begin a version."""
+        self._incoming = {}
+
+    def receive_weights(self, update_info: Part) -> None:
+        """Keep a part of the version."""
+        self._incoming |= load(update_info.tensors)
+        self._scaling = update_info.scaling
+
+    @torch.no_grad()
+    def finish_weight_update(self) -> None:
+        """Load the version: the layers it names, and those that only the last version named."""
+        full, factors = split_tensors(self._incoming)
+        whole = {public_name(name): value for name, value in full.items()}
+        updates = {f"{public_name(module)}.weight": pair for module, pair in factors.items()}
+        named = {_layer_of(name) for name in [*whole, *updates]}
+        layers = sorted(named | self._changed)
+        modules = dict(self.model.named_modules())
+        # The engine leaves out layers that it has no use for, such as the vision tower's last.
+        reloaded = [modules[layer] for layer in layers if layer in modules]
+        for module in reloaded:
+            initialize_layerwise_reload(module)
+        self.model.load_weights(self._values(layers, whole, updates))
+        for module in reloaded:
+            finalize_layerwise_reload(module, self.model_config)
+        self._changed, self._incoming = named, {}
+
+    def shutdown(self) -> None:
+        """Do nothing: there is no connection."""
+
+    def problems(self, shapes: Mapping[str, list[int]]) -> list[str]:
+        """What keeps tensors of these shapes from being loaded."""
+        full, factors = split_tensors(shapes)
+        found = [self._check(name, tuple(shape)) for name, shape in full.items()]
+        found += [self._check_pair(module, pair) for module, pair in factors.items()]
+        return [problem for problem in found if problem]
+
+    def _values(
+        self,
+        layers: list[str],
+        whole: Mapping[str, Tensor],
+        updates: Mapping[str, Mapping[str, Tensor]],
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the layers by its name in the checkpoint, computed when it is drawn."""
+        dtype = self.model_config.dtype
+        for name in (name for layer in layers for name in self._checkpoint.layers[layer]):
+            value = whole[name] if name in whole else self._checkpoint[name]
+            value = value.to(self.device, dtype)
+            if name in updates:
+                a, b = (updates[name][key].to(self.device) for key in ("lora_A", "lora_B"))
+                value = (value.float() + self._scaling * (b @ a)).to(dtype)
+            yield name, value
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> str | None:
+        try:
+            expected = self._checkpoint.shapes.get(public_name(name))
+        except CheckpointError as error:
+            return str(error)
+        if expected is None:
+            return f"{name}: the engine's checkpoint has no such weight"
+        return None if shape == expected else f"{name}: shape {shape} instead of {expected}"
+
+    def _check_pair(self, module: str, pair: Mapping[str, list[int]]) -> str | None:
+        if set(pair) != {"lora_A", "lora_B"}:
+            return f"{module}: has {sorted(pair)}, needs lora_A and lora_B"
+        (rank, inner), (outer, rank_b) = pair["lora_A"], pair["lora_B"]
+        if rank != rank_b:
+            return f"{module}: lora_A has rank {rank}, lora_B {rank_b}"
+        problem = self._check(f"{module}.weight", (outer, inner))
+        if problem is None and not public_name(module).startswith("language_model."):
+            return f"{module}: LoRA factors outside the language model"
+        return problem
+
+
+class _Checkpoint:
+    """A checkpoint's tensors by public name, read when first asked for and kept on the host."""
+
+    def __init__(self, directory: Path) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.layers: dict[str, list[str]] = {}
+        """Names of the tensors that make up a layer of vLLM's."""
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._kept: dict[str, Tensor] = {}
+        for path in _weight_files(directory):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    name = public_name(key) if key.startswith(("model.", "lm_head.")) else key
+                    self.shapes[name] = tuple(file.get_slice(key).get_shape())
+                    self.layers.setdefault(_layer_of(name), []).append(name)
+                    self._places[name] = path, key
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._kept:
+            path, key = self._places[name]
+            with safe_open(path, framework="pt") as file:
+                self._kept[name] = file.get_tensor(key)
+        return self._kept[name]
+
+
+def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if index.is_file()
-        else [path.name for path in sorted(directory.glob("*.safetensors"))]
-    )
-    base = {}
-    for name in files:
-        with safe_open(directory / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                public = public_name(key) if key.startswith(("model.", "lm_head.")) else key
-                if ".layers." in public and public.startswith("language_model."):
-                    base[public.removesuffix(".weight")] = file.get_tensor(key).to(dtype)
-    return base
+    if index.is_file():
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [directory / name for name in sorted(set(places.values()))]
+    return sorted(directory.glob("*.safetensors"))
 
 
-def _pair(tensors: Mapping[str, FloatArray]) -> dict[str, dict[str, FloatArray]]:
-    """Group ``<module>.lora_A`` and ``<module>.lora_B`` by module."""
-    updates: dict[str, dict[str, FloatArray]] = {}
-    for name, array in tensors.items():
-        module, _, factor = name.rpartition(".")
-        updates.setdefault(module, {})[factor] = array
-    return updates
+def _layer_of(name: str) -> str:
+    """Layer of vLLM's that holds a tensor with this public name."""
+    parent, _, leaf = name.rpartition(".")[0].rpartition(".")
+    return f"{parent}.{_FUSED.get(leaf, leaf)}" if parent else leaf
 
 
-def _check(
-    module: str,
-    factors: Mapping[str, FloatArray],
-    layers: Mapping[str, nn.Module],
-    base: Mapping[str, Tensor],
-) -> list[str]:
-    """What keeps an update from being merged."""
-    if set(factors) != {"lora_A", "lora_B"}:
-        return [f"{module}: has {sorted(factors)}, needs lora_A and lora_B"]
-    try:
-        name = public_name(module)
-    except CheckpointError as error:
-        return [str(error)]
-    if name not in base or _fuse(name)[0] not in layers:
-        return [f"{module}: the engine has no such linear layer in its language model"]
-    a, b = factors["lora_A"], factors["lora_B"]
-    expected = tuple(base[name].shape)
-    if a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != expected:
-        return [f"{module}: lora_B {b.shape} @ lora_A {a.shape} is not a weight of {expected}"]
-    return []
-
-
-def _fuse(module: str) -> tuple[str, tuple[str | int, ...]]:
-    """vLLM layer that holds a module, and the module's shard id in it."""
-    parent, _, leaf = module.rpartition(".")
-    if leaf not in _FUSED:
-        return module, ()
-    whole, shard = _FUSED[leaf]
-    return f"{parent}.{whole}", (shard,)
-
-
-def _load(layer: Any, members: Iterator[tuple[Tensor, tuple[str | int, ...]]]) -> None:
-    dropped = layer.weight.numel() == 0
-    if dropped:
-        layer.quant_method.create_weights(
-            layer,
-            layer.input_size_per_partition,
-            layer.output_partition_sizes,
-            layer.input_size,
-            layer.output_size,
-            layer.params_dtype,
-            weight_loader=layer.weight_loader_v2,
-        )
-    for weight, shard in members:
-        layer.weight.weight_loader(layer.weight, weight, *shard)
-    if dropped:  # packs the kernel's copy anew and drops the weight again
-        layer.quant_method.process_weights_after_loading(layer)
+WeightTransferEngineFactory.register_engine("host", HostTransfer)

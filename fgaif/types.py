@@ -206,10 +206,12 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsManifest:
-    """A published version of the policy: LoRA factors by HF module name, as float32 arrays.
+    """A published version of the policy: all that differs from its checkpoint, as float32 arrays.
 
-    ``tensors`` maps ``"<module>.lora_A"`` (r, in) and ``"<module>.lora_B"`` (out, r); the update of
-    a module's weight is ``scaling * B @ A`` on the base. ``digest`` covers names, shapes, bytes.
+    ``tensors`` maps ``"<module>.lora_A"`` (r, in) and ``"<module>.lora_B"`` (out, r), whose
+    ``scaling * B @ A`` is added to the module's weight, and whole weights by parameter name
+    (``model.multi_modal_projector.linear_1.weight``), which replace the checkpoint's. Names are
+    Hugging Face's; ``digest`` covers names, shapes and bytes.
     """
 
     version: int

@@ -1,7 +1,8 @@
-"""The adapter as it travels: LoRA factors by Hugging Face module name."""
+"""Versions of the policy as they travel: LoRA factors and whole weights by Hugging Face name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from peft import PeftConfig
@@ -9,30 +10,42 @@ from safetensors.numpy import load_file
 
 from fgaif.checkpoint import arrays_digest
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.export import public_name
 from fgaif.types import FloatArray, WeightsManifest
 
 _PEFT_PREFIX = "base_model.model."
+_TRAINED_COPY = ".modules_to_save.default."
+_FACTORS = ("lora_A", "lora_B")
+_PART_BYTES = 2**30
+
+T = TypeVar("T")
 
 
-def factor_name(parameter: str) -> str:
-    """Turn PEFT's name of a LoRA parameter into ``<module>.lora_A`` or ``<module>.lora_B``.
+def tensor_name(parameter: str) -> str:
+    """Turn PEFT's name of a trained parameter into the manifest's, in memory as on disk.
 
     ``base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.default.weight``
-    becomes ``model.language_model.layers.0.self_attn.q_proj.lora_A``, in memory as on disk (where
-    PEFT leaves out the adapter's name).
+    becomes ``model.language_model.layers.0.self_attn.q_proj.lora_A``, and
+    ``base_model.model.model.multi_modal_projector.modules_to_save.default.linear_1.bias`` becomes
+    ``model.multi_modal_projector.linear_1.bias``; on disk PEFT leaves out the adapter's name.
+
+    Raises:
+        CheckpointError: neither a LoRA factor nor a weight of a LLaVA model.
     """
-    module, dot, rest = parameter.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
-    if not dot:
-        raise CheckpointError(f"{parameter!r} is not a LoRA parameter")
-    return f"{module}.lora_{rest[0]}"
+    name = parameter.removeprefix(_PEFT_PREFIX).replace(_TRAINED_COPY, ".")
+    module, dot, rest = name.rpartition(".lora_")
+    if dot:
+        return f"{module}.lora_{rest[0]}"
+    public_name(name)
+    return name
 
 
 def make_manifest(
-    factors: Mapping[str, FloatArray], *, scaling: float, version: int
+    trained: Mapping[str, FloatArray], *, scaling: float, version: int
 ) -> WeightsManifest:
-    """Number and digest LoRA factors given by PEFT parameter name."""
+    """Number and digest trained tensors given by PEFT parameter name."""
     tensors = {
-        factor_name(name): np.array(value, dtype=np.float32) for name, value in factors.items()
+        tensor_name(name): np.array(value, dtype=np.float32) for name, value in trained.items()
     }
     return WeightsManifest(
         version=version, digest=arrays_digest(tensors), scaling=scaling, tensors=tensors
@@ -47,8 +60,36 @@ def manifest_from_adapter(directory: Path, *, version: int) -> WeightsManifest:
     """
     try:
         config = PeftConfig.from_pretrained(str(directory))
-        factors = load_file(directory / "adapter_model.safetensors")
+        trained = load_file(directory / "adapter_model.safetensors")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: not an adapter directory: {error}") from error
     scaling = config.lora_alpha / config.r
-    return make_manifest(factors, scaling=scaling, version=version)
+    return make_manifest(trained, scaling=scaling, version=version)
+
+
+def split_tensors(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
+    """Part a manifest's tensors: whole weights by name, LoRA factors by module and factor."""
+    whole: dict[str, T] = {}
+    factors: dict[str, dict[str, T]] = {}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in _FACTORS:
+            factors.setdefault(module, {})[leaf] = value
+        else:
+            whole[name] = value
+    return whole, factors
+
+
+def parts(
+    tensors: Mapping[str, FloatArray], limit: int = _PART_BYTES
+) -> Iterator[dict[str, FloatArray]]:
+    """Cut tensors, in their order, into parts of at most ``limit`` bytes or of one tensor."""
+    part: dict[str, FloatArray] = {}
+    size = 0
+    for name, array in tensors.items():
+        if part and size + array.nbytes > limit:
+            yield part
+            part, size = {}, 0
+        part[name] = array
+        size += array.nbytes
+    yield part
