@@ -1,0 +1,244 @@
+"""What a run is doing, as its driver publishes it: to the board, to a file and to metrics."""
+
+import logging
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fgaif.config import Config
+from fgaif.errors import DataError
+from fgaif.files import write_whole
+from fgaif.types import StepReport
+
+log = logging.getLogger(__name__)
+
+STATUS = "status.json"
+LIVE = "live.json"
+_PUBLISH_EVERY_S = 1.0
+
+ActorState = Literal["starting", "idle", "busy", "leaving"]
+RunState = Literal["running", "ended", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignSeen:
+    """An actor's last sign of life: when it came, when progress was last made, tokens a second."""
+
+    node: str
+    pid: int
+    rss: int
+    rate: float
+    age_s: float
+    still_s: float
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+M = TypeVar("M", bound=_Message)
+
+
+class ActorStatus(_Message):
+    """One actor; what is None has not been heard yet, or does not apply."""
+
+    name: str
+    role: str
+    state: ActorState
+    restarts: int = 0
+    version: int | None = None
+    """Weights that a rollout engine has loaded."""
+    node: str | None = None
+    pid: int | None = None
+    rss: int | None = None
+    """Resident bytes."""
+    tokens_per_second: float | None = None
+    """Tokens sampled, scored or trained on, over the last half minute."""
+    sign_age_s: float | None = None
+
+
+class RunStatus(_Message):
+    """A run at one moment."""
+
+    run: str
+    state: RunState = "running"
+    step: int = 0
+    steps: int
+    version: int = 0
+    chunks_waiting: int = 0
+    chunks_in_flight: int = 0
+    wished: int | None = None
+    """Rollout engines that `fgaif scale` asked for."""
+    actors: tuple[ActorStatus, ...] = ()
+    set_aside: int = 0
+    """Prompts that killed engines, and were left out."""
+    stale_dropped: int = 0
+    """Responses too old to be trained on."""
+    metrics: dict[str, float] = {}
+    """Reward, KL, tokens and seconds of the last step."""
+    updated_at: datetime
+
+    def with_signs(self, signs: Mapping[str, SignSeen], wished: int | None) -> "RunStatus":
+        """The status with what the actors' signs of life say."""
+        actors = tuple(
+            actor.model_copy(update=_said(signs[actor.name])) if actor.name in signs else actor
+            for actor in self.actors
+        )
+        return self.model_copy(update={"actors": actors, "wished": wished})
+
+
+class Live(_Message):
+    """Where a run can be found while it lives."""
+
+    address: str
+    """Of Ray's control store."""
+    namespace: str
+    board: str
+    job: str
+    host: str
+    pid: int
+    """Of the driver, on ``host``."""
+    started_at: datetime
+
+
+def _said(seen: SignSeen) -> dict[str, Any]:
+    return {
+        "node": seen.node,
+        "pid": seen.pid,
+        "rss": seen.rss,
+        "tokens_per_second": seen.rate,
+        "sign_age_s": seen.age_s,
+    }
+
+
+_SHOWN = ("reward/", "hallu/", "kl/", "seconds/", "tokens_per_second", "sync/")
+
+
+class Publisher:
+    """The driver's side: gathers what changes and publishes it at most once a second.
+
+    Steps and ends are always written. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sinks: Sequence[Callable[[RunStatus], object]] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._file = config.run_dir / STATUS
+        self._sinks = sinks
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._actors: dict[str, Sequence[ActorStatus]] = {}
+        self._last = float("-inf")
+        self._signs: Callable[[], Mapping[str, SignSeen]] = dict
+        self._status = RunStatus(run=config.name, steps=config.ppo.steps, updated_at=_now())
+
+    @property
+    def status(self) -> RunStatus:
+        """What is known now, published or not."""
+        return self._status
+
+    def listen(self, signs: Callable[[], Mapping[str, SignSeen]]) -> None:
+        """Add the signs of life that this gives to all that is published."""
+        self._signs = signs
+
+    def step(self, report: StepReport) -> None:
+        """Publish a finished step."""
+        shown = {
+            name: value
+            for name, value in report.metrics.items()
+            if name.startswith(_SHOWN) and math.isfinite(value)
+        }
+        dropped = int(report.metrics.get("staleness/dropped", 0))
+        with self._lock:
+            self._publish(
+                now=True,
+                step=report.step,
+                version=report.version,
+                metrics=shown,
+                stale_dropped=self._status.stale_dropped + dropped,
+            )
+
+    def pool(
+        self,
+        role: str,
+        actors: Sequence[ActorStatus],
+        *,
+        waiting: int = 0,
+        in_flight: int = 0,
+        set_aside: int = 0,
+    ) -> None:
+        """Publish the actors of a role, and for rollouts their queue in chunks."""
+        with self._lock:
+            self._actors[role] = actors
+            queue = {
+                "chunks_waiting": waiting, "chunks_in_flight": in_flight, "set_aside": set_aside,
+            } if role == "rollout" else {}  # fmt: skip
+            everyone = tuple(actor for group in self._actors.values() for actor in group)
+            self._publish(now=False, actors=everyone, **queue)
+
+    def close(self, state: RunState) -> None:
+        """Publish how it ended; nobody is at work any more."""
+        with self._lock:
+            self._publish(now=True, state=state, chunks_waiting=0, chunks_in_flight=0)
+
+    def _publish(self, *, now: bool, **changes: Any) -> None:
+        status = self._status.model_copy(update=changes | {"updated_at": _now()})
+        self._status = status = status.with_signs(self._signs(), status.wished)
+        if not now and self._clock() < self._last + _PUBLISH_EVERY_S:
+            return
+        self._last = self._clock()
+        try:
+            write_whole(self._file, status.model_dump_json(indent=2) + "\n")
+        except DataError as error:  # a help to who watches, not a part of the work
+            log.warning("%s", error)
+        for sink in self._sinks:
+            sink(status)
+
+
+def write_live(config: Config, *, address: str, namespace: str, board: str, job: str) -> None:
+    """Write where the run can be found, for `fgaif status` and `fgaif scale`."""
+    live = Live(
+        address=address,
+        namespace=namespace,
+        board=board,
+        job=job,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started_at=_now(),
+    )
+    write_whole(config.run_dir / LIVE, live.model_dump_json(indent=2) + "\n")
+
+
+def read_status(run_dir: Path) -> RunStatus | None:
+    """The status that the run wrote last; None if it never did. Raises DataError."""
+    return _read(run_dir / STATUS, RunStatus)
+
+
+def read_live(run_dir: Path) -> Live | None:
+    """Where the run's last driver could be found; None if none ever was. Raises DataError."""
+    return _read(run_dir / LIVE, Live)
+
+
+def _read(path: Path, kind: type[M]) -> M | None:
+    if not path.is_file():
+        return None
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete it") from error
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

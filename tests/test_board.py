@@ -1,0 +1,289 @@
+"""Signs of life by the board's clock, what the driver makes of them, and what it publishes."""
+
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors import pulse
+from cluster.board import Board, Look, Sign, Watch, board_name, log_to
+from cluster.status import ActorStatus, Publisher, RunStatus, SignSeen, read_live, read_status
+from fgaif.config import ClusterConfig, Config, load_config
+from fgaif.errors import DataError
+from fgaif.types import StepReport
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def sign(count: int = 0, name: str = "rollout-0", pid: int = 7) -> Sign:
+    return Sign(name=name, role="rollout", node="10.0.0.1", pid=pid, count=count, rss=1000)
+
+
+def seen(age_s: float = 0.0, still_s: float = 0.0) -> SignSeen:
+    return SignSeen(node="10.0.0.1", pid=7, rss=1000, rate=5.0, age_s=age_s, still_s=still_s)
+
+
+def settings(folder: Path) -> Config:
+    return load_config(None, [f"dir={folder}", "name=mine", "ppo.steps=5"])
+
+
+def test_progress_is_a_sum_of_beats() -> None:
+    before = pulse.count()
+    pulse.beat()
+    pulse.beat(5)
+    assert pulse.count() - before == 6
+
+
+def test_ages_and_rates_are_by_the_board_s_clock() -> None:
+    """40 tokens in 10 s after the first sign, then 3 s of silence: 4 tokens a second."""
+    clock = Clock()
+    board = Board(clock)
+    board.beat(sign(count=10))
+    clock.now += 5
+    board.beat(sign(count=50))
+    clock.now += 5
+    board.beat(sign(count=50))
+    clock.now += 3
+    found = board.look().signs["rollout-0"]
+    assert (found.age_s, found.still_s, found.rate) == (3, 8, 4)
+    assert (found.node, found.pid, found.rss) == ("10.0.0.1", 7, 1000)
+
+
+def test_rates_forget_what_is_long_past() -> None:
+    clock = Clock()
+    board = Board(clock)
+    for second in range(0, 100, 5):  # 1,000 tokens a second at first, none in the last minute
+        board.beat(sign(count=min(second, 40) * 1000))
+        clock.now += 5
+    assert board.look().signs["rollout-0"].rate == 0
+
+
+def test_late_signs_of_a_process_that_was_replaced_are_not_its_successor_s() -> None:
+    clock = Clock()
+    board = Board(clock)
+    board.beat(sign(count=10))
+    board.forget("rollout-0")
+    board.forget("never-there")
+    board.beat(sign(count=11))
+    assert board.look().signs == {}
+    clock.now += 500
+    board.beat(sign(count=0, pid=8))
+    found = board.look().signs["rollout-0"]
+    assert (found.pid, found.age_s, found.still_s) == (8, 0, 0)
+
+
+def test_a_new_process_under_an_old_name_starts_with_a_clean_slate() -> None:
+    clock = Clock()
+    board = Board(clock)
+    board.beat(sign(count=1000))
+    clock.now += 50
+    board.beat(sign(count=0, pid=8))
+    assert board.look().signs["rollout-0"].still_s == 0
+    assert board.look().signs["rollout-0"].rate == 0
+
+
+class Answers:
+    """A board that answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[Future[Look]] = []
+        self.forgotten: list[str] = []
+
+    def ask(self) -> "Future[Look]":
+        self.asked.append(Future())
+        return self.asked[-1]
+
+    def say(self, wished: int | None = None, **signs: SignSeen) -> None:
+        by_name = {name.replace("_", "-"): value for name, value in signs.items()}
+        self.asked[-1].set_result(Look(signs=by_name, wished=wished))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def answers() -> Answers:
+    return Answers()
+
+
+@pytest.fixture
+def watch(answers: Answers, clock: Clock) -> Watch:
+    return Watch(answers.ask, answers.forgotten.append, ClusterConfig(), clock)
+
+
+def test_the_driver_asks_once_a_second_and_never_waits(
+    watch: Watch, answers: Answers, clock: Clock
+) -> None:
+    assert watch.problem("rollout-0", busy_s=5000) is None
+    clock.now += 10
+    assert watch.wished() is None
+    assert len(answers.asked) == 1  # no answer yet: no second question
+    answers.say(wished=3, rollout_0=seen())
+    assert watch.wished() == 3
+    assert len(answers.asked) == 2
+    answers.say(wished=4)
+    clock.now += 0.5
+    assert watch.wished() == 4
+    assert len(answers.asked) == 2
+    clock.now += 0.5
+    watch.wished()
+    assert len(answers.asked) == 3
+
+
+def test_frozen_and_hanging_actors_are_told_from_working_and_idle_ones(
+    watch: Watch, answers: Answers
+) -> None:
+    watch.signs()
+    answers.say(
+        frozen=seen(age_s=61),
+        quiet=seen(age_s=59, still_s=899),
+        hung=seen(age_s=1, still_s=901),
+    )
+    assert watch.problem("frozen") == "gave no sign of life for 61 s"
+    assert watch.problem("quiet", busy_s=899) is None
+    assert watch.problem("hung", busy_s=950) == "made no progress for 901 s"
+    assert watch.problem("hung", busy_s=3) is None  # was idle until 3 s ago
+    assert watch.problem("hung") is None
+    assert watch.problem("starting", busy_s=5000) is None
+
+
+def test_what_was_asked_before_an_actor_was_replaced_is_not_believed(
+    watch: Watch, answers: Answers, clock: Clock
+) -> None:
+    watch.signs()
+    answers.say(rollout_0=seen(age_s=61))
+    clock.now += 1
+    assert watch.problem("rollout-0")  # asks again
+    watch.forget("rollout-0")
+    answers.say(rollout_0=seen(age_s=62))
+    assert watch.problem("rollout-0") is None
+    assert answers.forgotten == ["rollout-0"]
+
+
+def test_a_lost_board_stops_nothing_and_is_said_once(
+    watch: Watch, answers: Answers, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch.signs()
+    answers.say(rollout_0=seen(age_s=61))
+    clock.now += 1
+    assert watch.problem("rollout-0")
+    answers.asked[-1].set_exception(ray.exceptions.ActorDiedError())
+    for _ in range(3):
+        clock.now += 1
+        assert watch.problem("rollout-0") is None
+    watch.forget("rollout-0")
+    assert len(answers.asked) == 2
+    assert answers.forgotten == []
+    assert caplog.text.count("goes on without signs of life") == 1
+
+
+def test_the_board_s_name_is_the_run_folder_s(tmp_path: Path) -> None:
+    assert board_name(settings(tmp_path)) == f"run:{tmp_path}/mine"
+
+
+def report(step: int, **metrics: float) -> StepReport:
+    return StepReport(step=step, version=step, metrics=metrics)
+
+
+def rollouts(*names: str) -> list[ActorStatus]:
+    return [ActorStatus(name=name, role="rollout", state="busy", version=3) for name in names]
+
+
+def test_steps_are_published_at_once_and_pool_changes_once_a_second(
+    tmp_path: Path, clock: Clock
+) -> None:
+    got: list[RunStatus] = []
+    publisher = Publisher(settings(tmp_path), [got.append], clock)
+    publisher.listen(lambda: {"rollout-0": seen(age_s=2)})
+    publisher.step(report(1, **{"reward/task": 0.5, "kl/token": float("nan"), "policy/lr": 1.0}))
+    publisher.pool("rollout", rollouts("rollout-0"), waiting=4, in_flight=1)
+    assert len(got) == 1
+    clock.now += 1
+    learner = ActorStatus(name="learner-0", role="learner", state="idle")
+    publisher.pool("learner", [learner])
+    assert len(got) == 2
+    last = read_status(tmp_path / "mine")
+    assert last == got[-1]
+    assert (last.step, last.steps, last.version, last.metrics) == (1, 5, 1, {"reward/task": 0.5})
+    assert (last.chunks_waiting, last.chunks_in_flight) == (4, 1)
+    assert [actor.name for actor in last.actors] == ["rollout-0", "learner-0"]
+    first = last.actors[0]
+    assert (first.node, first.rss, first.tokens_per_second, first.sign_age_s) == (
+        "10.0.0.1", 1000, 5.0, 2,
+    )  # fmt: skip
+    assert last.actors[1].sign_age_s is None
+    publisher.step(report(2, **{"staleness/dropped": 3}))
+    publisher.step(report(3, **{"staleness/dropped": 2}))
+    publisher.close("ended")
+    last = read_status(tmp_path / "mine")
+    assert last is not None
+    assert (last.step, last.state, last.stale_dropped) == (3, "ended", 5)
+
+
+def test_a_status_that_cannot_be_written_is_said_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine").write_text("a file where the folder should be")
+    Publisher(settings(tmp_path)).step(report(1))
+    assert "status.json: cannot be written" in caplog.text
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    assert read_status(tmp_path) is None
+    assert read_live(tmp_path) is None
+    (tmp_path / "live.json").write_text(json.dumps({"adress": "x"}))
+    with pytest.raises(DataError, match=r"live\.json: cannot be read"):
+        read_live(tmp_path)
+
+
+def test_the_board_gives_the_last_status_with_fresh_signs(tmp_path: Path, clock: Clock) -> None:
+    board = Board(clock)
+    assert board.status() is None
+    publisher = Publisher(settings(tmp_path), [board.put], clock)
+    publisher.pool("rollout", rollouts("rollout-0", "rollout-1"))
+    board.beat(sign())
+    board.wish(2)
+    clock.now += 9
+    status = board.status()
+    assert status is not None
+    assert [actor.sign_age_s for actor in status.actors] == [9, None]
+    assert status.wished == 2
+
+
+@pytest.fixture
+def _root_logger() -> Iterator[None]:
+    root = logging.getLogger()
+    before, levels = (
+        list(root.handlers),
+        {name: logging.getLogger(name).level for name in ("fgaif", "actors", "cluster")},
+    )
+    yield
+    root.handlers[:] = before
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.usefixtures("_root_logger")
+def test_a_process_logs_to_a_file_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_to(tmp_path / "logs" / "rollout-0.log")
+    logging.getLogger("actors.rollout").info("ready")
+    assert "INFO actors.rollout: ready" in (tmp_path / "logs" / "rollout-0.log").read_text()
+    (tmp_path / "file").write_text("")
+    log_to(tmp_path / "file" / "x.log")
+    assert "no log file here" in caplog.text
