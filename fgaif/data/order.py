@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def batch_indexes(count: int, batch: int, step: int, seed: int) -> list[int]:
@@ -14,9 +16,17 @@ def batch_indexes(count: int, batch: int, step: int, seed: int) -> list[int]:
     """
     first = step * batch
     epochs = range(first // count, (first + batch - 1) // count + 1)
-    order = np.concatenate([np.random.default_rng([seed, e]).permutation(count) for e in epochs])
-    offset = first - epochs[0] * count
-    return [int(index) for index in order[offset : offset + batch]]
+    pieces = [
+        _epoch(count, e, seed)[max(0, first - e * count) : first + batch - e * count]
+        for e in epochs
+    ]
+    return [int(index) for piece in pieces for index in piece]
+
+
+@lru_cache(maxsize=2)  # a step reaches from one epoch into the next at most, unless it is larger
+def _epoch(count: int, epoch: int, seed: int) -> NDArray[np.int32]:
+    """Order of one epoch, kept: drawing ten million indexes takes a second, a step much less."""
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(count, dtype=np.int32))
 
 
 def request_seed(*parts: int | str) -> int:
@@ -28,4 +38,4 @@ def request_seed(*parts: int | str) -> int:
 def draw(items: Sequence[int], size: int, *key: int) -> list[int]:
     """Draw ``size`` of ``items`` without replacement (with, if there are fewer), seeded by key."""
     rng = np.random.default_rng(list(key))
-    return [int(i) for i in rng.choice(items, size, replace=len(items) < size)]
+    return [items[i] for i in rng.choice(len(items), size, replace=len(items) < size)]
