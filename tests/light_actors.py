@@ -39,7 +39,8 @@ from fgaif.types import (
     WeightsManifest,
 )
 
-SECONDS_PER_TOKEN = 0.001
+SECONDS_PER_TOKEN = float(os.environ.get("LIGHT_SECONDS_PER_TOKEN", "0.001"))
+_TRAINING_TOKENS = 4  # evaluating or training on so many tokens takes as long as sampling one
 _PRIME = 2**61 - 1
 _VOCABULARY = 26
 
@@ -153,7 +154,7 @@ class LightReward(_Light):
             ]
             rows = np.array([[row.sum(), row[::2].sum(), 1.0] for row in raw], np.float32)
             found.append(rows / rows.sum(axis=1, keepdims=True))
-            beat(len(response.token_ids))
+            _work([response])
         return found
 
 
@@ -166,7 +167,7 @@ class LightReference(_Light):
 
     def evaluate(self, responses: Sequence[Response]) -> list[Evaluation]:
         self.ready()
-        beat(len(responses))
+        _work(responses)
         return [
             Evaluation(
                 reference_logprobs=_logprobs(response.token_ids, 0),
@@ -177,6 +178,7 @@ class LightReference(_Light):
 
     def update_values(self, batch: TrainBatch) -> UpdateReport:
         self.ready()
+        _work(batch.responses)
         self._value = _moved(self._value, batch, batch.returns)
         return UpdateReport(metrics={"value/state": float(self._value % 2**50)})
 
@@ -203,15 +205,13 @@ class LightLearner(_Light):
 
     def logprobs(self, responses: Sequence[Response]) -> list[FloatArray]:
         self.ready()
-        beat(len(responses))
+        _work(responses)
         return [_logprobs(response.token_ids, self._policy) for response in responses]
 
     def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> UpdateReport:
         self.ready()
         self._wait_for_leave()
-        for _ in range(20):
-            time.sleep(SECONDS_PER_TOKEN)
-            beat()
+        _work(batch.responses)
         weights = np.zeros_like(batch.mask) if batch.weights is None else batch.weights
         self._policy = _moved(self._policy, batch, batch.advantages, weights)
         self._updates += 1
@@ -250,6 +250,12 @@ class LightLearner(_Light):
         folder.mkdir(exist_ok=True)
         rows = [[response.id, response.policy_version] for response in batch.responses]
         (folder / f"{self._updates}.json").write_text(json.dumps(rows))
+
+
+def _work(responses: Sequence[Response]) -> None:
+    for response in responses:
+        time.sleep(SECONDS_PER_TOKEN * len(response.token_ids) / _TRAINING_TOKENS)
+        beat(len(response.token_ids))
 
 
 def _moved(state: int, batch: TrainBatch, *per_token: FloatArray) -> int:

@@ -1,7 +1,6 @@
-"""Ray clusters of several nodes on this machine, jobs sent to them, and runs watched from outside."""
+"""Ray clusters of several nodes on this machine, and runs watched from outside."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,10 +101,3 @@ def _runs(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def job_environment() -> None:
-    """Jobs find this Python first."""
-    import sys
-
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -6,6 +6,7 @@ writes what ``fgaif train`` writes, under the configuration's run folder.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,10 +14,13 @@ import light_actors
 
 from cluster.driver import PpoData, PpoDriver
 from cluster.launch import Cluster
+from cluster.placement import Role
 from cluster.roles import Roles
 from fgaif.config import Config, load_config
 from fgaif.tracking import Tracker
 from fgaif.types import ImageRef, Prompt
+
+ROLES: tuple[Role, ...] = ("rollout", "reward", "reference", "learner")
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -37,13 +41,25 @@ def stand_in() -> None:
         setattr(sys.modules[module], name, stand_in)
 
 
-def train(config: Config, roles: Roles) -> None:
+def roles_on(cluster: Cluster, config: Config) -> Roles:
+    """All roles of a run, started on the cluster."""
+    rewards = config.run_dir / "rewards"
+    return Roles(
+        rollouts=cluster.rollouts(),
+        learner=cluster.learner(),
+        reference=cluster.reference(rewards),
+        rewards=cluster.rewards(rewards),
+    )
+
+
+def train(config: Config, roles: Roles, on_step: Callable[[int], None] = lambda _: None) -> None:
     """Run PPO over prompts without images, as ``fgaif train`` does over real ones."""
     data = PpoData(prompts=make_prompts(1000), anchors=[], digest="light")
     driver = PpoDriver(config, roles, data, light_actors.segments, lambda *_: ())
     with Tracker(config.run_dir / "policy", config.tracking, name=config.name) as tracker:
         for report in driver.run():
             tracker.log(report)
+            on_step(report.step)
     roles.learner.save_adapter(config.run_dir / "policy" / "adapter").result()
 
 
@@ -51,17 +67,8 @@ def main(path: Path) -> None:
     """Train on the cluster that this process belongs to."""
     stand_in()
     config = load_config(path)
-    rewards = config.run_dir / "rewards"
-    with Cluster(config, ("rollout", "reward", "reference", "learner")) as cluster:
-        train(
-            config,
-            Roles(
-                rollouts=cluster.rollouts(),
-                learner=cluster.learner(),
-                reference=cluster.reference(rewards),
-                rewards=cluster.rewards(rewards),
-            ),
-        )
+    with Cluster(config, ROLES) as cluster:
+        train(config, roles_on(cluster, config))
 
 
 if __name__ == "__main__":

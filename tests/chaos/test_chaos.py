@@ -1,0 +1,26 @@
+"""Ten random deaths in a run of twenty steps, on every change; more by hand with chaos.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_ten_random_deaths_change_no_bit_of_the_policy(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("chaos.py")
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "10", "--seed", "0", "--folder", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["survived"]
+    assert report["kills"] == 10
+    assert report["answers_lost"] == report["answers_twice"] == 0
+    assert sum(row["kills"] for row in report["rejoin"].values()) == 10

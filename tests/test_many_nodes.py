@@ -1,0 +1,122 @@
+"""A run on a Ray cluster of several nodes: submitted as a job, scaled, and hit in mid-step.
+
+Nodes are real Ray nodes on this machine; driver, groups, placement, weight sync and recovery are
+the product's; the actors are light ones, whose policy is an integer that every answer moves.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import light_actors
+import nodes_job
+import pytest
+import ray
+import yaml
+from nodes import Nodes, lasting, living, steps, wait_for, write_whole
+
+from cluster.board import NAMESPACE, board_name
+from cluster.jobs import JobRequest, Jobs
+from fgaif.config import Config, load_config
+
+TESTS = Path(__file__).parent
+ROLES = 6  # actors of a run with one rollout engine, one CPU each
+
+
+def settings(folder: Path, *overrides: str) -> Config:
+    return load_config(
+        None,
+        [
+            f"dir={folder}", "name=light", "ppo.steps=7", "ppo.rollout_batch=12",
+            "ppo.minibatch=6", "ppo.checkpoint_every=2", "policy.max_new_tokens=24",
+            "cluster.rollout.chunk=2", "cluster.heartbeat_s=0.5", *overrides,
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    cluster = Nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.stop()
+
+
+def submit(jobs: Jobs, config: Config, folder: Path) -> str:
+    """Send the light run as a job: only its own modules and its configuration go along."""
+    folder.mkdir()
+    for module in ("light_actors.py", "nodes_job.py"):
+        shutil.copy(TESTS / module, folder)
+    (folder / "fgaif.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return jobs.submit(
+        JobRequest(
+            entrypoint="python nodes_job.py fgaif.yaml",
+            runtime_env={"working_dir": str(folder)},
+            metadata={"fgaif": "train", "run": config.name, "dir": str(config.run_dir)},
+        )
+    )
+
+
+@pytest.mark.slow
+def test_a_job_outlives_scaling_and_the_loss_of_nodes_and_ends_the_same(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "cluster")
+    run = config.run_dir
+    run.mkdir(parents=True)
+    first = nodes.add(cpus=ROLES)
+    jobs = Jobs(nodes.dashboard)
+    write_whole(run / "until", "2")  # so far it goes with one engine
+    job = submit(jobs, config, tmp_path / "job")
+
+    def engines(count: int) -> bool:
+        details = jobs.status(job)
+        assert not details.status.is_terminal(), jobs.logs(job)
+        return len(living(run, "rollout")) == count
+
+    def reached(step: int) -> None:
+        wait_for(f"step {step}", lambda: engines(-1) or len(steps(run)) >= step)
+
+    reached(2)
+    assert engines(1)
+
+    second = nodes.add(cpus=2)
+    ray.init(address=nodes.address, namespace=NAMESPACE, log_to_driver=False)
+    board = ray.get_actor(board_name(config))
+    ray.get(board.wish.remote(3))
+    wait_for("three engines", lambda: engines(3))
+    assert sum(life["node"] == second.node_id for life in living(run, "rollout")) == 2
+
+    held = run / "held"
+    write_whole(run / "hold", second.node_id)
+    write_whole(run / "until", "4")
+    wait_for("work on the second node", lambda: held.exists() and len(list(held.iterdir())) == 2)
+    nodes.kill(second)
+    (run / "hold").unlink()
+    reached(4)
+    assert engines(1)  # the others have no room
+
+    third = nodes.add(cpus=2)
+    wait_for("three engines", lambda: engines(3))
+    ray.get(board.wish.remote(1))
+    wait_for("one engine", lambda: engines(1))
+
+    shutil.rmtree(held)
+    fourth = nodes.add(cpus=ROLES)
+    write_whole(run / "hold", living(run, "rollout")[0]["node"])
+    write_whole(run / "until", "100")
+    wait_for("work on the engine's node", lambda: held.exists() and any(held.iterdir()))
+    nodes.kill(first)  # learner, value model and reward models are on it
+    (run / "hold").unlink()
+    print("".join(jobs.follow(job)))
+    assert jobs.status(job).status == "SUCCEEDED"
+    del third, fourth
+
+    alone = settings(tmp_path / "here")
+    nodes_job.train(alone, light_actors.Here(alone).roles())
+    ours, theirs = steps(run), steps(alone.run_dir)
+    assert [lasting(row["metrics"]) for row in ours] == [lasting(row["metrics"]) for row in theirs]
+    for path in ("policy/adapter/policy.json", *(f"trained/{n}.json" for n in range(1, 8))):
+        assert (run / path).read_text() == (alone.run_dir / path).read_text(), path
