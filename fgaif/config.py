@@ -487,6 +487,9 @@ class TrackingConfig(_Section):
     wandb: bool = False
     trackio: bool = False
     project: str = "fgaif"
+    rollouts: int = Field(0, ge=0)
+    """Write all rollouts of every so many steps to `policy/rollouts`, for `fgaif replay`; 0: never.
+    A file takes about 80 bytes per token."""
 
 
 class StudyConfig(_Section):

@@ -1,0 +1,179 @@
+"""``fgaif replay``: the rollouts of a step, as PPO saw them, and computed anew."""
+
+from io import StringIO
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fgaif.config import Config, load_config
+from fgaif.errors import DataError
+from fgaif.files import write_whole
+from fgaif.ppo.rollout_dump import COMPUTED, PER_TOKEN, Dump, Row, read_dump, recompute
+from fgaif.types import KINDS, SegmentClass
+
+_STYLES = {"object": "red", "attribute": "dark_orange", "relation": "magenta"}
+_OK, _NONE = "green", "dim"
+_SAME = 1e-6
+_HTML_WIDTH = 140
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="RUN/policy/rollouts/step_*.jsonl.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="With --recompute: dotted overrides."),
+    ] = None,
+    row: Annotated[
+        int | None, typer.Option(min=0, help="This response alone, token by token.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Responses shown at most.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Write it as HTML to this file.")] = None,
+    again: Annotated[
+        bool, typer.Option("--recompute", help="Compute rewards and advantages anew; compare.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Default: the run's own config.yaml.")
+    ] = None,
+) -> None:
+    """Show rollouts that `tracking.rollouts` kept: segments, kinds, rewards, advantages.
+
+    Segments are green where their facts are right, coloured by the kind of hallucination where
+    not, and dim without facts. --recompute shows what another reward shape, gamma or lambda would
+    have made of the same scores.
+    """
+    dump = read_dump(file)
+    if row is not None and row >= len(dump.rows):
+        raise DataError(f"--row {row}: {file} has responses 0 to {len(dump.rows) - 1}")
+    page = Console(record=True, width=_HTML_WIDTH, file=StringIO()) if out else None
+    console = page or Console()
+    if again:
+        settings = _settings(config, file, overrides or [])
+        console.print(differences(dump, settings))
+    elif row is not None:
+        console.print(show(dump.rows[row], row), token_table(dump.rows[row]))
+    else:
+        console.print(heading(dump))
+        for index, one in enumerate(dump.rows[:limit]):
+            console.print(show(one, index))
+        if len(dump.rows) > limit:
+            console.print(f"{len(dump.rows) - limit} more: --limit, --row", style="dim")
+    if page and out:
+        write_whole(out, page.export_html())
+
+
+def heading(dump: Dump) -> Text:
+    """What the file holds, and the legend."""
+    head = dump.header
+    legend: list[str | tuple[str, str]] = [("right", _OK), " ", ("no facts", _NONE)]
+    for kind in KINDS:
+        legend += [" ", (f"{kind} hallucinated", _STYLES[kind])]
+    return Text.assemble(
+        f"step {head.step}, {len(dump.rows)} responses, KL coefficient {head.kl_coef:g}\n",
+        *legend,
+    )
+
+
+def show(row: Row, index: int) -> Group:
+    """A response with coloured segments, and a table of them."""
+    response = row.response
+    text = Text(f"\n[{index}] {response.id} v{response.policy_version} ", style="bold")
+    text.append(f"{response.prompt.image.path}\n", style="not bold dim")
+    for segment, probs in zip(row.segments, row.probs, strict=True):
+        piece = response.text[segment.char_start : segment.char_end]
+        text.append(piece, style=f"not bold {segment_style(probs)}")
+    return Group(text, _segment_table(row))
+
+
+def segment_style(probs: np.ndarray) -> str:
+    """Colour of a segment by its class probabilities (K, C): its surest hallucination, if any."""
+    classes = probs.argmax(axis=1)
+    wrong = [k for k in range(len(KINDS)) if classes[k] == SegmentClass.HALLU]
+    if wrong:
+        return _STYLES[KINDS[max(wrong, key=lambda k: float(probs[k, SegmentClass.HALLU]))]]
+    return _OK if (classes == SegmentClass.OK).any() else _NONE
+
+
+def _segment_table(row: Row) -> Table:
+    """Per segment: P(hallucinated) per kind, reward at its last token, sums over its tokens."""
+    table = Table(box=None, padding=(0, 1))
+    for column in ("segment", *KINDS, "penalty", "reward", "KL", "advantage", "value"):
+        table.add_column(column, justify="left" if column == "segment" else "right")
+    kl = row.tokens["old_logprobs"] - row.tokens["reference_logprobs"]
+    for i, segment in enumerate(row.segments):
+        span = slice(segment.token_start, max(segment.token_end, segment.token_start + 1))
+        text = row.response.text[segment.char_start : segment.char_end].strip()
+        cells = [_class(row.probs[i, k]) for k in range(len(KINDS))]
+        numbers = (
+            row.penalties[i],
+            row.tokens["task_rewards"][span].sum(),
+            kl[span].sum(),
+            row.tokens["advantages"][span].mean(),
+            row.tokens["values"][span].mean(),
+        )
+        table.add_row(escape(text), *cells, *(f"{number:+.3f}" for number in numbers))
+    return table
+
+
+def _class(probs: np.ndarray) -> str:
+    """The likeliest class and its probability."""
+    best = SegmentClass(int(probs.argmax()))
+    word = {SegmentClass.NONE: "-", SegmentClass.OK: "ok", SegmentClass.HALLU: "hallu"}[best]
+    return f"{word} {probs[best]:.2f}"
+
+
+def token_table(row: Row) -> Table:
+    """Every token's numbers; rewards land on the last token of each segment."""
+    table = Table(box=None, padding=(0, 1))
+    ends = {max(segment.token_end, 1) - 1: segment.index for segment in row.segments}
+    for column in ("t", "id", "ends", *PER_TOKEN):
+        table.add_column(column.replace("_", " "), justify="right")
+    for t, token in enumerate(row.response.token_ids.tolist()):
+        numbers = [f"{row.tokens[name][t]:+.3f}" for name in PER_TOKEN]
+        table.add_row(str(t), str(token), str(ends.get(t, "")), *numbers)
+    return table
+
+
+def differences(dump: Dump, config: Config) -> Group:
+    """What the configuration makes of the dumped scores, against what training made of them."""
+    fresh = recompute(dump, config.ppo)
+    table = Table("array", "tokens that differ", "largest difference", "mean before", "mean now")
+    worst: tuple[float, str] = (0.0, "")
+    for name in COMPUTED:
+        old = np.concatenate([row.tokens[name] for row in dump.rows])
+        new = np.concatenate(fresh[name])
+        gap = np.abs(new - old)
+        count = int((~(gap <= _SAME)).sum())
+        table.add_row(
+            name, f"{count} of {len(old)}", f"{gap.max():.3g}", f"{old.mean():.4f}",
+            f"{new.mean():.4f}",
+        )  # fmt: skip
+        for index, row in enumerate(dump.rows):
+            largest = float(np.abs(fresh[name][index] - row.tokens[name]).max())
+            worst = max(worst, (largest, f"row {index}, {name}"))
+    said = f"largest: {worst[1]}" if worst[0] > _SAME else "the same as in training"
+    changed = [
+        f"{key}: {before!r} in training, {now!r} now"
+        for key, before, now in _settings_of(dump, config)
+        if before != now
+    ]
+    return Group(*(Text(line) for line in changed), table, Text(said))
+
+
+def _settings_of(dump: Dump, config: Config) -> list[tuple[str, object, object]]:
+    head, ppo = dump.header, config.ppo
+    then, now = head.shape.model_dump(), ppo.shape.model_dump()
+    shape = [(f"ppo.shape.{key}", then[key], now[key]) for key in then]
+    return [("ppo.gamma", head.gamma, ppo.gamma), ("ppo.lam", head.lam, ppo.lam), *shape]
+
+
+def _settings(config: Path | None, file: Path, overrides: list[str]) -> Config:
+    own = file.resolve().parents[2] / "config.yaml"  # RUN/policy/rollouts/step_*.jsonl
+    if config is None and not own.is_file():
+        raise DataError(f"{own}: not there; give the configuration with --config")
+    return load_config(config or own, overrides)
