@@ -129,6 +129,8 @@ class ElasticPool:
     members: dict[str, Member] = field(default_factory=dict)
     queue: deque[Task] = field(default_factory=deque)
     set_aside: list[Any] = field(default_factory=list)
+    failure: Exception | None = None
+    """What ended the pool; everything asked for afterwards gets it."""
     _loads: list[_Load] = field(default_factory=list)
     _born: int = 0
     _wanted: list[int] = field(default_factory=list)
@@ -142,10 +144,13 @@ class ElasticPool:
         weights: int | None = None,
     ) -> None:
         """Cut items into chunks of ``chunk`` and queue them; ``future`` gets the answers."""
-        job = Job(method=method, answers=[None] * len(items), missing=len(items), future=future)
+        if self.failure:
+            future.set_exception(self.failure)
+            return
         if not items:
             future.set_result([])
             return
+        job = Job(method=method, answers=[None] * len(items), missing=len(items), future=future)
         wanted = self.weights if weights is None else weights
         for start in range(0, len(items), chunk):
             indexes = range(start, min(start + chunk, len(items)))
@@ -157,6 +162,9 @@ class ElasticPool:
 
     def load(self, weights: int, future: "Future[None]") -> None:
         """Make ``weights`` the newest; ``future`` is done when every member at work has them."""
+        if self.failure:
+            future.set_exception(self.failure)
+            return
         self.weights = weights
         self._loads.append(_Load(weights=weights, future=future))
         self._hand_out()
@@ -231,7 +239,8 @@ class ElasticPool:
         self._feed(member)
 
     def fail(self, error: Exception) -> None:
-        """Nothing can go on: every job and load that is waited for gets the error."""
+        """Nothing can go on: every job and load, waited for or still to come, gets the error."""
+        self.failure = error
         running = [member.task for member in self.members.values() if member.task]
         jobs = {task.job for task in [*self.queue, *running]}
         self.queue.clear()
@@ -274,7 +283,7 @@ class ElasticPool:
             self._remove(member)
         elif self.queue:
             self._give(member, self.queue.popleft())
-        elif member.weights != self.weights:
+        elif member.weights != self.weights and not self.failure:
             self._give(member, Task(job=None, indexes=(), items=(), weights=self.weights))
         else:
             member.state = "idle"

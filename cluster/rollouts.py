@@ -21,7 +21,7 @@ from actors.pool import ElasticPool, Member, Task
 from cluster.failures import CREATION, is_gone, translate
 from cluster.weight_sync import Probe, check_version
 from fgaif.config import ClusterConfig
-from fgaif.errors import ActorError, FgaifError
+from fgaif.errors import ActorError, FgaifError, SyncError
 from fgaif.pending import Pending, Then
 from fgaif.types import GenerationRequest, Prompt, Response, WeightsManifest
 
@@ -326,11 +326,13 @@ class _RayTransport:
     def _failed(self, name: str, life: int, error: BaseException) -> None:
         """Tell a death, which is mended, from an error in the work, which is not."""
         assert isinstance(error, Exception)
-        cause = error if isinstance(error, FgaifError) else translate(error, name)
+        # Ray's errors are also of the class of what was raised in the actor.
+        ours = isinstance(error, FgaifError) and not isinstance(error, ray.exceptions.RayError)
+        cause = error if ours else translate(error, name)
         if is_gone(error) and CREATION not in str(error):
             log.warning("%s\n%s is replaced", cause, name)
             self.pool.died(name, life, cause)
-        elif isinstance(error, ray.exceptions.ActorDiedError):
-            self.pool.fail(cause)
+        elif isinstance(error, ray.exceptions.ActorDiedError) or isinstance(cause, SyncError):
+            self.pool.fail(cause)  # neither another engine nor another chunk would do better
         else:
             self.pool.refused(name, life, cause)

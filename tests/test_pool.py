@@ -229,7 +229,7 @@ def test_restarts_in_a_row_are_bounded_and_every_answer_starts_the_count_anew() 
     loading = stage.load(1)
     stage.die("rollout-0")
     stage.die("rollout-0")
-    for future in (lost, loading):
+    for future in (lost, loading, stage.ask([5], 1), stage.load(2)):
         with pytest.raises(ActorError, match="rollout-0 died"):
             future.result(0)
 

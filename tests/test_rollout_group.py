@@ -1,0 +1,215 @@
+"""The elastic pool over real Ray actors: who dies, hangs, joins late or disagrees."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from mortal_engine import MortalEngine
+
+from cluster.launch import create_actor
+from cluster.placement import Bundle
+from cluster.rollouts import RolloutGroup
+from cluster.weight_sync import Probe
+from fgaif.config import ClusterConfig
+from fgaif.errors import ActorError, DataError, SyncError
+from fgaif.types import WeightsManifest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import MortalEngine
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env=here,
+    )
+    yield
+    ray.shutdown()
+
+
+Start = Callable[..., RolloutGroup]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    groups = []
+
+    def begin(engines: int = 1, **how: Any) -> RolloutGroup:
+        cluster = ClusterConfig.model_validate(
+            {"rollout": {"replicas": engines, "chunk": 2}, "max_restarts": how.pop("restarts", 2)}
+        )
+
+        def create(name: str) -> Any:
+            bundle = Bundle(role="rollout", name=name, cpus=0.1, gpus=0, memory_gib=0)
+            return create_actor(bundle, MortalEngine, (tmp_path, name), "1")
+
+        group = RolloutGroup(create, cluster, **how)
+        groups.append(group)
+        return group
+
+    yield begin
+    for group in groups:
+        group.stop()
+
+
+def tell(folder: Path, name: str, what: str, times: int = 1) -> None:
+    (folder / f"{name}.{what}").write_text("x" * times)
+
+
+def starts(folder: Path, name: str) -> int:
+    path = folder / f"{name}.started"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def weights(version: int) -> tuple[WeightsManifest, Probe]:
+    manifest = WeightsManifest(version=version, digest="", scaling=1.0, tensors={})
+    expected = np.full(2, float(version), np.float32)
+    return manifest, Probe(responses=[], expected=expected, tolerance=0.1)
+
+
+def ask(group: RolloutGroup, items: list[int]) -> Any:
+    return group.generate(items)  # type: ignore[arg-type]
+
+
+def doubled(items: list[int], version: int) -> list[tuple[int, int]]:
+    return [(2 * item, version) for item in items]
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_dead_engine_s_chunk_is_done_again_at_the_same_version(
+    start: Start, tmp_path: Path
+) -> None:
+    group = start(2)
+    assert set(group.load_weights(*weights(7)).result()) == {0.0}
+    until(lambda: starts(tmp_path, "rollout-0") == starts(tmp_path, "rollout-1") == 1)
+    tell(tmp_path, "rollout-1", "die")
+    items = list(range(9))
+    assert ask(group, items).result() == doubled(items, 7)
+    until(lambda: starts(tmp_path, "rollout-1") == 2)
+    assert starts(tmp_path, "rollout-0") == 1
+    tell(tmp_path, "rollout-0", "die-loading")
+    group.load_weights(*weights(8)).result()
+    assert ask(group, items).result() == doubled(items, 8)
+
+
+def test_engines_join_and_leave_during_the_work(start: Start, tmp_path: Path) -> None:
+    group = start(1)
+    group.load_weights(*weights(3)).result()
+    items = list(range(200))
+    answers = ask(group, items)
+    group.resize(3)
+    until(lambda: starts(tmp_path, "rollout-2") == 1)
+    group.resize(1)
+    assert answers.result() == doubled(items, 3)
+    assert starts(tmp_path, "rollout-0") == 1
+
+
+def test_an_engine_that_hangs_is_replaced(start: Start, tmp_path: Path) -> None:
+    hung: list[str] = []
+
+    def watch(name: str, busy: bool) -> str | None:
+        if hung or not busy or (tmp_path / f"{name}.hang").exists():
+            return None
+        hung.append(name)
+        return "made no progress"
+
+    tell(tmp_path, "rollout-0", "hang")
+    group = start(1, watch=watch)
+    assert ask(group, [1]).result() == doubled([1], 0)
+    assert starts(tmp_path, "rollout-0") == 2
+
+
+def test_a_sample_that_kills_is_set_aside(start: Start) -> None:
+    group = start(2, restarts=9)
+    assert ask(group, [1, -1, 3]).result() == [(2, 0), None, (6, 0)]
+    assert group.set_aside() == 1
+
+
+def test_restarts_in_a_row_are_bounded_and_the_first_cause_is_told(
+    start: Start, tmp_path: Path
+) -> None:
+    tell(tmp_path, "rollout-0", "die", times=5)
+    group = start(1, restarts=1)
+    with pytest.raises(ActorError, match="rollout-0"):
+        ask(group, [1, 2]).result()
+    assert starts(tmp_path, "rollout-0") == 2
+
+
+def test_what_an_engine_raises_reaches_the_caller_and_the_engine_stays(
+    start: Start, tmp_path: Path
+) -> None:
+    group = start(1)
+    with pytest.raises(DataError, match="rollout-0: -13 is not doubled"):
+        ask(group, [-13]).result()
+    assert ask(group, [1]).result() == doubled([1], 0)
+    assert starts(tmp_path, "rollout-0") == 1
+
+
+def test_an_engine_that_cannot_start_stops_the_work(start: Start, tmp_path: Path) -> None:
+    tell(tmp_path, "rollout-0", "break")
+    group = start(1)
+    with pytest.raises(ActorError, match=r"rollout-0 could not start: .*does not start"):
+        ask(group, [1]).result()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("stale", "rollout-0 confirmed version 4"), ("differ", r"differ by 1 .* rollout-0")],
+)
+def test_wrong_weights_stop_the_run(start: Start, tmp_path: Path, fault: str, message: str) -> None:
+    tell(tmp_path, "rollout-0", fault)
+    group = start(1)
+    with pytest.raises(SyncError, match=message):
+        group.load_weights(*weights(5)).result()
+
+
+def test_a_joiner_with_wrong_weights_gets_no_work(start: Start, tmp_path: Path) -> None:
+    group = start(1)
+    group.load_weights(*weights(5)).result()
+    tell(tmp_path, "rollout-1", "differ")
+    group.resize(2)
+    until(lambda: failed(group))
+    with pytest.raises(SyncError, match=r"differ by 1 .* rollout-1"):
+        ask(group, [1]).result()
+
+
+def failed(group: RolloutGroup) -> bool:
+    try:
+        ask(group, list(range(20))).result()
+    except SyncError:
+        return True
+    return False
+
+
+def test_the_number_that_somebody_wishes_is_followed(start: Start, tmp_path: Path) -> None:
+    wished: list[int] = []
+    told: list[tuple[int, int]] = []
+    group = start(
+        1,
+        wished=lambda: wished[-1] if wished else None,
+        tell=lambda members, queued: told.append((len(members), queued)),
+    )
+    ask(group, [1]).result()
+    wished.append(2)
+    until(lambda: starts(tmp_path, "rollout-1") == 1)
+    wished.append(1)
+    until(lambda: told[-1] == (1, 0) and (2, 0) in told)
+
+
+def test_weights_of_long_ago_leave_the_object_store(start: Start) -> None:
+    group = start(1)
+    for version in range(1, 12):
+        group.load_weights(*weights(version)).result()
+    assert len(group._transport._weights) <= 5
