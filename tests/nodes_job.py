@@ -6,7 +6,6 @@ writes what ``fgaif train`` writes, under the configuration's run folder.
 """
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -52,14 +51,13 @@ def roles_on(cluster: Cluster, config: Config) -> Roles:
     )
 
 
-def train(config: Config, roles: Roles, on_step: Callable[[int], None] = lambda _: None) -> None:
+def train(config: Config, roles: Roles) -> None:
     """Run PPO over prompts without images, as ``fgaif train`` does over real ones."""
     data = PpoData(prompts=make_prompts(1000), anchors=[], digest="light")
     driver = PpoDriver(config, roles, data, light_actors.segments, lambda *_: ())
     with Tracker(config.run_dir / "policy", config.tracking, name=config.name) as tracker:
         for report in driver.run():
             tracker.log(report)
-            on_step(report.step)
     roles.learner.save_adapter(config.run_dir / "policy" / "adapter").result()
 
 

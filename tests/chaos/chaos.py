@@ -1,17 +1,20 @@
 """Kill random actors of a PPO run at random moments, by seed, and see what became of it.
 
     python tests/chaos/chaos.py --kills 100 --seed 0
+    python tests/chaos/chaos.py --kills 5 --real runs/scenes
 
-The run is a real one over the light actors of ``tests/light_actors.py``: driver, pools, placement,
-weight sync, replay and checkpoints are the product's. It has survived if it ended with the policy
-and the metrics of a run that nothing disturbed, bit by bit. The report says how long each role took
-to be back at work; engines are compared with engines that join the same run in peace.
+Driver, pools, placement, weight sync, replay and checkpoints are the product's. The actors are
+``tests/light_actors.py``, or with ``--real`` those of a finished run, whose training is done again.
+A run has survived if it ended with the policy and the metrics of a run that nothing disturbed, bit
+by bit. The report says how long each role took to be back; engines are compared with engines that
+join the same run in peace.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -19,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,21 +38,22 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from cluster.launch import Cluster, connect  # noqa: E402
-from fgaif.config import Config, load_config  # noqa: E402
+from cluster.stages import Run  # noqa: E402
+from fgaif.config import Config, load_config, parse_config  # noqa: E402
 from fgaif.errors import FgaifError  # noqa: E402
 
-ENGINES = 3
 STEPS = 20
 KILLS_PER_RUN = 10  # that the light actors' speed is made for: more kills, slower actors
 PLAIN_STARTS = 3
-FIRST_KILL = 2  # steps in peace, in which plain starts are measured
-_PATIENCE_S = 60.0
+FIRST_KILL = 0.1  # share of the run in peace, in which plain starts are measured
+_PATIENCE_S = 90.0
+ROLES = ("rollout", "reward", "reference", "learner")
 CLASSES = {
-    "LightRollout": "rollout",
-    "LightReward": "reward",
-    "LightReference": "reference",
-    "LightLearner": "learner",
+    f"{prefix}{role.title()}{suffix}": role
+    for role in ROLES
+    for prefix, suffix in (("Light", ""), ("", "Actor"))
 }
+"""Role of each actor class; the board is none of them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,17 +65,28 @@ class Kill:
     rejoin_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A run that ended in peace, and how to make it again."""
+
+    peace: Path
+    fire: Config
+    train: Callable[[Cluster], None]
+
+
 class Killer(threading.Thread):
     """Kills at moments drawn from the seed; the next only when the last victim is replaced."""
 
-    def __init__(self, kills: int, seed: int, progress: Callable[[], float]) -> None:
+    def __init__(self, kills: int, seed: int, fire: Config, resize: Callable[[int], None]) -> None:
         super().__init__(name="killer", daemon=True)
         rng = random.Random(seed)
-        moments = sorted(rng.uniform(FIRST_KILL, STEPS - 0.5) for _ in range(kills))
+        last = fire.ppo.steps - 0.5
+        moments = sorted(rng.uniform(FIRST_KILL * last, last) for _ in range(kills))
         self._plan = [(moment, rng.random()) for moment in moments]
-        self._progress = progress
+        self._progress = Progress(fire.run_dir)
+        self._engines = fire.cluster.rollout.replicas
+        self._resize = resize
         self._over = threading.Event()
-        self.resize: Callable[[int], None]
         self.plain: list[float] = []
         self.done: list[Kill] = []
         self.problem = ""
@@ -82,8 +97,8 @@ class Killer(threading.Thread):
             for _ in range(PLAIN_STARTS):
                 self.plain.append(self._plain_start())
             for moment, dice in self._plan:
-                while self._progress() < moment and not self._over.is_set():
-                    time.sleep(0.005)
+                while self._progress.now() < moment and not self._over.is_set():
+                    time.sleep(0.01)
                 if self._over.is_set():
                     return
                 self._kill(dice)
@@ -99,7 +114,7 @@ class Killer(threading.Thread):
         victims = sorted(alive().items(), key=lambda item: (item[1][0], item[1][1]))
         _, (role, pid) = victims[int(dice * len(victims))]
         known = {actor for actor, (other, _) in victims if other == role}
-        progress, start = self._progress(), time.monotonic()
+        progress, start = self._progress.now(), time.monotonic()
         os.kill(pid, signal.SIGKILL)
         self._joined(role, known)
         self.done.append(
@@ -108,14 +123,16 @@ class Killer(threading.Thread):
 
     def _plain_start(self) -> float:
         known = {actor for actor, (role, _) in alive().items() if role == "rollout"}
-        while len(known) < ENGINES:
+        while len(known) < self._engines:
             known |= {self._joined("rollout", known)}
+        while not self._progress.now() >= 1:  # until everyone works
+            time.sleep(0.05)
         start = time.monotonic()
-        self.resize(ENGINES + 1)
+        self._resize(self._engines + 1)
         self._joined("rollout", known)
         seconds = time.monotonic() - start
-        self.resize(ENGINES)
-        while sum(role == "rollout" for role, _ in alive().values()) > ENGINES:
+        self._resize(self._engines)
+        while sum(role == "rollout" for role, _ in alive().values()) > self._engines:
             time.sleep(0.05)
         return seconds
 
@@ -139,106 +156,123 @@ def alive() -> dict[str, tuple[str, int]]:
     }
 
 
-def settings(folder: Path, seed: int) -> Config:
-    """A run of 20 steps with checkpoints every 5, so that what was learnt is replayed too."""
-    return load_config(
-        None,
-        [
-            f"dir={folder}", "name=light", f"seed={seed}", f"ppo.steps={STEPS}",
+class Progress:
+    """How far a run is, in steps; within a step by the shortest time that one took so far."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._steps, self._since, self._length = 0, time.monotonic(), 1.0
+
+    def now(self) -> float:
+        """Finished steps and the share of the one at work."""
+        now, count = time.monotonic(), len(steps(self._run))
+        if count > self._steps:
+            self._length = now - self._since if count < 3 else min(self._length, now - self._since)
+            self._steps, self._since = count, now
+        return count + min(0.99, (now - self._since) / self._length)
+
+
+def light(kills: int, seed: int, folder: Path) -> Trial:
+    """20 steps of light actors; checkpoints every 5, so that what was learnt is replayed too."""
+
+    def settings(name: str) -> Config:
+        overrides = [
+            f"dir={folder}", f"name={name}", f"seed={seed}", f"ppo.steps={STEPS}",
             "ppo.rollout_batch=24", "ppo.minibatch=12", "ppo.checkpoint_every=5",
-            "policy.max_new_tokens=24", f"cluster.rollout.replicas={ENGINES}",
-            "cluster.rollout.chunk=2", "cluster.heartbeat_s=1", "cluster.local_cpus=16",
-        ],
-    )  # fmt: skip
+            "policy.max_new_tokens=24", "cluster.rollout.replicas=3", "cluster.rollout.chunk=2",
+            "cluster.heartbeat_s=1", "cluster.local_cpus=16",
+        ]  # fmt: skip
+        return load_config(None, overrides)
 
+    def train(cluster: Cluster) -> None:
+        nodes_job.train(fire, nodes_job.roles_on(cluster, fire))
 
-def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Make the run in peace and the run under fire, and compare them."""
-    peace = settings(folder / "peace", seed)
-    slowly, light_actors.SECONDS_PER_TOKEN = light_actors.SECONDS_PER_TOKEN, 0.0
+    peace, fire = settings("peace"), settings("fire")
+    pace, light_actors.SECONDS_PER_TOKEN = light_actors.SECONDS_PER_TOKEN, 0.0
     nodes_job.train(peace, light_actors.Here(peace).roles())
-    light_actors.SECONDS_PER_TOKEN = slowly * max(1.0, kills / KILLS_PER_RUN)
-    os.environ["LIGHT_SECONDS_PER_TOKEN"] = str(light_actors.SECONDS_PER_TOKEN)
-    os.environ["PYTHONPATH"] = str(TESTS)  # the actors' processes read both when they start
-    fire = settings(folder / "fire", seed)
-    fire.run_dir.mkdir(parents=True)
-    watched = _Watched()
-    killer = Killer(kills, seed, watched.progress)
-    start, stopped_by = time.monotonic(), ""
+    # The actors' processes read both when they start.
+    os.environ["LIGHT_SECONDS_PER_TOKEN"] = str(pace * max(1.0, kills / KILLS_PER_RUN))
+    os.environ["PYTHONPATH"] = str(TESTS)
+    nodes_job.stand_in()
+    return Trial(peace=peace.run_dir, fire=fire, train=train)
+
+
+def real(run: Path, folder: Path) -> Trial:
+    """The training of a finished run once more."""
+    console = Console(stderr=True)
+    found = load_config(run / "config.yaml")
+    tree = found.model_dump(mode="json") | {"dir": str(folder), "name": "fire"}
+    fire = parse_config(tree)
+    shutil.copytree(run, fire.run_dir, ignore=shutil.ignore_patterns("policy", "eval", "report"))
+    return Trial(peace=run, fire=fire, train=lambda cluster: Run(fire, cluster, console).train())
+
+
+def run(trial: Trial, kills: int, seed: int) -> dict[str, Any]:
+    """Make the run under fire and compare it with the one in peace."""
+    fire = trial.fire
+    fire.run_dir.mkdir(parents=True, exist_ok=True)
+    start, stopped_by, killer = time.monotonic(), "", None
     try:
-        nodes_job.stand_in()
         connect(fire)
-        with Cluster(fire, nodes_job.ROLES) as cluster:
-            roles = nodes_job.roles_on(cluster, fire)
-            killer.resize = cluster.rollouts().resize
+        with Cluster(fire, ROLES) as cluster:
+            killer = Killer(kills, seed, fire, cluster.rollouts().resize)
             killer.start()
-            nodes_job.train(fire, roles, on_step=watched.step)
+            trial.train(cluster)
             killer.end()
     except FgaifError as error:
         stopped_by = str(error)
     finally:
-        killer.end()
+        if killer is not None:
+            killer.end()
         ray.shutdown()
+    assert killer is not None
     return {
         "kills": len(killer.done),
         "planned": kills,
         "seed": seed,
         "seconds": time.monotonic() - start,
         "stopped_by": stopped_by or killer.problem,
-        **compare(peace, fire),
+        **compare(trial.peace, fire.run_dir),
         "plain_start_s": killer.plain,
         "rejoin": summary(killer.done),
         "victims": [asdict(kill) for kill in killer.done],
     }
 
 
-class _Watched:
-    """How far the run is, in steps; within a step by the time that steps take."""
-
-    def __init__(self) -> None:
-        self._steps, self._since, self._length = 0, time.monotonic(), 1.0
-
-    def step(self, number: int) -> None:
-        now = time.monotonic()
-        if self._steps:
-            self._length = min(self._length, now - self._since)
-        self._steps, self._since = number, now
-
-    def progress(self) -> float:
-        return self._steps + min(0.99, (time.monotonic() - self._since) / self._length)
-
-
-def compare(peace: Config, fire: Config) -> dict[str, Any]:
+def compare(peace: Path, fire: Path) -> dict[str, Any]:
     """What the run under fire lost: answers, bits of the policy, metrics."""
     wanted, got = _trained(peace), _trained(fire)
-    policies = [c.run_dir / "policy" / "adapter" / "policy.json" for c in (peace, fire)]
-    same = all(path.exists() for path in policies) and len({p.read_text() for p in policies}) == 1
-    lines = [[lasting(row["metrics"]) for row in steps(c.run_dir)] for c in (peace, fire)]
-    return {
-        "survived": same and lines[0] == lines[1],
-        "policy_equal": same,
+    policies = [_policy(run) for run in (peace, fire)]
+    lines = [[lasting(row["metrics"]) for row in steps(run)] for run in (peace, fire)]
+    same = {
+        "policy_equal": bool(policies[0]) and policies[0] == policies[1],
         "metrics_equal": lines[0] == lines[1],
         "answers": got.total(),
         "answers_lost": (wanted - got).total(),
         "answers_twice": (got - wanted).total(),
     }
+    return {"survived": same["policy_equal"] and same["metrics_equal"], **same}
 
 
-def _trained(config: Config) -> Counter[tuple[int, str, int]]:
-    """Responses trained on, by update, id and version of the weights that sampled them."""
-    files = sorted((config.run_dir / "trained").glob("*.json"))
-    rows: Iterator[tuple[int, str, int]] = (
+def _policy(run: Path) -> dict[str, bytes]:
+    files = [*(run / "policy" / "adapter").glob("*.safetensors")]
+    files += (run / "policy" / "adapter").glob("policy.json")
+    return {path.name: path.read_bytes() for path in files}
+
+
+def _trained(run: Path) -> Counter[tuple[int, str, int]]:
+    """Responses trained on, by update, id and version; light learners write them down."""
+    return Counter(
         (int(file.stem), name, version)
-        for file in files
+        for file in (run / "trained").glob("*.json")
         for name, version in json.loads(file.read_text())
     )
-    return Counter(rows)
 
 
 def summary(kills: list[Kill]) -> dict[str, dict[str, float]]:
     """Kills and seconds to rejoin per role."""
     found = {}
-    for role in dict.fromkeys(CLASSES.values()):
+    for role in ROLES:
         seconds = [kill.rejoin_s for kill in kills if kill.role == role]
         if seconds:
             found[role] = {
@@ -274,13 +308,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--real", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fgaif-chaos-"))
-    report = run(arguments.kills, arguments.seed, folder)
+    kills, seed = arguments.kills, arguments.seed
+    trial = real(arguments.real, folder) if arguments.real else light(kills, seed, folder)
+    report = run(trial, kills, seed)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     show(report, Console())
-    return 0 if report["survived"] and report["kills"] == arguments.kills else 1
+    return 0 if report["survived"] and report["kills"] == kills else 1
 
 
 if __name__ == "__main__":
