@@ -36,10 +36,13 @@ class RolloutActor:
         """Sample one response per request, in order, stamped with the version of the weights.
 
         Log-probs are those of the distribution sampled from: after temperature, image token banned.
+        The same requests give the same responses, bit for bit on the CPU, whatever this or another
+        engine did before.
 
         Raises:
             DataError: prompt and response together could exceed the engine's context.
         """
+        self._engine.forget()
         for request in requests:
             self._engine.check_length(request.prompt, request.max_new_tokens)
         outputs = self._engine.run(

@@ -249,6 +249,15 @@ class VllmEngine:
             )
         return []
 
+    def forget(self) -> None:
+        """Drop cached image features and prefixes: what follows depends on its requests alone.
+
+        A prefix or feature from the cache was computed in another batch, and differs in the last
+        bits from one computed in this.
+        """
+        self._llm.reset_encoder_cache()
+        self._llm.reset_prefix_cache()
+
     def stats(self) -> EngineStats:
         """Work done so far."""
         return EngineStats(

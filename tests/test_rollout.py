@@ -73,6 +73,21 @@ def test_responses_keep_order_and_do_not_depend_on_the_batch(
     assert reseeded.token_ids.tolist() != alone.token_ids.tolist()
 
 
+def test_the_same_requests_give_the_same_bits_whatever_came_before(
+    actor: RolloutActor, prompts: list[Prompt]
+) -> None:
+    """Not after other prompts about the same images, nor with prefixes of theirs in the cache."""
+    long = [replace(prompt, text="What do you see in this photograph? " * 9) for prompt in prompts]
+    asked = requests(long[:3])
+    first = actor.generate(asked)
+    actor.generate(requests([*long[2:], *prompts]))
+    actor.generate(asked[1:])
+    again = actor.generate(asked)
+    for before, after in zip(first, again, strict=True):
+        np.testing.assert_array_equal(after.token_ids, before.token_ids)
+        assert after.rollout_logprobs.tobytes() == before.rollout_logprobs.tobytes()
+
+
 def test_logprobs_are_those_of_the_sampled_distribution(
     actor: RolloutActor, prompts: list[Prompt], hugging_face: HuggingFace
 ) -> None:
