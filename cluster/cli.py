@@ -12,6 +12,8 @@ from cluster.evaluation.cli import eval_app
 from cluster.jobs_cli import jobs_app, submit
 from cluster.labels_cli import labels_app
 from cluster.ledger import ORDER, Stage
+from cluster.live_cli import list_runs, scale, status
+from cluster.replay import replay
 from fgaif import __version__
 from fgaif.config import Config, dump_config, load_config
 from fgaif.data.scenes.world import Split
@@ -39,6 +41,10 @@ app = typer.Typer(
 app.add_typer(labels_app)
 app.add_typer(jobs_app)
 app.command()(submit)
+app.command()(status)
+app.command()(scale)
+app.command("list")(list_runs)
+app.command()(replay)
 app.add_typer(eval_app)
 out = Console()
 err = Console(stderr=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from actors.pool import Member
 from fgaif.config import Config
 from fgaif.errors import DataError
 from fgaif.files import write_whole
@@ -160,33 +161,43 @@ class Publisher:
             for name, value in report.metrics.items()
             if name.startswith(_SHOWN) and math.isfinite(value)
         }
-        dropped = int(report.metrics.get("staleness/dropped", 0))
+        stale, lost = (int(report.metrics.get(f"rollout/{k}", 0)) for k in ("stale", "set_aside"))
         with self._lock:
             self._publish(
                 now=True,
                 step=report.step,
                 version=report.version,
                 metrics=shown,
-                stale_dropped=self._status.stale_dropped + dropped,
+                stale_dropped=self._status.stale_dropped + stale,
+                set_aside=self._status.set_aside + lost,
             )
 
-    def pool(
-        self,
-        role: str,
-        actors: Sequence[ActorStatus],
-        *,
-        waiting: int = 0,
-        in_flight: int = 0,
-        set_aside: int = 0,
+    def rollouts(
+        self, members: Sequence[Member], queued: int, version_of: Callable[[int], int | None]
     ) -> None:
-        """Publish the actors of a role, and for rollouts their queue in chunks."""
+        """Publish the rollout engines and their queue in chunks; called at every change.
+
+        ``version_of`` gives the policy's version for a member's number of weights.
+        """
+        actors = [
+            ActorStatus(
+                name=member.name,
+                role="rollout",
+                state=member.state,
+                restarts=member.restarts,
+                version=version_of(member.weights),
+            )
+            for member in members
+        ]
+        in_flight = sum(member.task is not None for member in members)
+        self.actors("rollout", actors, chunks_waiting=queued, chunks_in_flight=in_flight)
+
+    def actors(self, role: str, actors: Sequence[ActorStatus], **changes: int) -> None:
+        """Publish the actors of a role, and what else changed."""
         with self._lock:
             self._actors[role] = actors
-            queue = {
-                "chunks_waiting": waiting, "chunks_in_flight": in_flight, "set_aside": set_aside,
-            } if role == "rollout" else {}  # fmt: skip
             everyone = tuple(actor for group in self._actors.values() for actor in group)
-            self._publish(now=False, actors=everyone, **queue)
+            self._publish(now=False, actors=everyone, **changes)
 
     def close(self, state: RunState) -> None:
         """Publish how it ended; nobody is at work any more."""

@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from actors import pulse
+from actors.pool import Member, Task
 from cluster.board import Board, Look, Sign, Watch, board_name, log_to
 from cluster.status import ActorStatus, Publisher, RunStatus, SignSeen, read_live, read_status
 from fgaif.config import ClusterConfig, Config, load_config
@@ -210,11 +211,13 @@ def test_steps_are_published_at_once_and_pool_changes_once_a_second(
     publisher = Publisher(settings(tmp_path), [got.append], clock)
     publisher.listen(lambda: {"rollout-0": seen(age_s=2)})
     publisher.step(report(1, **{"reward/task": 0.5, "kl/token": float("nan"), "policy/lr": 1.0}))
-    publisher.pool("rollout", rollouts("rollout-0"), waiting=4, in_flight=1)
+    chunk = Task(job=None, indexes=(), items=(), weights=2)
+    engine = Member(name="rollout-0", state="busy", weights=2, restarts=1, task=chunk)
+    publisher.rollouts([engine], 4, {2: 7}.get)
     assert len(got) == 1
     clock.now += 1
     learner = ActorStatus(name="learner-0", role="learner", state="idle")
-    publisher.pool("learner", [learner])
+    publisher.actors("learner", [learner])
     assert len(got) == 2
     last = read_status(tmp_path / "mine")
     assert last == got[-1]
@@ -222,16 +225,17 @@ def test_steps_are_published_at_once_and_pool_changes_once_a_second(
     assert (last.chunks_waiting, last.chunks_in_flight) == (4, 1)
     assert [actor.name for actor in last.actors] == ["rollout-0", "learner-0"]
     first = last.actors[0]
+    assert (first.state, first.version, first.restarts) == ("busy", 7, 1)
     assert (first.node, first.rss, first.tokens_per_second, first.sign_age_s) == (
         "10.0.0.1", 1000, 5.0, 2,
     )  # fmt: skip
     assert last.actors[1].sign_age_s is None
-    publisher.step(report(2, **{"staleness/dropped": 3}))
-    publisher.step(report(3, **{"staleness/dropped": 2}))
+    publisher.step(report(2, **{"rollout/stale": 3, "rollout/set_aside": 1}))
+    publisher.step(report(3, **{"rollout/stale": 2}))
     publisher.close("ended")
     last = read_status(tmp_path / "mine")
     assert last is not None
-    assert (last.step, last.state, last.stale_dropped) == (3, "ended", 5)
+    assert (last.step, last.state, last.stale_dropped, last.set_aside) == (3, "ended", 5, 1)
 
 
 def test_a_status_that_cannot_be_written_is_said_and_stops_nothing(
@@ -254,7 +258,7 @@ def test_the_board_gives_the_last_status_with_fresh_signs(tmp_path: Path, clock:
     board = Board(clock)
     assert board.status() is None
     publisher = Publisher(settings(tmp_path), [board.put], clock)
-    publisher.pool("rollout", rollouts("rollout-0", "rollout-1"))
+    publisher.actors("rollout", rollouts("rollout-0", "rollout-1"))
     board.beat(sign())
     board.wish(2)
     clock.now += 9

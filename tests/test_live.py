@@ -1,0 +1,305 @@
+"""A living run on a local Ray: signs of life, `fgaif status` and `scale`, metrics of the node."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from beater import Beater
+from typer.testing import CliRunner, Result
+
+import cluster.board
+from cluster.board import NAMESPACE, Watch, board_name, make_pulse, start_board, with_pulse
+from cluster.cli import app
+from cluster.launch import free_port
+from cluster.metrics import METRICS, Exporter
+from cluster.status import ActorStatus, Publisher, RunStatus, write_live
+from fgaif.config import Config, load_config
+from fgaif.errors import ActorError, DataError
+from fgaif.types import StepReport
+
+METRICS_PORT = free_port()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import Beater
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "300")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env=here,
+            _metrics_export_port=METRICS_PORT,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return load_config(
+        None,
+        [
+            f"dir={tmp_path_factory.mktemp('runs')}",
+            "name=mine",
+            "ppo.steps=9",
+            "cluster.heartbeat_s=0.2",
+            "cluster.heartbeat_timeout_s=2",
+            "cluster.stall_timeout_s=3",
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def board(config: Config) -> Iterator[Any]:
+    """The run's board, with ``live.json`` as the driver writes it."""
+    handle = start_board(config)
+    address = ray.get_runtime_context().gcs_address
+    write_live(config, address=address, namespace=NAMESPACE, board=board_name(config), job="01")
+    yield handle
+    ray.kill(handle)
+
+
+@pytest.fixture
+def publisher(config: Config, board: Any) -> Publisher:
+    return Publisher(config, [lambda status: ray.get(board.put.remote(status))])
+
+
+def until(true: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.1)
+
+
+def engines(*states: str) -> list[ActorStatus]:
+    return [
+        ActorStatus.model_validate(
+            {"name": f"rollout-{i}", "role": "rollout", "state": state, "restarts": i}
+        )
+        for i, state in enumerate(states)
+    ]
+
+
+def start(config: Config, name: str) -> Any:
+    beating = with_pulse(Beater, make_pulse(config, name, "rollout"))
+    return ray.remote(beating).options(num_cpus=0).remote("hello")
+
+
+def test_a_process_is_seen_working_hanging_frozen_and_replaced(config: Config, board: Any) -> None:
+    watch = Watch.of(board, config.cluster)
+    actor = start(config, "rollout-0")
+    assert ray.get(actor.work.remote(7)) == "hello 7"
+    pid = ray.get(actor.pid.remote())
+    until(lambda: "rollout-0" in watch.signs())
+    seen = watch.signs()["rollout-0"]
+    assert (seen.pid, seen.node) == (pid, ray.util.get_node_ip_address())
+    assert seen.rss > 10 * 2**20
+    assert watch.problem("rollout-0", busy_s=100) is None
+
+    actor.hang.remote(60)
+    until(lambda: watch.problem("rollout-0", busy_s=100))
+    assert "made no progress for" in (watch.problem("rollout-0", busy_s=100) or "")
+    assert watch.problem("rollout-0", busy_s=1) is None
+
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: "no sign of life" in (watch.problem("rollout-0") or ""))
+    ray.kill(actor)
+    os.kill(pid, signal.SIGKILL)
+    watch.forget("rollout-0")
+    assert watch.problem("rollout-0", busy_s=100) is None
+
+    again = start(config, "rollout-0")
+    until(lambda: "rollout-0" in watch.signs())
+    assert watch.signs()["rollout-0"].pid != pid
+    ray.kill(again)
+    log = (config.run_dir / "logs" / "rollout-0.log").read_text()
+    assert f"rollout-0: pid {pid}, all output in /" in log
+    assert log.count("rollout-0: pid") == 2
+
+
+def test_an_actor_without_a_board_works_and_says_so(tmp_path: Path) -> None:
+    config = load_config(None, [f"dir={tmp_path}", "cluster.heartbeat_s=0.1"])
+    actor = start(config, "rollout-9")
+    assert ray.get(actor.work.remote(1)) == "hello 1"
+    log = config.run_dir / "logs" / "rollout-9.log"
+    until(lambda: "no board takes signs of life" in log.read_text())
+    time.sleep(0.5)
+    assert log.read_text().count("no board") == 1
+    ray.kill(actor)
+
+
+def test_two_drivers_cannot_work_in_one_folder(
+    config: Config, board: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.board, "_NAME_FREE_WITHIN_S", 0.6)
+    with pytest.raises(ActorError, match="another run works in this folder"):
+        start_board(config)
+
+
+def fgaif(*arguments: object, fails: bool = False) -> Result:
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "120"})
+    assert bool(result.exception) == fails, result.exception or result.stdout
+    return result
+
+
+def test_status_shows_a_living_run(config: Config, board: Any, publisher: Publisher) -> None:
+    publisher.step(StepReport(step=3, version=3, metrics={"reward/task": 0.25, "policy/lr": 1.0}))
+    publisher._last = float("-inf")
+    publisher.actors("rollout", engines("busy", "starting"), chunks_waiting=5, chunks_in_flight=1)
+    ray.get(board.wish.remote(2))
+    for run in (config.run_dir, "mine"):
+        text = fgaif("status", run, "--once", "--address", _address()).stdout
+        assert "step 3/9, weights v3, queue 5 + 1 in work, reward 0.25" in text
+        assert "rollout-1" in text
+        assert "starting" in text
+    tree = json.loads(fgaif("status", config.run_dir, "--json").stdout)
+    assert tree["alive"] is True
+    assert [actor["restarts"] for actor in tree["actors"]] == [0, 1]
+    assert "mine" in fgaif("list", config.dir).stdout
+
+
+def test_scale_leaves_a_wish_and_can_wait_for_it(
+    config: Config, board: Any, publisher: Publisher
+) -> None:
+    publisher.actors("rollout", engines("busy", "leaving"))
+    text = fgaif("scale", config.run_dir, "--rollout", 3).stdout
+    assert "mine: 1 -> 3 rollout engines" in text
+    assert "2 start" in text
+    assert ray.get(board.look.remote()).wished == 3
+
+    def grow() -> None:
+        time.sleep(1.1)
+        publisher.actors("rollout", engines("busy", "idle", "busy"))
+
+    growing = threading.Thread(target=grow)
+    growing.start()
+    assert (
+        "3 rollout engines are ready"
+        in fgaif("scale", config.run_dir, "--rollout", 3, "--wait").stdout
+    )
+    growing.join()
+    result = fgaif("scale", config.run_dir, "--rollout", 1, "--wait", "--timeout", 0.5, fails=True)
+    assert "2 leave when" in result.stdout
+    assert "3 of 1 rollout engines are ready" in str(result.exception)
+    assert fgaif("scale", config.run_dir, "--rollout", 0, fails=True).exit_code == 2
+
+
+@pytest.mark.usefixtures("board", "publisher")
+def test_another_process_finds_the_run_by_its_folder(config: Config) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fgaif", "scale", config.run_dir, "--rollout", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert "-> 2 rollout engines" in done.stdout, done.stderr
+
+
+def _address() -> str:
+    return str(ray.get_runtime_context().gcs_address)
+
+
+@pytest.mark.usefixtures("board")
+def test_a_run_that_nobody_knows_is_told_from_one_that_lives(tmp_path: Path) -> None:
+    error = fgaif("status", "yours", "--address", _address(), fails=True).exception
+    assert isinstance(error, DataError)
+    assert str(error) == "yours: no such run lives on this cluster; there are: mine"
+    error = fgaif("scale", tmp_path / "none", "--rollout", 2, fails=True).exception
+    assert "no such run folder; give the folder of a run" in str(error)
+    (tmp_path / "new").mkdir()
+    assert "has not trained yet" in str(fgaif("status", tmp_path / "new", fails=True).exception)
+
+
+def test_a_run_that_died_is_shown_as_it_was_last(tmp_path: Path) -> None:
+    config = load_config(None, [f"dir={tmp_path}", "name=dead"])
+    past = datetime.now(UTC) - timedelta(hours=3)
+    config.run_dir.mkdir()
+    write_live(config, address=_address(), namespace=NAMESPACE, board="run:/dead", job="01")
+    status = RunStatus(run="dead", step=4, steps=9, updated_at=past)
+    (config.run_dir / "status.json").write_text(status.model_dump_json())
+    text = fgaif("status", config.run_dir).stdout
+    assert "step 4/9" in text
+    assert "not heard of since" in text
+    assert "3 h ago" in text
+    assert "runs it no more" in text
+    error = fgaif("scale", config.run_dir, "--rollout", 2, fails=True).exception
+    assert "runs it no more" in str(error)
+    ended = status.model_copy(update={"state": "ended"})
+    (config.run_dir / "status.json").write_text(ended.model_dump_json())
+    text = fgaif("status", config.run_dir).stdout
+    assert "not heard" not in text
+    assert "ended" in text
+    listed = fgaif("list", tmp_path).stdout
+    assert "4/9" in listed
+    assert "ended" in listed
+
+
+def test_prometheus_finds_every_metric_at_the_node(config: Config) -> None:
+    exporter = Exporter("mine")
+    report = StepReport(
+        step=3,
+        version=3,
+        metrics={
+            "reward/object": 0.5, "reward/task": 1.5, "hallu/relation": 0.25, "kl/response": 2.0,
+            "kl/coef": 0.1, "length/tokens": 12.0, "mismatch/mean": 0.001, "tokens_per_second": 9.0,
+            "seconds/rollout": 4.0, "sync/seconds": 0.5, "sync/bytes": 100.0,
+        },
+    )  # fmt: skip
+    exporter.step(report)
+    exporter.step(report)
+    actor = ActorStatus(
+        name="rollout-0", role="rollout", state="busy", restarts=1, tokens_per_second=8.0,
+        rss=2**30, sign_age_s=1.0,
+    )  # fmt: skip
+    status = RunStatus(
+        run="mine", steps=9, version=3, chunks_waiting=5, set_aside=1, stale_dropped=2,
+        actors=(actor,), updated_at=datetime.now(UTC),
+    )  # fmt: skip
+    exporter.status(status)
+    grown = actor.model_copy(update={"restarts": 3})
+    exporter.status(status.model_copy(update={"actors": (grown,)}))
+
+    def found() -> dict[str, float]:
+        page = urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics", timeout=5)
+        lines = [line for line in page.read().decode().splitlines() if line.startswith("ray_fgaif")]
+        assert all('run="mine"' in line for line in lines)
+        return {_short(line): float(line.rsplit(" ", 1)[1]) for line in lines}
+
+    until(lambda: {name.split("{")[0] for name in found()} == {f"ray_{name}" for name in METRICS})
+    until(lambda: found()['ray_fgaif_restarts_total{role="rollout"}'] == 3)
+    values = found()
+    assert values['ray_fgaif_reward{kind="object"}'] == 0.5
+    assert values['ray_fgaif_hallucination_rate{kind="relation"}'] == 0.25
+    assert values['ray_fgaif_stage_seconds{stage="rollout"}'] == 4
+    assert values["ray_fgaif_sync_bytes_total{}"] == 200
+    assert values["ray_fgaif_set_aside_total{}"] == 1
+    assert values['ray_fgaif_queue_chunks{state="waiting"}'] == 5
+    assert values['ray_fgaif_actors{role="rollout",state="busy"}'] == 1
+    assert values['ray_fgaif_actors{role="rollout",state="idle"}'] == 0
+    assert values['ray_fgaif_actor_rss_bytes{actor="rollout-0",role="rollout"}'] == 2**30
+
+    exporter.status(status.model_copy(update={"actors": ()}))  # the engine left
+    until(lambda: found()['ray_fgaif_actors{role="rollout",state="busy"}'] == 0)
+    assert found()['ray_fgaif_actor_rss_bytes{actor="rollout-0",role="rollout"}'] == 0
+
+
+def _short(line: str) -> str:
+    """Name and our own labels of a sample, in order."""
+    name, _, labels = line.rpartition(" ")[0].rstrip("}").partition("{")
+    ours = ("kind=", "stage=", "role=", "actor=", "state=")
+    return name + "{" + ",".join(sorted(x for x in labels.split(",") if x.startswith(ours))) + "}"
