@@ -10,7 +10,7 @@ from cluster.cli import main
 
 COMMANDS = [
     "demo", "run", "sample", "annotate", "train-reward", "train", "eval", "report", "export",
-    "doctor", "scenes",
+    "doctor", "scenes", "submit", "jobs", "status", "scale", "list", "replay",
 ]  # fmt: skip
 
 
