@@ -25,7 +25,7 @@ KIND_COLOURS: dict[Kind, str] = {
     "relation": "#8b5cf6",
 }
 _LINE = "#2a78d6"
-_STYLE = {
+STYLE = {
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -75,7 +75,7 @@ def errors_figure(evals: Mapping[Phase, EvalReport]) -> Figure | None:
     """Bars of every hallucination figure, sampled and greedy; None without an evaluation."""
     if not evals:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, mode in zip(panels, ("sampled", "greedy"), strict=True):
@@ -114,7 +114,7 @@ def curves_figure(steps: Sequence[StepReport]) -> Figure | None:
     if not panels:
         return None
     rows = -(-len(panels) // 4)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 2.3 * rows), layout="constrained")
         grid = figure.subplots(rows, 4, squeeze=False).flat
         for axes, (title, lines) in zip(grid, panels, strict=False):
@@ -149,7 +149,7 @@ def calibration_figure(rewards: Mapping[str, Json]) -> Figure | None:
     cards = {kind: rewards[kind]["calibration"] for kind in KINDS if _has_bins(rewards, kind)}
     if not cards:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.2 * len(cards), 3.1), layout="constrained")
         panels = figure.subplots(1, len(cards), sharey=True, squeeze=False)[0]
         for axes, (kind, bins) in zip(panels, cards.items(), strict=True):
@@ -196,7 +196,7 @@ def save_png(figure: Figure, path: Path) -> None:
 def to_svg(figure: Figure) -> str:
     """Return a figure as an ``<svg>`` element without a ground; its ink is ``currentColor``."""
     stream = io.StringIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
