@@ -73,11 +73,11 @@ class Seconds:
     load: float = 1.0
     prefill: float = 0.5
     token: float = 0.02
-    score: Affine = Affine(1.0)
-    evaluate: Affine = Affine(1.0)
-    logprobs: Affine = Affine(1.0)
-    update: Affine = Affine(4.0)
-    update_values: Affine = Affine(2.0)
+    score: Affine
+    evaluate: Affine
+    logprobs: Affine
+    update: Affine
+    update_values: Affine
     publish: float = 0.5
 
 

@@ -3,6 +3,7 @@
 import gc
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def iterations(folder: Path, sampler: Sampler, seconds: Seconds, depth: int) -> 
     """Virtual seconds of the steps after the pipeline has filled and before it empties."""
     settings = config(folder, f"ppo.async_depth={depth}")
     ends = [step.now for step in Simulation(settings, seconds, sampler).run()]
-    taken = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    taken = [after - before for before, after in pairwise(ends)]
     return taken[2 : len(taken) - depth]
 
 
@@ -111,14 +112,14 @@ def memory() -> tuple[int, int]:
 
 
 def test_engines_that_join_in_mid_run_shorten_its_steps(tmp_path: Path, equal: Sampler) -> None:
-    """Sixteen chunks of a second: one engine takes 16 s a step, four take 4 s; 0.25 s for loading."""
+    """Sixteen chunks of a second: 16 s a step with one engine, 4 s with four; loading 0.25 s."""
     settings = config(
         tmp_path, "cluster.rollout.replicas=1", "cluster.rollout.chunk=1", "ppo.async_depth=1"
     )
     run = Simulation(settings, EVEN, equal)
     run.engines.resize(150.0, 4)
     ends = [step.now for step in run.run()]
-    taken = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    taken = [after - before for before, after in pairwise(ends)]
     assert taken[3:6] == pytest.approx([16.25] * 3)
     assert taken[-6:-1] == pytest.approx([4.25] * 5)
 
@@ -134,7 +135,7 @@ def test_an_engine_that_dies_costs_its_chunk_and_its_start(tmp_path: Path, equal
         ends[name] = [step.now for step in run.run()]
     late = [hit - whole for hit, whole in zip(ends["hit"], ends["whole"], strict=True)]
     assert late[0] == pytest.approx(2.0 - 1.0 + 1.0)
-    again = [later - before for before, later in zip(late, late[1:], strict=False)]
+    again = [later - before for before, later in pairwise(late)]
     assert again[:3] == pytest.approx([2.0] * 3)
     assert again[-6:] == pytest.approx([0.0] * 6)
 
