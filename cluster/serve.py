@@ -4,7 +4,8 @@
                                                     | scorer-object, -attribute, -relation
                                                     -> generator (the policy, by choice)
 
-Batches form in the scorers, over all requests of all ingress replicas.
+Batches form twice (``fgaif/serving/batcher.py``): in the ingress, so that a call between processes
+carries a batch and not a request, and in the scorers, over the calls of all ingress replicas.
 """
 
 import asyncio
@@ -21,11 +22,13 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.serve_backend import ServeBackend
+from fgaif.chat.messages import gather_all
 from fgaif.config import Config, load_config
 from fgaif.data.images import ImageBytes
 from fgaif.errors import ActorError, ConfigError, DataError
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.app import create_app
+from fgaif.serving.batcher import Batcher
 from fgaif.serving.guard import log_failure
 from fgaif.serving.schema import GenerateRequest, GenerateResponse, ModelOut
 from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
@@ -72,12 +75,13 @@ class ScorerReplica:
         self._stuck_s = _STUCK_AFTER * config.serve.timeout_s
         self._busy_since: float | None = None
         self._scored = False
-        self.score.set_max_batch_size(config.serve.batch.size)
-        self.score.set_batch_wait_timeout_s(config.serve.batch.wait_ms / 1e3)
+        self._batched = Batcher(self._score, size=config.serve.batch.size)
 
-    @serve.batch
-    async def score(self, items: list[ScoreItem]) -> list[ScoredItem | Refused]:
-        """Score a batch; callers send and get one item each."""
+    async def score(self, items: Sequence[ScoreItem]) -> list[ScoredItem | Refused]:
+        """Score items, together with those of other calls that wait."""
+        return await gather_all(self._batched(item) for item in items)
+
+    async def _score(self, items: list[ScoreItem]) -> list[ScoredItem | Refused]:
         self._busy_since = time.monotonic()
         try:
             answers = await self._run(self._actor.score, items)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from fgaif.chat.messages import gather_all
 from fgaif.config import ServeConfig
 from fgaif.data.images import ImageBytes
 from fgaif.errors import CheckpointError
+from fgaif.serving.batcher import Batcher
 from fgaif.serving.errors import invalid, overloaded, unavailable
 from fgaif.serving.schema import (
     GenerateRequest,
@@ -38,6 +40,7 @@ class ServeBackend:
         config: ServeConfig,
     ) -> None:
         self._scorers = scorers
+        self._batched = [_batcher(scorer, config) for scorer in scorers]
         self._generator = generator
         self._config = config
         self._reloading = asyncio.Lock()
@@ -45,10 +48,8 @@ class ServeBackend:
     async def score(self, item: ScoreItem) -> ScoredItem:
         """Score with one version of all kinds: kinds on both sides of a swap are asked again."""
         for _ in range(_TRIES):
-            parts = await gather_all(_call(scorer.score, item) for scorer in self._scorers)
-            for part in parts:
-                if isinstance(part, Refused):
-                    raise invalid(part.message, part.field)
+            answers = await gather_all(batched(item) for batched in self._batched)
+            parts = [_not_refused(answer) for answer in answers]
             if len({part.version for part in parts}) == 1:
                 return merge_kinds(parts) if len(parts) > 1 else parts[0]
             await asyncio.sleep(_SWAP_S)
@@ -97,6 +98,31 @@ class ServeBackend:
         limit = self._config.reload_timeout_s
         answers = await gather_all(call.results_async(timeout_s=limit) for call in calls)
         return sum(len(replicas) for replicas in answers)
+
+
+def _not_refused(answer: ScoredItem | Refused) -> ScoredItem:
+    if isinstance(answer, Refused):
+        raise invalid(answer.message, answer.field)
+    return answer
+
+
+def _batcher(
+    scorer: DeploymentHandle, config: ServeConfig
+) -> Batcher[ScoreItem, ScoredItem | Refused]:
+    """Calls of a scorer: one for each batch, a batch waiting in the replica while one is scored.
+
+    Autoscaling counts calls, not requests: with it each request is a call of its own, and batches
+    form in the replicas alone.
+    """
+    replicas, batch = config.replicas, config.batch
+    size = batch.size if replicas.min == replicas.max else 1
+    calls = 2 * replicas.max if size > 1 else sys.maxsize
+
+    async def score(items: list[ScoreItem]) -> Sequence[ScoredItem | Refused]:
+        async with asyncio.timeout(config.timeout_s):
+            return await _call(scorer.score, items)
+
+    return Batcher(score, size=size, calls=calls, wait_s=batch.wait_ms / 1e3 if size > 1 else 0.0)
 
 
 async def _call(method: Any, *arguments: Any) -> Any:

@@ -7,8 +7,8 @@ memory are those of trained ones), on three backbones: ``tiny``, the 50k paramet
 ``scenes``, the 0.9M of the embedded world's policy, and random 67M for the memory of weights.
 Closed loop: a client sends its next request when it has the answer to the one before; one text of
 about 40 tokens and one image per request, 64 of each, so that after the warm-up image features come
-from the cache. Clients, HTTP proxy, ingress and models share the machine. Every answer is compared
-with the one that a lone client got.
+from the cache. Clients, HTTP proxy, ingress and models share the machine; each one's CPU time per
+request is in the JSON. Every answer is compared with the one that a lone client got.
 
     batching      serve.batch.size 16 against 1, in turn, on one backbone for all kinds
     placement     shared backbone against one deployment per kind
@@ -31,9 +31,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,6 +62,11 @@ ROOT = Path(__file__).parents[2]
 MIB = 2**20
 SAMPLES = 64
 TOLERANCE = 1e-4
+ROLES = {
+    "ray::ProxyActor": "proxy",
+    "ray::ServeReplica:fgaif:api": "ingress",
+    "ray::ServeReplica:fgaif:scorer": "scorers",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +94,8 @@ class Load:
     slowest: float
     failed: int
     wrong: int
+    cpu_ms: dict[str, float]
+    """CPU milliseconds per request of the clients and of the service's processes, by role."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +157,9 @@ class Bench:
             expected = asyncio.run(answers(url, self._samples))
             for clients in self._clients:
                 load = asyncio.run(
-                    drive(url, self._samples, expected, clients, self._seconds, setting.name)
+                    drive(
+                        url, self._samples, expected, clients, self._seconds, setting.name, process
+                    )
                 )
                 self._loads.append(load)
                 print(load, file=sys.stderr)
@@ -345,9 +354,13 @@ async def drive(
     clients: int,
     seconds: float,
     name: str,
+    process: psutil.Process | None = None,
     warm_s: float = 1.5,
 ) -> Load:
-    """Let clients ask for ``seconds`` after the warm-up; requests are all that ended in them."""
+    """Let clients ask for ``seconds`` after the warm-up; requests are all that ended in them.
+
+    CPU time is taken where the service's ``process`` is given.
+    """
     start = time.perf_counter() + warm_s
     taken: list[float] = []
     seen: Counter[str] = Counter()
@@ -365,8 +378,20 @@ async def drive(
             if start <= (now := time.perf_counter()) < start + seconds:
                 taken.append(1e3 * (now - asked))
 
+    async def watch() -> dict[str, float]:
+        used: defaultdict[str, float] = defaultdict(float)
+        if process is not None:
+            await asyncio.sleep(warm_s)
+            before = cpu_seconds(process)
+            await asyncio.sleep(start + seconds - time.perf_counter())
+            for pid, (role, spent) in cpu_seconds(process).items():
+                used[role] += spent - before.get(pid, ("", 0.0))[1]
+        return used
+
     async with AsyncRewardClient(url, attempts=12) as client:
+        watching = asyncio.create_task(watch())
         await asyncio.gather(*(one(client, random.Random(seed)) for seed in range(clients)))
+        used = await watching
     p50, p95, p99 = np.percentile(taken, [50, 95, 99]).round(1).tolist()
     return Load(
         setting=name,
@@ -379,7 +404,19 @@ async def drive(
         slowest=round(max(taken), 1),
         failed=seen["failed"],
         wrong=seen["wrong"],
+        cpu_ms={role: round(1e3 * spent / len(taken), 1) for role, spent in used.items()},
     )
+
+
+def cpu_seconds(process: psutil.Process) -> dict[int, tuple[str, float]]:
+    """Role and CPU time so far by process: this one, which holds the clients, and the service's."""
+    found = {os.getpid(): ("clients", time.process_time())}
+    for child in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # idle workers come and go
+            title, times = " ".join(child.cmdline()), child.cpu_times()
+            named = (role for start, role in ROLES.items() if title.startswith(start))
+            found[child.pid] = (next(named, "rest"), times.user + times.system)
+    return found
 
 
 def scorers(process: psutil.Process) -> list[psutil.Process]:
