@@ -1,0 +1,88 @@
+"""Calls of the scoring deployments: a batch each, or a request each, and who gets which answer."""
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from ray.serve.handle import DeploymentHandle
+from serving_samples import png
+
+from cluster.serve_backend import ServeBackend
+from fgaif.config import load_config
+from fgaif.data.images import image_bytes
+from fgaif.serving.errors import ApiError
+from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
+
+IMAGE = image_bytes(png(), "test")
+
+
+class Scorer:
+    """A deployment that answers after a while, and refuses the text "bad"."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.score = SimpleNamespace(remote=self._remote)
+
+    def _remote(self, items: Sequence[ScoreItem]) -> asyncio.Task[list[Any]]:
+        texts = [item.texts[0] for item in items]
+        self.calls.append(texts)
+
+        async def answer() -> list[Any]:
+            await asyncio.sleep(0.02)
+            return [
+                Refused(field="text", message="no")
+                if text == "bad"
+                else ScoredItem(texts=(), version=text)
+                for text in texts
+            ]
+
+        return asyncio.create_task(answer())
+
+
+def ask(scorer: Scorer, texts: Sequence[str], overrides: Sequence[str]) -> list[Any]:
+    """Versions, here the texts, or errors of requests that come at the same time."""
+
+    async def work() -> list[Any]:
+        config = load_config(None, overrides).serve
+        backend = ServeBackend([cast(DeploymentHandle, scorer)], None, config)
+        items = [
+            ScoreItem(image=IMAGE, prompt="Describe this image in detail.", texts=(text,))
+            for text in texts
+        ]
+        answers = await asyncio.gather(
+            *(backend.score(item) for item in items), return_exceptions=True
+        )
+        return [a.version if isinstance(a, ScoredItem) else a for a in answers]
+
+    return asyncio.run(work())
+
+
+def test_a_call_carries_a_batch_and_each_request_gets_its_own_answer() -> None:
+    scorer, texts = Scorer(), [f"text {index}" for index in range(10)]
+    assert ask(scorer, texts, ["serve.batch.size=4"]) == texts
+    assert scorer.calls == [texts[:4], texts[4:8], texts[8:]]
+
+
+@pytest.mark.parametrize("overrides", [["serve.batch.size=1"], ["serve.replicas={min: 1, max: 2}"]])
+def test_without_batching_and_with_autoscaling_each_request_is_a_call(
+    overrides: list[str],
+) -> None:
+    scorer, texts = Scorer(), [f"text {index}" for index in range(10)]
+    assert ask(scorer, texts, overrides) == texts
+    assert scorer.calls == [[text] for text in texts]
+
+
+def test_a_refused_request_does_not_fail_the_others_of_its_batch() -> None:
+    answers = ask(Scorer(), ["a", "bad", "b"], [])
+    assert (answers[0], answers[2]) == ("a", "b")
+    assert isinstance(answers[1], ApiError)
+    assert (answers[1].status, answers[1].field) == (422, "text")
+
+
+def test_a_call_that_takes_too_long_ends_and_makes_room() -> None:
+    scorer = Scorer()
+    answers = ask(scorer, ["a", "b", "c"], ["serve.timeout_s=0.01", "serve.batch.size=2"])
+    assert [type(answer) for answer in answers] == [TimeoutError] * 3
+    assert scorer.calls == [["a", "b"], ["c"]]
