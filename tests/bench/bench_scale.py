@@ -30,14 +30,13 @@ from typing import Any
 
 import matplotlib as mpl
 import psutil
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from simulated import Affine, Sampler, Seconds, Simulation, Step
 
 from fgaif.config import Config, load_config
-from fgaif.eval.plots import STYLE, save_png
+from fgaif.eval.plots import INK, STYLE, save_png
 from fgaif.types import Json
 
 ACTORS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -53,7 +52,11 @@ SECONDS = Seconds(
     update=Affine(11.0), update_values=Affine(6.0),
 )  # fmt: skip
 TRAINING = 1.5 + 11.0 + 0.5
-COLOURS = ("#9aa3b2", "#2a78d6", "#d97706")
+LOOKS: dict[int, Json] = {  # depths 1 and 2 nearly coincide
+    2: {"color": "#d97706", "alpha": 0.4, "linewidth": 5, "label": "2"},
+    1: {"color": "#2a78d6", "marker": "o", "markersize": 3, "label": "1"},
+    0: {"color": "#9aa3b2", "marker": "o", "markersize": 3, "label": "0"},
+}
 
 
 def config(folder: str, actors: int, depth: int, batch: int, steps: int) -> Config:
@@ -85,8 +88,8 @@ def per_sample(steps: Sequence[Step], whose: str, batch: int) -> float:
 def scale(sampler: Sampler, actors: int, depth: int) -> Json:
     """Iteration time, utilisation and CPU per sample of one size."""
     batch = PER_ACTOR * actors
-    steps = list(run(sampler, actors, depth, batch, STEPS + depth + 1, 1_000_000))
-    counted = steps[: STEPS + 1]  # the last steps have nothing to sample ahead
+    steps = list(run(sampler, actors, depth, batch, STEPS + 2 * depth + 1, 1_000_000))
+    counted = steps[depth:][: STEPS + 1]  # filled, and still with batches to sample ahead
     first, last = counted[0], counted[-1]
     elapsed, busy = last.now - first.now, last.busy - first.busy
     driver = per_sample(counted, "driver", batch)
@@ -119,44 +122,38 @@ def endure(sampler: Sampler, prompts: int) -> Json:
 
 
 def draw(scaled: Sequence[Json], endured: Sequence[Json]) -> Figure:
-    """Three panels: utilisation, iteration over slowest stage, CPU per sample."""
+    """Utilisation, iteration time over slowest stage, CPU per sample by actors and by prompts."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.1), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
-        for depth, colour in zip(DEPTHS, COLOURS, strict=True):
+        figure = Figure(figsize=(11, 2.9), layout="constrained")
+        used, paced, by_actors, by_prompts = figure.subplots(1, 4)
+        for depth, look in LOOKS.items():
             rows = [row for row in scaled if row["depth"] == depth]
-            look: Any = {"color": colour, "marker": "o", "markersize": 3, "label": f"depth {depth}"}
             actors = [row["actors"] for row in rows]
-            left.plot(actors, [row["utilisation"] for row in rows], **look)
+            used.plot(actors, [row["utilisation"] for row in rows], **look)
             slowest = [max(row["sampling_s"], row["second_stage_s"]) for row in rows]
             ratios = [row["iteration_s"] / slow for row, slow in zip(rows, slowest, strict=True)]
-            middle.plot(actors, ratios, **look)
-        left.set(title="rollout engines at work, share of time", ylim=(0, 1))
-        middle.set(title="iteration time / slowest stage", ylim=(0.9, 2))
-        middle.axhline(1.15, color="#20242c", alpha=0.5, linewidth=1, linestyle="--")
-        middle.legend()
+            paced.plot(actors, ratios, **look)
+        used.set(title="share of time that engines sample", ylim=(0, 1))
+        paced.set(title="iteration time / slowest stage", ylim=(0.9, 2.2))
+        paced.axhline(1.15, color=INK, alpha=0.5, linewidth=1, linestyle="--")
+        paced.legend(title="ppo.async_depth", title_fontsize=8)
         rows = [row for row in scaled if row["depth"] == 1]
-        actors = [row["actors"] for row in rows]
-        right.plot(actors, [row["driver_ms"] for row in rows], color="#2a78d6", marker="o",
-                   markersize=3, label="driver, by rollout actors")  # fmt: skip
-        right.plot(actors, [row["pool_ms"] for row in rows], color="#8b5cf6", marker="o",
-                   markersize=3, label="pool, by rollout actors")  # fmt: skip
-        right.set(title="CPU ms per sample", yscale="log", ylim=(1e-3, 3))
-        for axes in (left, middle, right):
-            _by_actors(axes)
-        top = right.twiny()
-        top.plot([row["prompts"] for row in endured], [row["driver_ms"] for row in endured],
-                 color="#d97706", marker="s", markersize=3)  # fmt: skip
-        top.set(xscale="log", xlabel="prompts")
-        right.plot([], [], color="#d97706", marker="s", markersize=3, label="driver, by prompts")
-        right.legend(loc="center left")
+        dots: Json = {"marker": "o", "markersize": 3}
+        for name, colour in (("driver", "#2a78d6"), ("pool", "#8b5cf6")):
+            costs = [row[f"{name}_ms"] for row in rows]
+            by_actors.plot([row["actors"] for row in rows], costs, color=colour, label=name, **dots)
+        by_actors.set(title="CPU ms per sample")
+        by_actors.legend(loc="center left")
+        costs = [row["driver_ms"] for row in endured]
+        by_prompts.plot([row["prompts"] for row in endured], costs, color="#2a78d6", **dots)
+        by_prompts.set(title="CPU ms per sample", xscale="log", xlabel="prompts")
+        for axes in (by_actors, by_prompts):
+            axes.set_ylim(0, 1)
+        for axes in (used, paced, by_actors):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
+            axes.set_xlabel("rollout actors")
         return figure
-
-
-def _by_actors(axes: Axes) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
-    axes.set_xlabel("rollout actors")
 
 
 def machine() -> Json:
