@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.pulse import count
 from cluster.status import RunStatus, SignSeen
@@ -141,13 +142,18 @@ def boards(run: str) -> list[str]:
 
 
 def start_board(config: Config) -> Any:
-    """Start the run's board; that of a run that has just ended gets time to go away.
+    """Start the run's board beside its driver: only the node that ends the run takes it along.
+
+    That of a run that has just ended gets time to go away.
 
     Raises:
         ActorError: another driver works on the same run folder.
     """
     name = board_name(config)
-    make = ray.remote(Board).options(name=name, namespace=NAMESPACE, num_cpus=0)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    make = ray.remote(Board).options(
+        name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here
+    )
     end = time.monotonic() + _NAME_FREE_WITHIN_S
     while True:
         try:

@@ -67,10 +67,11 @@ def status(
             else:
                 _watch(board)
     except _Gone as gone:
-        if found.status is None:
+        last = found.folder and read_status(found.folder)
+        if not last:
             raise ActorError(str(gone)) from gone
-        _show_once(found.status, alive=False, as_json=as_json)
-        if not as_json and found.status.state == "running":
+        _show_once(last, alive=False, as_json=as_json)
+        if not as_json and last.state == "running":
             out.print(f"{gone}; the same command goes on from its last checkpoint", style="yellow")
 
 
@@ -257,10 +258,11 @@ def render(status: RunStatus) -> Group:
     """A run's status as lines and a table of its actors."""
     shown = status.metrics
     parts = [
+        *([status.stage] if status.stage else []),
         f"step {status.step}/{status.steps}",
         f"weights v{status.version}",
         f"queue {status.chunks_waiting} + {status.chunks_in_flight} in work",
-        *(f"{name} {shown[key]:.3g}" for name, key in _METRICS.items() if key in shown),
+        *(f"{name} {_number(shown[key])}" for name, key in _METRICS.items() if key in shown),
     ]
     counts = {"set aside": status.set_aside, "too old": status.stale_dropped}
     parts += [f"{count} {name}" for name, count in counts.items() if count]
@@ -283,6 +285,10 @@ def render(status: RunStatus) -> Group:
         )
     heading = Text.assemble((status.run, "bold"), f"  {status.state}")
     return Group(heading, Text(", ".join(parts)), table)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 _METRICS = {

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 STATUS = "status.json"
 LIVE = "live.json"
 _PUBLISH_EVERY_S = 1.0
+_JUST_NOW_S = 10.0
 
 ActorState = Literal["starting", "idle", "busy", "leaving"]
 RunState = Literal["running", "ended", "failed"]
@@ -72,6 +73,7 @@ class RunStatus(_Message):
 
     run: str
     state: RunState = "running"
+    stage: str = ""
     step: int = 0
     steps: int
     version: int = 0
@@ -91,7 +93,9 @@ class RunStatus(_Message):
     def with_signs(self, signs: Mapping[str, SignSeen], wished: int | None) -> "RunStatus":
         """The status with what the actors' signs of life say."""
         actors = tuple(
-            actor.model_copy(update=_said(signs[actor.name])) if actor.name in signs else actor
+            actor.model_copy(update=_said(actor, signs[actor.name]))
+            if actor.name in signs
+            else actor
             for actor in self.actors
         )
         return self.model_copy(update={"actors": actors, "wished": wished})
@@ -111,8 +115,12 @@ class Live(_Message):
     started_at: datetime
 
 
-def _said(seen: SignSeen) -> dict[str, Any]:
+def _said(actor: ActorStatus, seen: SignSeen) -> dict[str, Any]:
+    state = actor.state
+    if actor.role != "rollout" and state != "starting":  # nobody keeps a list of their work
+        state = "busy" if seen.still_s < _JUST_NOW_S else "idle"
     return {
+        "state": state,
         "node": seen.node,
         "pid": seen.pid,
         "rss": seen.rss,
@@ -140,19 +148,24 @@ class Publisher:
         self._sinks = sinks
         self._clock = clock
         self._lock = threading.Lock()
-        self._actors: dict[str, Sequence[ActorStatus]] = {}
+        self._engines: Sequence[ActorStatus] = ()
+        self._others: Callable[[], Sequence[ActorStatus]] = tuple
         self._last = float("-inf")
         self._signs: Callable[[], Mapping[str, SignSeen]] = dict
         self._status = RunStatus(run=config.name, steps=config.ppo.steps, updated_at=_now())
 
-    @property
-    def status(self) -> RunStatus:
-        """What is known now, published or not."""
-        return self._status
+    def listen(
+        self,
+        signs: Callable[[], Mapping[str, SignSeen]],
+        others: Callable[[], Sequence[ActorStatus]],
+    ) -> None:
+        """Add the signs of life, and the actors besides rollout engines, that these give."""
+        self._signs, self._others = signs, others
 
-    def listen(self, signs: Callable[[], Mapping[str, SignSeen]]) -> None:
-        """Add the signs of life that this gives to all that is published."""
-        self._signs = signs
+    def stage(self, name: str) -> None:
+        """Publish that a stage of the run begins."""
+        with self._lock:
+            self._publish(now=True, stage=name)
 
     def step(self, report: StepReport) -> None:
         """Publish a finished step."""
@@ -179,7 +192,7 @@ class Publisher:
 
         ``version_of`` gives the policy's version for a member's number of weights.
         """
-        actors = [
+        engines = [
             ActorStatus(
                 name=member.name,
                 role="rollout",
@@ -190,14 +203,9 @@ class Publisher:
             for member in members
         ]
         in_flight = sum(member.task is not None for member in members)
-        self.actors("rollout", actors, chunks_waiting=queued, chunks_in_flight=in_flight)
-
-    def actors(self, role: str, actors: Sequence[ActorStatus], **changes: int) -> None:
-        """Publish the actors of a role, and what else changed."""
         with self._lock:
-            self._actors[role] = actors
-            everyone = tuple(actor for group in self._actors.values() for actor in group)
-            self._publish(now=False, actors=everyone, **changes)
+            self._engines = engines
+            self._publish(now=False, chunks_waiting=queued, chunks_in_flight=in_flight)
 
     def close(self, state: RunState) -> None:
         """Publish how it ended; nobody is at work any more."""
@@ -205,11 +213,13 @@ class Publisher:
             self._publish(now=True, state=state, chunks_waiting=0, chunks_in_flight=0)
 
     def _publish(self, *, now: bool, **changes: Any) -> None:
-        status = self._status.model_copy(update=changes | {"updated_at": _now()})
-        self._status = status = status.with_signs(self._signs(), status.wished)
+        self._status = self._status.model_copy(update=changes)
         if not now and self._clock() < self._last + _PUBLISH_EVERY_S:
             return
         self._last = self._clock()
+        everyone = (*self._engines, *self._others())
+        status = self._status.model_copy(update={"actors": everyone, "updated_at": _now()})
+        self._status = status = status.with_signs(self._signs(), status.wished)
         try:
             write_whole(self._file, status.model_dump_json(indent=2) + "\n")
         except DataError as error:  # a help to who watches, not a part of the work

@@ -200,36 +200,39 @@ def report(step: int, **metrics: float) -> StepReport:
     return StepReport(step=step, version=step, metrics=metrics)
 
 
-def rollouts(*names: str) -> list[ActorStatus]:
-    return [ActorStatus(name=name, role="rollout", state="busy", version=3) for name in names]
-
-
 def test_steps_are_published_at_once_and_pool_changes_once_a_second(
     tmp_path: Path, clock: Clock
 ) -> None:
     got: list[RunStatus] = []
     publisher = Publisher(settings(tmp_path), [got.append], clock)
-    publisher.listen(lambda: {"rollout-0": seen(age_s=2)})
+    learner = ActorStatus(name="learner-0", role="learner", state="idle")
+    scorer = ActorStatus(name="reward-object", role="reward", state="starting")
+    signs = {"rollout-0": seen(age_s=2), "learner-0": seen(still_s=9)}
+    publisher.listen(lambda: signs, lambda: [learner, scorer])
     publisher.step(report(1, **{"reward/task": 0.5, "kl/token": float("nan"), "policy/lr": 1.0}))
     chunk = Task(job=None, indexes=(), items=(), weights=2)
     engine = Member(name="rollout-0", state="busy", weights=2, restarts=1, task=chunk)
     publisher.rollouts([engine], 4, {2: 7}.get)
     assert len(got) == 1
     clock.now += 1
-    learner = ActorStatus(name="learner-0", role="learner", state="idle")
-    publisher.actors("learner", [learner])
+    publisher.rollouts([engine], 3, {2: 7}.get)
     assert len(got) == 2
     last = read_status(tmp_path / "mine")
     assert last == got[-1]
     assert (last.step, last.steps, last.version, last.metrics) == (1, 5, 1, {"reward/task": 0.5})
-    assert (last.chunks_waiting, last.chunks_in_flight) == (4, 1)
-    assert [actor.name for actor in last.actors] == ["rollout-0", "learner-0"]
+    assert (last.chunks_waiting, last.chunks_in_flight) == (3, 1)
+    states = {"rollout-0": "busy", "learner-0": "busy", "reward-object": "starting"}
+    assert {actor.name: actor.state for actor in last.actors} == states
     first = last.actors[0]
     assert (first.state, first.version, first.restarts) == ("busy", 7, 1)
     assert (first.node, first.rss, first.tokens_per_second, first.sign_age_s) == (
         "10.0.0.1", 1000, 5.0, 2,
     )  # fmt: skip
-    assert last.actors[1].sign_age_s is None
+    assert last.actors[2].sign_age_s is None
+    signs["learner-0"] = seen(still_s=11)
+    publisher.stage("train")
+    assert got[-1].stage == "train"
+    assert got[-1].actors[1].state == "idle"
     publisher.step(report(2, **{"rollout/stale": 3, "rollout/set_aside": 1}))
     publisher.step(report(3, **{"rollout/stale": 2}))
     publisher.close("ended")
@@ -258,7 +261,7 @@ def test_the_board_gives_the_last_status_with_fresh_signs(tmp_path: Path, clock:
     board = Board(clock)
     assert board.status() is None
     publisher = Publisher(settings(tmp_path), [board.put], clock)
-    publisher.actors("rollout", rollouts("rollout-0", "rollout-1"))
+    publisher.rollouts([Member(name="rollout-0"), Member(name="rollout-1")], 0, lambda _: None)
     board.beat(sign())
     board.wish(2)
     clock.now += 9

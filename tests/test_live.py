@@ -19,6 +19,7 @@ from beater import Beater
 from typer.testing import CliRunner, Result
 
 import cluster.board
+from actors.pool import Member, State
 from cluster.board import NAMESPACE, Watch, board_name, make_pulse, start_board, with_pulse
 from cluster.cli import app
 from cluster.launch import free_port
@@ -85,13 +86,13 @@ def until(true: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.1)
 
 
-def engines(*states: str) -> list[ActorStatus]:
-    return [
-        ActorStatus.model_validate(
-            {"name": f"rollout-{i}", "role": "rollout", "state": state, "restarts": i}
-        )
-        for i, state in enumerate(states)
-    ]
+def engines(*states: State) -> list[Member]:
+    return [Member(name=f"rollout-{i}", state=state, restarts=i) for i, state in enumerate(states)]
+
+
+def tell(publisher: Publisher, *states: State, queued: int = 0) -> None:
+    publisher._last = float("-inf")  # as if the last was published long ago
+    publisher.rollouts(engines(*states), queued, lambda weights: weights)
 
 
 def start(config: Config, name: str) -> Any:
@@ -158,12 +159,11 @@ def fgaif(*arguments: object, fails: bool = False) -> Result:
 
 def test_status_shows_a_living_run(config: Config, board: Any, publisher: Publisher) -> None:
     publisher.step(StepReport(step=3, version=3, metrics={"reward/task": 0.25, "policy/lr": 1.0}))
-    publisher._last = float("-inf")
-    publisher.actors("rollout", engines("busy", "starting"), chunks_waiting=5, chunks_in_flight=1)
+    tell(publisher, "busy", "starting", queued=5)
     ray.get(board.wish.remote(2))
     for run in (config.run_dir, "mine"):
         text = fgaif("status", run, "--once", "--address", _address()).stdout
-        assert "step 3/9, weights v3, queue 5 + 1 in work, reward 0.25" in text
+        assert "step 3/9, weights v3, queue 5 + 0 in work, reward 0.25" in text
         assert "rollout-1" in text
         assert "starting" in text
     tree = json.loads(fgaif("status", config.run_dir, "--json").stdout)
@@ -175,15 +175,15 @@ def test_status_shows_a_living_run(config: Config, board: Any, publisher: Publis
 def test_scale_leaves_a_wish_and_can_wait_for_it(
     config: Config, board: Any, publisher: Publisher
 ) -> None:
-    publisher.actors("rollout", engines("busy", "leaving"))
+    tell(publisher, "busy", "leaving")
     text = fgaif("scale", config.run_dir, "--rollout", 3).stdout
     assert "mine: 1 -> 3 rollout engines" in text
     assert "2 start" in text
     assert ray.get(board.look.remote()).wished == 3
 
     def grow() -> None:
-        time.sleep(1.1)
-        publisher.actors("rollout", engines("busy", "idle", "busy"))
+        time.sleep(1)
+        tell(publisher, "busy", "idle", "busy")
 
     growing = threading.Thread(target=grow)
     growing.start()

@@ -1,0 +1,46 @@
+"""A run in the open: its board, what its driver sees there, and what it publishes."""
+
+from collections.abc import Callable, Sequence
+
+import ray
+
+from cluster.board import NAMESPACE, Watch, board_name, log_to, start_board
+from cluster.metrics import Exporter
+from cluster.status import ActorStatus, Publisher, RunState, write_live
+from fgaif.config import Config
+from fgaif.types import StepReport
+
+
+class LiveRun:
+    """Board, watch, status and metrics of a run, from when Ray is connected until it ends.
+
+    Raises:
+        ActorError: another driver works on the same run folder.
+    """
+
+    def __init__(self, config: Config, others: Callable[[], Sequence[ActorStatus]]) -> None:
+        """``others`` gives the actors besides rollout engines whenever a status is published."""
+        context = ray.get_runtime_context()
+        self._board = start_board(config)
+        self._exporter = Exporter(config.name)
+        self.watch = Watch.of(self._board, config.cluster)
+        self.publisher = Publisher(config, [self._board.put.remote, self._exporter.status])
+        self.publisher.listen(self.watch.signs, others)
+        write_live(
+            config,
+            address=context.gcs_address,
+            namespace=NAMESPACE,
+            board=board_name(config),
+            job=context.get_job_id(),
+        )
+        log_to(config.run_dir / "logs" / "driver.log")
+
+    def step(self, report: StepReport) -> None:
+        """Publish a finished step."""
+        self._exporter.step(report)
+        self.publisher.step(report)
+
+    def close(self, state: RunState) -> None:
+        """Publish how the run ended, and take the board down."""
+        self.publisher.close(state)
+        ray.kill(self._board)
