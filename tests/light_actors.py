@@ -6,7 +6,8 @@ answered twice, or sampled with other weights gives another policy.
 
 ``FOLDER/hold`` holds the id of a node whose rollout actors stop in the middle of ``generate`` until
 the file is gone; they leave ``FOLDER/held/PID`` there. ``FOLDER/until`` holds the number of updates
-that the learner makes before it waits for a larger one. ``FOLDER/lives`` gets a file per actor.
+that the learner makes before it waits for a larger one; ``FOLDER/pace`` the seconds per token, 1 ms
+without. ``FOLDER/lives`` gets a file per actor.
 """
 
 import hashlib
@@ -22,7 +23,6 @@ import ray
 
 from actors.pulse import beat
 from cluster.roles import Roles
-from fgaif.checkpoint import arrays_digest
 from fgaif.config import Config
 from fgaif.pending import Ready
 from fgaif.types import (
@@ -39,7 +39,7 @@ from fgaif.types import (
     WeightsManifest,
 )
 
-SECONDS_PER_TOKEN = float(os.environ.get("LIGHT_SECONDS_PER_TOKEN", "0.001"))
+SECONDS_PER_TOKEN = 0.001
 _TRAINING_TOKENS = 4  # evaluating or training on so many tokens takes as long as sampling one
 _PRIME = 2**61 - 1
 _VOCABULARY = 26
@@ -74,6 +74,17 @@ class _Light:
             self._facts["ready"] = time.time()
             self._note()
 
+    def work(self, responses: Sequence[Response]) -> None:
+        """Take the time that evaluating or training on the responses takes."""
+        pace = self._pace() / _TRAINING_TOKENS
+        for response in responses:
+            time.sleep(pace * len(response.token_ids))
+            beat(len(response.token_ids))
+
+    def _pace(self) -> float:
+        path = self._folder / "pace"
+        return float(path.read_text()) if path.exists() else SECONDS_PER_TOKEN
+
     def _note(self) -> None:
         self._life.parent.mkdir(parents=True, exist_ok=True)
         part = self._life.with_suffix(".part")
@@ -98,8 +109,8 @@ class LightRollout(_Light):
         return [0.5] * len(prompts)
 
     def load_weights(self, manifest: WeightsManifest) -> int:
-        assert arrays_digest(manifest.tensors) == manifest.digest
         octets = manifest.tensors["policy.lora_A"].astype(np.uint8).tobytes()
+        assert hashlib.sha256(octets).hexdigest() == manifest.digest
         self._policy = int.from_bytes(octets, "little")
         self._version = manifest.version
         self.ready()
@@ -115,8 +126,9 @@ class LightRollout(_Light):
         rng = np.random.default_rng([request.seed, self._policy])
         length = int(rng.integers(request.max_new_tokens // 2, request.max_new_tokens + 1))
         tokens = rng.integers(0, _VOCABULARY, length)
+        pace = self._pace()
         for _ in tokens:
-            time.sleep(SECONDS_PER_TOKEN)
+            time.sleep(pace)
             beat()
         return Response(
             prompt=request.prompt,
@@ -154,7 +166,7 @@ class LightReward(_Light):
             ]
             rows = np.array([[row.sum(), row[::2].sum(), 1.0] for row in raw], np.float32)
             found.append(rows / rows.sum(axis=1, keepdims=True))
-            _work([response])
+            self.work([response])
         return found
 
 
@@ -167,7 +179,7 @@ class LightReference(_Light):
 
     def evaluate(self, responses: Sequence[Response]) -> list[Evaluation]:
         self.ready()
-        _work(responses)
+        self.work(responses)
         return [
             Evaluation(
                 reference_logprobs=_logprobs(response.token_ids, 0),
@@ -178,7 +190,7 @@ class LightReference(_Light):
 
     def update_values(self, batch: TrainBatch) -> UpdateReport:
         self.ready()
-        _work(batch.responses)
+        self.work(batch.responses)
         self._value = _moved(self._value, batch, batch.returns)
         return UpdateReport(metrics={"value/state": float(self._value % 2**50)})
 
@@ -205,13 +217,13 @@ class LightLearner(_Light):
 
     def logprobs(self, responses: Sequence[Response]) -> list[FloatArray]:
         self.ready()
-        _work(responses)
+        self.work(responses)
         return [_logprobs(response.token_ids, self._policy) for response in responses]
 
     def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> UpdateReport:
         self.ready()
         self._wait_for_leave()
-        _work(batch.responses)
+        self.work(batch.responses)
         weights = np.zeros_like(batch.mask) if batch.weights is None else batch.weights
         self._policy = _moved(self._policy, batch, batch.advantages, weights)
         self._updates += 1
@@ -220,10 +232,13 @@ class LightLearner(_Light):
         return UpdateReport(metrics={"policy/state": float(self._policy % 2**50)})
 
     def publish(self, version: int) -> WeightsManifest:
-        octets = np.frombuffer(self._policy.to_bytes(8, "little"), np.uint8)
-        tensors = {"policy.lora_A": octets.astype(np.float32)}
+        octets = self._policy.to_bytes(8, "little")
+        numbers = np.frombuffer(octets, np.uint8).astype(np.float32)
         return WeightsManifest(
-            version=version, digest=arrays_digest(tensors), scaling=1.0, tensors=tensors
+            version=version,
+            digest=hashlib.sha256(octets).hexdigest(),
+            scaling=1.0,
+            tensors={"policy.lora_A": numbers},
         )
 
     def save(self, path: Path) -> None:
@@ -250,12 +265,6 @@ class LightLearner(_Light):
         folder.mkdir(exist_ok=True)
         rows = [[response.id, response.policy_version] for response in batch.responses]
         (folder / f"{self._updates}.json").write_text(json.dumps(rows))
-
-
-def _work(responses: Sequence[Response]) -> None:
-    for response in responses:
-        time.sleep(SECONDS_PER_TOKEN * len(response.token_ids) / _TRAINING_TOKENS)
-        beat(len(response.token_ids))
 
 
 def _moved(state: int, batch: TrainBatch, *per_token: FloatArray) -> int:

@@ -115,6 +115,8 @@ def test_a_job_outlives_scaling_and_the_loss_of_nodes_and_ends_the_same(
     del third, fourth
 
     alone = settings(tmp_path / "here")
+    alone.run_dir.mkdir(parents=True)
+    write_whole(alone.run_dir / "pace", "0")
     nodes_job.train(alone, light_actors.Here(alone).roles())
     ours, theirs = steps(run), steps(alone.run_dir)
     assert [lasting(row["metrics"]) for row in ours] == [lasting(row["metrics"]) for row in theirs]

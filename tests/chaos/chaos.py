@@ -33,7 +33,7 @@ sys.path.insert(0, str(TESTS))
 import light_actors  # noqa: E402
 import nodes_job  # noqa: E402
 import ray  # noqa: E402
-from nodes import lasting, steps  # noqa: E402
+from nodes import lasting, steps, write_whole  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -43,9 +43,10 @@ from fgaif.config import Config, load_config, parse_config  # noqa: E402
 from fgaif.errors import FgaifError  # noqa: E402
 
 STEPS = 20
-KILLS_PER_RUN = 10  # that the light actors' speed is made for: more kills, slower actors
+STEP_TOKENS = 360  # sampling, scoring and training of a light step, one after the other
+SLACK = 1.5  # time between kills, in plain starts
 PLAIN_STARTS = 3
-FIRST_KILL = 0.1  # share of the run in peace, in which plain starts are measured
+FIRST_KILL = 2  # steps in peace, in which plain starts are measured
 _PATIENCE_S = 90.0
 ROLES = ("rollout", "reward", "reference", "learner")
 CLASSES = {
@@ -72,20 +73,23 @@ class Trial:
     peace: Path
     fire: Config
     train: Callable[[Cluster], None]
+    pace: Callable[[float], None] = lambda _: None
+    """Told the seconds of a plain start, it makes the run last long enough for the kills."""
 
 
 class Killer(threading.Thread):
     """Kills at moments drawn from the seed; the next only when the last victim is replaced."""
 
-    def __init__(self, kills: int, seed: int, fire: Config, resize: Callable[[int], None]) -> None:
+    def __init__(self, kills: int, seed: int, trial: Trial, resize: Callable[[int], None]) -> None:
         super().__init__(name="killer", daemon=True)
-        rng = random.Random(seed)
+        rng, fire = random.Random(seed), trial.fire
         last = fire.ppo.steps - 0.5
-        moments = sorted(rng.uniform(FIRST_KILL * last, last) for _ in range(kills))
+        moments = sorted(rng.uniform(min(FIRST_KILL, last / 2), last) for _ in range(kills))
         self._plan = [(moment, rng.random()) for moment in moments]
         self._progress = Progress(fire.run_dir)
         self._engines = fire.cluster.rollout.replicas
         self._resize = resize
+        self._pace = trial.pace
         self._over = threading.Event()
         self.plain: list[float] = []
         self.done: list[Kill] = []
@@ -96,6 +100,7 @@ class Killer(threading.Thread):
         try:
             for _ in range(PLAIN_STARTS):
                 self.plain.append(self._plain_start())
+            self._pace(statistics.median(self.plain))
             for moment, dice in self._plan:
                 while self._progress.now() < moment and not self._over.is_set():
                     time.sleep(0.01)
@@ -187,14 +192,20 @@ def light(kills: int, seed: int, folder: Path) -> Trial:
     def train(cluster: Cluster) -> None:
         nodes_job.train(fire, nodes_job.roles_on(cluster, fire))
 
+    def pace(start_s: float) -> None:
+        seconds = SLACK * start_s * kills / STEPS / STEP_TOKENS
+        write_whole(fire.run_dir / "pace", str(max(seconds, light_actors.SECONDS_PER_TOKEN)))
+        (fire.run_dir / "until").unlink()
+
     peace, fire = settings("peace"), settings("fire")
-    pace, light_actors.SECONDS_PER_TOKEN = light_actors.SECONDS_PER_TOKEN, 0.0
+    for settled in (peace, fire):
+        settled.run_dir.mkdir(parents=True)
+    write_whole(peace.run_dir / "pace", "0")
     nodes_job.train(peace, light_actors.Here(peace).roles())
-    # The actors' processes read both when they start.
-    os.environ["LIGHT_SECONDS_PER_TOKEN"] = str(pace * max(1.0, kills / KILLS_PER_RUN))
-    os.environ["PYTHONPATH"] = str(TESTS)
+    write_whole(fire.run_dir / "until", str(FIRST_KILL))
+    os.environ["PYTHONPATH"] = str(TESTS)  # of the actors' processes
     nodes_job.stand_in()
-    return Trial(peace=peace.run_dir, fire=fire, train=train)
+    return Trial(peace=peace.run_dir, fire=fire, train=train, pace=pace)
 
 
 def real(run: Path, folder: Path) -> Trial:
@@ -210,12 +221,11 @@ def real(run: Path, folder: Path) -> Trial:
 def run(trial: Trial, kills: int, seed: int) -> dict[str, Any]:
     """Make the run under fire and compare it with the one in peace."""
     fire = trial.fire
-    fire.run_dir.mkdir(parents=True, exist_ok=True)
     start, stopped_by, killer = time.monotonic(), "", None
     try:
         connect(fire)
         with Cluster(fire, ROLES) as cluster:
-            killer = Killer(kills, seed, fire, cluster.rollouts().resize)
+            killer = Killer(kills, seed, trial, cluster.rollouts().resize)
             killer.start()
             trial.train(cluster)
             killer.end()
