@@ -33,9 +33,10 @@ def join_process_group(
 ) -> None:
     """Join the ranks' process group: gloo on the CPU, NCCL on GPUs.
 
-    A group that exists already (Ray Train makes one) is used as it is. DeepSpeed reads rank and
-    world size from the environment in places, so they are put there too. On GPUs each rank sees
-    its own device alone, as Ray arranges, so the local rank is 0.
+    Ranks meet at ``addr`` and ``port``; one alone needs neither. A group that exists already (Ray
+    Train makes one) is used as it is. DeepSpeed reads rank and world size from the environment in
+    places, so they are put there too. On GPUs each rank sees its own device alone, as Ray arranges,
+    so the local rank is 0.
     """
     os.environ.update(
         RANK=str(rank),
@@ -45,7 +46,10 @@ def join_process_group(
         MASTER_PORT=str(port),
     )
     backend = "nccl" if device == "cuda" else "gloo"
-    if not torch.distributed.is_initialized():
+    if world_size == 1 and not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    elif not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             backend, init_method=f"tcp://{addr}:{port}", rank=rank, world_size=world_size
         )

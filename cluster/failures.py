@@ -17,17 +17,35 @@ _GONE = (
     | ray.exceptions.WorkerCrashedError
     | ray.exceptions.ObjectLostError
     | ray.exceptions.OutOfMemoryError
+    | ray.exceptions.ActorPlacementGroupRemoved
+    | ray.exceptions.TaskPlacementGroupRemoved
     | ray.exceptions.GetTimeoutError
 )
+_LOST = ray.exceptions.ObjectLostError | ray.exceptions.NodeDiedError
+_KILLED = ("connection error code 2", "exit code 137", "SIGKILL")
+"""In Ray's words for a process that ended without a word: killed, or crashed in native code."""
+_CRASHED = ("Fatal Python error", "*** SIG")
+"""In the log of a process that crashed by itself."""
+_MEMORY = ("low on memory", "out of memory", "OutOfMemory")
+_LESS_MEMORY = "lower the batch sizes or spread the roles over more nodes"
 
 
 def is_gone(error: BaseException) -> bool:
     """Whether an actor, its node or the answer it gave is lost, so that another one may help."""
-    return isinstance(error, _GONE | TimeoutError)
+    by_itself = isinstance(error, ray.exceptions.RayTaskError)  # also carries the type it raised
+    return isinstance(error, _GONE | TimeoutError) and not by_itself
 
 
-def translate(error: Exception, name: str) -> FgaifError:
-    """Turn Ray's exception into one of ours that names the actor and the first cause."""
+def never_started(error: BaseException) -> bool:
+    """Whether the actor's own constructor raised, which it would do again."""
+    return isinstance(error, ray.exceptions.ActorDiedError) and CREATION in str(error)
+
+
+def translate(error: Exception, name: str, node: str = "") -> FgaifError:
+    """Turn Ray's exception into one of ours that names the actor and the first cause.
+
+    ``node`` is the id of the actor's node, where that is known.
+    """
     if isinstance(error, ray.exceptions.RayTaskError):
         cause = error.cause
         if isinstance(cause, FgaifError):
@@ -35,18 +53,55 @@ def translate(error: Exception, name: str) -> FgaifError:
         return ActorError(f"{name} failed: {type(cause).__name__}: {cause}")
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return ActorError(
-            f"{name} was killed because the node ran out of memory; lower the batch sizes or "
-            f"spread the roles over more nodes ({error})"
+            f"{name} was killed because the node ran out of memory; {_LESS_MEMORY} ({error})"
         )
     if isinstance(error, ray.exceptions.ActorDiedError):
-        if CREATION in str(error):
+        if never_started(error):
             return ActorError(f"{name} could not start: {_last_line(error)}")
-        return ActorError(f"{name} died: {_first_line(error)}{_log_tail(error)}")
+        return ActorError(f"{name} died: {_death(str(error), node)}")
     if isinstance(error, TimeoutError | ray.exceptions.GetTimeoutError):
         return ActorError(
             f"{name} did not answer in time; raise cluster.call_timeout_s if the work is long"
         )
-    return ActorError(f"{name}: {_first_line(error)}")
+    place = f" (node {node[:12]})" if node else ""
+    if isinstance(error, _LOST):
+        return ActorError(f"{name}: its answer was lost with its node{place}: {_first_line(error)}")
+    return ActorError(f"{name}: {_first_line(error)}{place}")
+
+
+def _death(text: str, node: str) -> str:
+    """What ended the process and where, its last log lines, and whether memory ran out."""
+    ip, pid = _field(r"\bip: *(\S+)", text), _field(r"\bpid[:=] *(\d+)", text)
+    node = _field(r"Node Id: *(\w+)", text) or node
+    place = [f"node {' '.join(part for part in (ip, node[:12]) if part)}"] if ip or node else []
+    place += [f"pid {pid}"] if pid else []
+    detail = _exit(text)
+    lines = [detail + (f" ({', '.join(place)})" if place else "")]
+    tail = _log_tail(ip, pid) if pid else []
+    told = any(word in detail for word in _MEMORY)
+    silent = any(word in detail for word in _KILLED)
+    if told or (silent and not any(word in line for word in _CRASHED for line in tail)):
+        lines.append(
+            f"probably out of memory: the process was killed from outside; {_LESS_MEMORY} "
+            "(`dmesg` on that node tells, unless somebody killed it)"
+        )
+    return "\n  ".join([*lines, *tail])
+
+
+def _exit(text: str) -> str:
+    """Ray's own words for the end: exit type and detail, or why the node or the actor is gone."""
+    if kind := _field(r"Worker exit type: *(\w+)", text):
+        detail = _field(r"Worker exit detail: *(.*)", text).partition(" Some common causes")[0]
+        return f"{kind}: {detail.strip()}"
+    facts = r"class_name|actor_id|pid|name|namespace|ip"
+    lines = [line.strip() for line in text.splitlines()[1:]]
+    said = [line for line in lines if line and not re.match(rf"({facts}): ", line)]
+    return " ".join(said) or _first_line(Exception(text))
+
+
+def _field(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found.group(1) if found else ""
 
 
 def _first_line(error: Exception) -> str:
@@ -60,12 +115,17 @@ def _last_line(error: Exception) -> str:
     return re.sub(r"^(\w+\.)+(?=\w+: )", "", lines[-1])
 
 
-def _log_tail(error: Exception) -> str:
-    """The last lines that the dead actor's process wrote, where its logs are on this machine."""
-    pid = re.search(r"\bpid[:=]\s*(\d+)", str(error))
-    if pid is None:
-        return ""
-    for log in Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid.group(1)}.err"):
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-        return "\n  " + "\n  ".join([f"last lines of {log.name}:", *lines])
-    return ""
+def _log_tail(ip: str, pid: str) -> list[str]:
+    """The last lines that the dead actor's process wrote, or where they are."""
+    context = ray.get_runtime_context()
+    folder = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+    pattern = f"worker-*-{context.get_job_id()}-{pid}.err"
+    if ip and ip != ray.util.get_node_ip_address():
+        return [f"its log is on node {ip}: {folder / pattern}"]
+    for log in folder.glob(pattern):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        marks = (":job_id:", ":actor_name:")
+        words = [line for line in lines if line.strip() and not line.startswith(marks)]
+        if words:
+            return [f"last lines of {log.name}:", *words[-_TAIL_LINES:]]
+    return []

@@ -2,28 +2,27 @@
 
 import os
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.handles import Handle
+from cluster.member import Member
 from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
 from cluster.rollouts import RolloutGroup
 from cluster.scorers import JudgeGroup, RewardGroup
+from cluster.team import Limits, Team
 from cluster.trained import LearnerGroup, ReferenceClient
 from fgaif.config import Config
 from fgaif.errors import ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.types import KINDS, Kind
-
-_REPEATABLE = ("reward", "judge")
-"""Roles whose calls give the same on a fresh actor without further ado."""
 
 
 class Cluster:
@@ -38,6 +37,7 @@ class Cluster:
         self._roles = roles
         self._cluster = config.cluster
         self._pools: dict[str, list[Handle]] = {}
+        self._teams: dict[str, Team] = {}
         self._rollouts: RolloutGroup | None = None
         self._owns_ray = False
 
@@ -50,7 +50,7 @@ class Cluster:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for name in ["rollout", *self._pools]:
+        for name in ["rollout", *self._pools, *self._teams]:
             self.stop(name)
         if self._owns_ray:
             ray.shutdown()
@@ -100,24 +100,32 @@ class Cluster:
         """The reference and value actor; ``rewards`` may initialise the value model."""
         from actors.reference import ReferenceActor
 
-        arguments = (self._config, rewards)
-        return ReferenceClient(
-            self._start("reference", "reference", lambda _: (ReferenceActor, arguments))[0]
-        )
+        def start(bundles: Sequence[Bundle]) -> list[Member]:
+            arguments = (self._config, rewards)
+            return [self._member(bundle, ReferenceActor, arguments) for bundle in bundles]
+
+        return ReferenceClient(self._team("reference", start))
 
     def learner(self) -> LearnerGroup:
-        """The DeepSpeed ranks."""
+        """The DeepSpeed ranks. They meet on the node of the first."""
         from actors.learner import LearnerActor
 
-        world = self._cluster.learner.replicas
-        address, port = ray.util.get_node_ip_address(), free_port()
-        return LearnerGroup(
-            self._start(
-                "learner",
-                "learner",
-                lambda rank: (LearnerActor, (self._config, rank, world, address, port)),
-            )
-        )
+        def start(bundles: Sequence[Bundle]) -> list[Member]:
+            groups = [reserve(bundle) for bundle in bundles]
+            try:
+                address, port = meeting_point(groups, self._cluster.start_timeout_s)
+            except (ray.exceptions.RayError, TimeoutError):
+                for group in groups:
+                    remove_placement_group(group)
+                raise
+            return [
+                self._member(
+                    bundle, LearnerActor, (self._config, rank, len(groups), address, port), group
+                )
+                for rank, (bundle, group) in enumerate(zip(bundles, groups, strict=True))
+            ]
+
+        return LearnerGroup(self._team("learner", start))
 
     def stop(self, name: str) -> None:
         """Stop the role's actors (``judge``, ``rollout``, ...) if they run."""
@@ -127,37 +135,62 @@ class Cluster:
         for key in [key for key in self._pools if key == name or key.startswith(f"{name}-")]:
             for handle in self._pools.pop(key):
                 handle.stop()
+        if team := self._teams.pop(name, None):
+            team.stop()
 
     def _start(
         self, role: str, prefix: str, make: Callable[[int], tuple[type, tuple[Any, ...]]]
     ) -> list[Handle]:
         if prefix not in self._pools:
-            bundles = [b for b in self._bundles if b.role == role and b.name.startswith(prefix)]
-            assert bundles, f"{role} is not among {self._roles}"
             self._pools[prefix] = [
-                self._launch(bundle, *make(index)) for index, bundle in enumerate(bundles)
+                self._launch(bundle, *make(index))
+                for index, bundle in enumerate(self._planned(role, prefix))
             ]
         return self._pools[prefix]
 
     def _launch(self, bundle: Bundle, cls: type, arguments: tuple[Any, ...]) -> Handle:
+        create = partial(create_actor, bundle, cls, arguments, str(self._cluster.threads))
+        return Handle(bundle.name, create, self._limits())
+
+    def _team(self, role: str, start: Callable[[Sequence[Bundle]], list[Member]]) -> Team:
+        if role not in self._teams:
+            bundles = self._planned(role, role)
+            self._teams[role] = Team(role, lambda: start(bundles), self._limits())
+        return self._teams[role]
+
+    def _member(
+        self,
+        bundle: Bundle,
+        cls: type,
+        arguments: tuple[Any, ...],
+        group: PlacementGroup | None = None,
+    ) -> Member:
+        placed = create_actor(bundle, cls, arguments, str(self._cluster.threads), group)
+        return Member(bundle.name, *placed)
+
+    def _planned(self, role: str, prefix: str) -> list[Bundle]:
+        bundles = [b for b in self._bundles if b.role == role and b.name.startswith(prefix)]
+        assert bundles, f"{role} is not among {self._roles}"
+        return bundles
+
+    def _limits(self) -> Limits:
         settings = self._cluster
-        create = partial(create_actor, bundle, cls, arguments, str(settings.threads))
-        restarts = settings.max_restarts if bundle.role in _REPEATABLE else 0
-        return Handle(
-            bundle.name,
-            create,
-            timeout_s=settings.call_timeout_s,
-            start_timeout_s=settings.start_timeout_s,
-            restarts=restarts,
+        return Limits(
+            call_s=settings.call_timeout_s,
+            start_s=settings.start_timeout_s,
+            restarts=settings.max_restarts,
         )
 
 
 def create_actor(
-    bundle: Bundle, cls: type, arguments: tuple[Any, ...], threads: str
+    bundle: Bundle,
+    cls: type,
+    arguments: tuple[Any, ...],
+    threads: str,
+    group: PlacementGroup | None = None,
 ) -> tuple[Any, PlacementGroup]:
-    """Reserve the bundle and start the class in it, without waiting for either."""
-    resources = {"CPU": bundle.cpus} | ({"GPU": bundle.gpus} if bundle.gpus else {})
-    group = placement_group([resources], name=bundle.name)
+    """Start the class in the group, by default a new one, without waiting for either."""
+    group = reserve(bundle) if group is None else group
     remote = ray.remote(cls).options(
         num_cpus=bundle.cpus,
         num_gpus=bundle.gpus,
@@ -165,6 +198,28 @@ def create_actor(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "0"}},
     )
     return remote.remote(*arguments), group
+
+
+def reserve(bundle: Bundle) -> PlacementGroup:
+    """Ask for the bundle's resources, without waiting for them."""
+    resources = {"CPU": bundle.cpus} | ({"GPU": bundle.gpus} if bundle.gpus else {})
+    # Ray wants names to differ over all jobs of a cluster.
+    name = f"{ray.get_runtime_context().get_job_id()}-{bundle.name}"
+    return placement_group([resources], name=name)
+
+
+def meeting_point(groups: Sequence[PlacementGroup], timeout_s: float) -> tuple[str, int]:
+    """Address of the first group's node, and a port that is free there; one alone needs neither."""
+    if len(groups) == 1:
+        return "", 0
+    place = PlacementGroupSchedulingStrategy(placement_group=groups[0])
+    ask = ray.remote(_address).options(num_cpus=0, scheduling_strategy=place)
+    found: tuple[str, int] = ray.get(ask.remote(), timeout=timeout_s)
+    return found
+
+
+def _address() -> tuple[str, int]:
+    return ray.util.get_node_ip_address(), free_port()
 
 
 def connect(config: Config) -> None:

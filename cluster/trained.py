@@ -6,7 +6,8 @@ from typing import Any
 
 import ray
 
-from cluster.handles import Handle, Pool
+from actors.pool import merge_in_order
+from cluster.team import Submit, Team
 from fgaif.pending import Pending, Then
 from fgaif.types import (
     Evaluation,
@@ -20,61 +21,104 @@ from fgaif.types import (
 
 
 class ReferenceClient:
-    """The reference and value actor."""
+    """The reference and value actor. Values trained before it died are trained again."""
 
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
+    def __init__(self, team: Team) -> None:
+        self.team = team
 
     def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
         """Reference log-probs and values."""
-        return self._handle.call(lambda actor: actor.evaluate, responses)
+        return _first(self.team.call(_all(lambda actor: actor.evaluate, responses)))
 
     def update_values(self, batch: TrainBatch) -> Pending[UpdateReport]:
         """Train the value model."""
-        return self._handle.call(lambda actor: actor.update_values, batch)
+        submit = _all(lambda actor: actor.update_values, batch)
+        return _first(self.team.call(submit, keep=True))
 
     def save(self, path: Path) -> Pending[None]:
         """Write its state."""
-        return self._handle.call(lambda actor: actor.save, path)
+        return _first(self.team.save(_all(lambda actor: actor.save, path)))
+
+    def settle(self, path: Path) -> None:
+        """What ``save`` wrote lies at ``path`` now: bring the actor back from there."""
+        self.team.settle(_all(_restore, path))
 
     def restore(self, path: Path) -> Pending[None]:
         """Read its state."""
-        return self._handle.call(lambda actor: actor.restore, path)
+        return _first(self.team.restore(_all(_restore, path)))
 
     def stop(self) -> None:
         """Stop the actor."""
-        self._handle.stop()
+        self.team.stop()
 
 
-class LearnerGroup(Pool):
-    """All DeepSpeed ranks as one. Every rank takes part in every call; rank 0 answers for all."""
+class LearnerGroup:
+    """All DeepSpeed ranks as one. Every rank takes part in every call; rank 0 answers for all.
+
+    If one dies, all are started anew and trained again from the last checkpoint.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
 
     def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
         """Equal counts per rank: under ZeRO-3 every forward pass is a collective."""
-        ranks = len(self.handles)
-        shares = [list(range(rank, len(responses), ranks)) for rank in range(ranks)]
-        return self.share(lambda actor: actor.logprobs, responses, shares)
+        ranks = len(self.team.members)
+        shares = [range(rank, len(responses), ranks) for rank in range(ranks)]
+
+        def submit(actors: Sequence[Any]) -> list[ray.ObjectRef]:
+            return [
+                actor.logprobs.remote([responses[index] for index in share])
+                for actor, share in zip(actors, shares, strict=True)
+            ]
+
+        answers = self.team.call(submit)
+        return Then(lambda: merge_in_order(shares, answers.result()))
 
     def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Pending[UpdateReport]:
         """Every rank takes its share of each minibatch."""
-        return self._first(lambda actor: actor.update, ray.put(batch), anchors)
+        submit = _all(lambda actor: actor.update, batch, anchors)
+        return _first(self.team.call(submit, keep=True))
 
     def publish(self, version: int) -> Pending[WeightsManifest]:
         """Gather the adapter (a collective under ZeRO-3) and number it."""
-        return self._first(lambda actor: actor.publish, version)
+        return _first(self.team.call(_all(lambda actor: actor.publish, version)))
 
     def save(self, path: Path) -> Pending[None]:
         """Every rank writes its part."""
-        return self._first(lambda actor: actor.save, path)
+        return _first(self.team.save(_all(lambda actor: actor.save, path)))
+
+    def settle(self, path: Path) -> None:
+        """What ``save`` wrote lies at ``path`` now: bring the ranks back from there."""
+        self.team.settle(_all(_restore, path))
 
     def restore(self, path: Path) -> Pending[None]:
         """Every rank reads its part."""
-        return self._first(lambda actor: actor.restore, path)
+        return _first(self.team.restore(_all(_restore, path)))
 
     def save_adapter(self, path: Path) -> Pending[None]:
         """Write the adapter as a PEFT directory."""
-        return self._first(lambda actor: actor.save_adapter, path)
+        return _first(self.team.call(_all(lambda actor: actor.save_adapter, path)))
 
-    def _first(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
-        everyone = self.everywhere(method, *arguments)
-        return Then(lambda: everyone.result()[0])
+    def stop(self) -> None:
+        """Stop every rank."""
+        self.team.stop()
+
+
+def _restore(actor: Any) -> Any:
+    return actor.restore
+
+
+def _all(method: Callable[[Any], Any], *arguments: Any) -> Submit:
+    """The same call on every actor. One copy of each argument goes into the object store, for as
+    long as the call lasts; a journal holds the arguments themselves."""
+
+    def submit(actors: Sequence[Any]) -> list[ray.ObjectRef]:
+        stored = [ray.put(argument) for argument in arguments]
+        return [method(actor).remote(*stored) for actor in actors]
+
+    return submit
+
+
+def _first(answers: Pending[list[Any]]) -> Pending[Any]:
+    return Then(lambda: answers.result()[0])

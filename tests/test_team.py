@@ -1,0 +1,295 @@
+"""Actors that die are brought back to their state and asked again, exactly once; within bounds."""
+
+import gc
+import itertools
+import time
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from mortal import Mortal, starts, tell
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+import cluster.team
+from cluster.handles import Handle, Pool
+from cluster.member import Member
+from cluster.team import Limits, Submit, Team
+from fgaif.errors import ActorError, DataError
+from fgaif.pending import Pending
+
+_tokens = itertools.count()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import Mortal
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env=here,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.team, "_SLICE_S", 0.2)
+
+
+class Suspicion:
+    """A watch that suspects an actor which has been at work for half a second."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[str] = []
+
+    def problem(self, name: str, busy_s: float = 0.0) -> str | None:
+        return "made no progress" if busy_s > 0.5 else None
+
+    def forget(self, name: str) -> None:
+        self.forgotten.append(name)
+
+
+def create(cpus: float, *arguments: Any) -> tuple[Any, PlacementGroup]:
+    group = placement_group([{"CPU": cpus}])
+    place = PlacementGroupSchedulingStrategy(placement_group=group)
+    options = {"num_cpus": cpus, "scheduling_strategy": place}
+    return ray.remote(Mortal).options(**options).remote(*arguments), group
+
+
+def team(folder: Path, world: int = 1, *, restarts: int = 2, watch: Any = None,
+         start_s: float = 60, call_s: float = 60, cpus: float = 0.1) -> Team:  # fmt: skip
+    def start() -> list[Member]:
+        token = f"meeting{next(_tokens)}"
+        return [
+            Member(name, *create(cpus, folder, name, rank, world, token))
+            for rank, name in enumerate("ab"[:world])
+        ]
+
+    limits = Limits(call_s=call_s, start_s=start_s, restarts=restarts)
+    return Team("toy", start, limits, watch)
+
+
+def every(name: str, *arguments: Any) -> Submit:
+    return lambda actors: [getattr(actor, name).remote(*arguments) for actor in actors]
+
+
+def add(toy: Team, digit: int) -> Pending[list[int]]:
+    return toy.call(every("add", digit), keep=True)
+
+
+def read(toy: Team) -> Pending[list[int]]:
+    return toy.call(every("read"))
+
+
+def seven_steps(toy: Team, folder: Path, before: dict[int, Any]) -> list[int]:
+    """All kinds of calls; ``before[i]`` happens before step i. The answers, what was saved last."""
+    saved, settled = folder / "saved", folder / "settled"
+
+    def save() -> list[int]:
+        toy.save(every("save", saved)).result()
+        saved.rename(settled)
+        toy.settle(every("restore", settled))
+        return [int(settled.read_text())]
+
+    steps = [
+        *(lambda: add(toy, 1).result(), lambda: add(toy, 2).result(), lambda: read(toy).result()),
+        *(save, lambda: add(toy, 3).result(), lambda: add(toy, 4).result()),
+        lambda: read(toy).result(),
+    ]
+    answers = []
+    for number, step in enumerate(steps):
+        before.get(number, lambda: None)()
+        answers += step()
+    return answers
+
+
+ANSWERS = [1, 12, 12, 12, 123, 1234, 1234]
+METHODS = ["add", "add", "read", "save", "add", "add", "read"]
+
+
+@pytest.mark.parametrize("what", ["die", "die-after"])
+def test_a_death_in_any_call_changes_no_answer(tmp_path: Path, what: str) -> None:
+    toy = team(tmp_path, restarts=1)
+    orders = {step: partial(tell, tmp_path, "a", what, METHODS[step]) for step in range(7)}
+    assert seven_steps(toy, tmp_path, orders) == ANSWERS
+    assert starts(tmp_path, "a") == 8
+    assert len(toy.recoveries) == 7
+    toy.stop()
+
+
+def test_a_death_between_calls_is_found_by_the_next(tmp_path: Path) -> None:
+    toy = team(tmp_path)
+    kill = lambda: ray.kill(toy.members[0].actor)  # noqa: E731
+    assert seven_steps(toy, tmp_path, {1: kill, 5: kill}) == ANSWERS
+    assert starts(tmp_path, "a") == 3
+    toy.stop()
+
+
+def test_all_calls_that_wait_are_made_again_in_order(tmp_path: Path) -> None:
+    """The second ``add`` is done when the actor dies, and only its answer is lost."""
+    toy = team(tmp_path)
+    add(toy, 1).result()
+    tell(tmp_path, "a", "die-after", "add")
+    calls = [add(toy, 2), read(toy), add(toy, 3), read(toy)]
+    assert [call.result() for call in reversed(calls)] == [[123], [123], [12], [12]]
+    assert starts(tmp_path, "a") == 2
+    toy.stop()
+
+
+def test_two_teams_may_die_in_the_same_step(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    teams = [team(folder) for folder in folders]
+    for folder, toy in zip(folders, teams, strict=True):
+        add(toy, 1).result()
+        tell(folder, "a", "die", "add")
+    calls = [add(toy, 2) for toy in teams]
+    assert [call.result() for call in calls] == [[12], [12]]
+    for toy in teams:
+        toy.stop()
+
+
+@pytest.mark.parametrize(("what", "victim"), [("die", "a"), ("hang", "b"), ("late", "b")])
+def test_when_one_rank_is_lost_all_start_again(tmp_path: Path, what: str, victim: str) -> None:
+    """Its fellow waits for it in a collective; ``late``: the fellow raises before it dies."""
+    toy = team(tmp_path, 2, watch=Suspicion() if what == "hang" else None)
+    assert add(toy, 1).result() == [1, 1]
+    tell(tmp_path, victim, what, "add")
+    if what == "late":
+        tell(tmp_path, "ab".replace(victim, ""), "echo", "add")
+    assert add(toy, 2).result() == [12, 12]
+    assert (starts(tmp_path, "a"), starts(tmp_path, "b")) == (2, 2)
+    assert read(toy).result() == [12, 12]
+    toy.stop()
+
+
+def test_deaths_during_the_recovery_are_mended_too(tmp_path: Path) -> None:
+    """The first replacement dies at its start, the next while it is restored, one in the replay."""
+    toy = team(tmp_path, restarts=4)
+    (tmp_path / "base").write_text("5")
+    toy.restore(every("restore", tmp_path / "base")).result()
+    add(toy, 6).result()
+    ray.kill(toy.members[0].actor)
+    for method in ("start", "restore", "add"):
+        tell(tmp_path, "a", "die", method)
+    assert read(toy).result() == [56]
+    assert starts(tmp_path, "a") == 5
+    assert len(toy.recoveries) == 1
+    toy.stop()
+
+
+def test_restarts_in_a_row_are_bounded_and_the_first_cause_is_told(tmp_path: Path) -> None:
+    toy = team(tmp_path, restarts=1)
+    for digit in (1, 2, 3):  # each time it answers in the end
+        tell(tmp_path, "a", "die", "add")
+        add(toy, digit).result()
+    tell(tmp_path, "a", "die", "add", times=9)
+    with pytest.raises(ActorError, match=r"(?s)a died: .*failure 2 .*cluster.max_restarts = 1"):
+        add(toy, 4).result()
+    assert starts(tmp_path, "a") == 5
+    with pytest.raises(ActorError, match="a died: "):  # and so it stays
+        read(toy)
+    toy.stop()
+
+
+def test_an_actor_that_hangs_is_replaced_as_the_watch_tells(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Suspicion()
+    toy = team(tmp_path, watch=watch)
+    tell(tmp_path, "a", "hang", "add")
+    assert add(toy, 1).result() == [1]
+    assert watch.forgotten == ["a"]
+    assert "a made no progress" in caplog.text
+    toy.stop()
+
+
+def test_the_time_for_a_call_is_the_last_resort(tmp_path: Path) -> None:
+    toy = team(tmp_path, call_s=1, restarts=0)
+    tell(tmp_path, "a", "hang", "add")
+    with pytest.raises(ActorError, match=r"a did not answer within 1 s.*cluster.call_timeout_s"):
+        add(toy, 1).result()
+    toy.stop()
+
+
+def test_a_start_that_hangs_is_repeated(tmp_path: Path) -> None:
+    toy = team(tmp_path, start_s=6)
+    add(toy, 1).result()
+    tell(tmp_path, "a", "hang", "start")
+    ray.kill(toy.members[0].actor)
+    assert add(toy, 2).result() == [12]
+    assert starts(tmp_path, "a") == 3
+    toy.stop()
+
+
+def test_an_actor_without_room_is_not_started_again_and_again(tmp_path: Path) -> None:
+    toy = team(tmp_path, start_s=1, cpus=99)
+    with pytest.raises(ActorError, match=r"a: no node had room .*cluster.start_timeout_s = 1"):
+        add(toy, 1).result()
+    toy.stop()
+
+
+def test_an_error_in_the_work_is_no_death(tmp_path: Path) -> None:
+    """Nobody is replaced for it; but its half of a change must not last."""
+    toy = team(tmp_path)
+    add(toy, 1).result()
+    with pytest.raises(DataError, match="a: -1 is not a digit"):
+        add(toy, -1).result()
+    assert starts(tmp_path, "a") == 1
+    assert read(toy).result() == [1]
+    assert starts(tmp_path, "a") == 2
+    toy.stop()
+
+
+def test_undisturbed_answers_come_at_once_and_batches_go_with_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    class Batch:
+        pass
+
+    toy, batch = team(tmp_path), Batch()
+    toy.call(lambda actors, held=batch: [actors[0].add.remote(1)], keep=True).result()  # type: ignore[misc]
+    held = weakref.ref(batch)
+    del batch
+    gc.collect()
+    assert held() is not None
+    begun = time.monotonic()
+    for _ in range(20):
+        read(toy).result()
+    assert time.monotonic() - begun < 2  # slices of 0.2 s would take 4 s
+    toy.save(every("save", tmp_path / "saved")).result()
+    toy.settle(every("restore", tmp_path / "saved"))
+    gc.collect()
+    assert held() is None
+    toy.stop()
+
+
+def handle(folder: Path, name: str, restarts: int = 2) -> Handle:
+    return Handle(
+        name, partial(create, 0.1, folder, name), Limits(call_s=60, start_s=60, restarts=restarts)
+    )
+
+
+def double(actor: Any) -> Any:
+    return actor.double
+
+
+def test_a_dead_replica_s_share_is_done_again(tmp_path: Path) -> None:
+    pool = Pool([handle(tmp_path, name) for name in "ab"])
+    tell(tmp_path, "b", "die", "double")
+    items = list(range(9))
+    assert pool.spread(double, items, [1.0] * 9).result() == [2 * item for item in items]
+    assert (starts(tmp_path, "a"), starts(tmp_path, "b")) == (1, 2)
+    with pytest.raises(DataError, match=r"[ab]: 13 is not doubled"):
+        pool.spread(double, [13, 13], [1.0, 1.0]).result()
+    assert (starts(tmp_path, "a"), starts(tmp_path, "b")) == (1, 2)
+    pool.stop()

@@ -1,0 +1,151 @@
+"""Learner and reference killed in mid-update end bitwise where undisturbed ones do.
+
+Real DeepSpeed engines on a tiny LLaVA in Ray actors; dropout is on, so random state counts.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from doomed import DoomedLearner, DoomedReference, doom
+from ppo_world import make_responses, make_train_batch, questions, tiny_config
+
+from actors.learner import LearnerActor
+from actors.reference import ReferenceActor
+from cluster.launch import create_actor, meeting_point, reserve
+from cluster.member import Member
+from cluster.placement import Bundle
+from cluster.team import Limits, Team
+from cluster.trained import LearnerGroup, ReferenceClient
+from fgaif.config import Config
+from fgaif.types import Evaluation, Response, TrainBatch, UpdateReport
+
+LIMITS = Limits(call_s=120, start_s=120, restarts=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import doomed
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=here
+    )
+    yield
+    ray.shutdown()
+
+
+def config_of(model: Path, run_dir: Path, **ppo: Any) -> Config:
+    """Dropout, anchors and a schedule: everything that a recovery has to bring back."""
+    config = tiny_config(
+        model, run_dir, schedule="cosine", warmup_steps=2,
+        anchor={"weight": 2.0, "batch_size": 3},
+        value_lora={"r": 4, "alpha": 4.0, "dropout": 0.2}, **ppo,
+    )  # fmt: skip
+    lora = config.policy.lora.model_copy(update={"dropout": 0.2})
+    policy = config.policy.model_copy(update={"lora": lora})
+    config = config.model_copy(update={"policy": policy})
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def bundle(name: str) -> Bundle:
+    return Bundle(role="learner", name=name, cpus=0.5, gpus=0, memory_gib=0)
+
+
+def learners(config: Config, world: int) -> LearnerGroup:
+    def start() -> list[Member]:
+        bundles = [bundle(f"learner-{rank}") for rank in range(world)]
+        groups = [reserve(item) for item in bundles]
+        meeting = meeting_point(groups, 60)
+        return [
+            Member(b.name, *create_actor(b, DoomedLearner, (config, rank, world, *meeting), "1", g))
+            for rank, (b, g) in enumerate(zip(bundles, groups, strict=True))
+        ]
+
+    return LearnerGroup(Team("learner", start, LIMITS))
+
+
+def reference(config: Config) -> ReferenceClient:
+    def start() -> list[Member]:
+        arguments = (config, config.run_dir)
+        place = bundle("reference")
+        return [Member(place.name, *create_actor(place, DoomedReference, arguments, "1"))]
+
+    return ReferenceClient(Team("reference", start, LIMITS))
+
+
+def batches(responses: list[Response], count: int) -> list[TrainBatch]:
+    old = [np.full(len(response.token_ids), -5.0, np.float32) for response in responses]
+    return [make_train_batch(responses, old, seed=seed) for seed in range(count)]
+
+
+def timeless(report: UpdateReport) -> dict[str, float]:
+    return {key: value for key, value in report.metrics.items() if "seconds" not in key}
+
+
+def values(evaluations: list[Evaluation]) -> list[list[float]]:
+    return [evaluation.values.tolist() for evaluation in evaluations]
+
+
+@pytest.mark.slow
+def test_learner_and_reference_killed_in_the_same_updates(
+    tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    """Killed before there is a checkpoint, and again after one; then once more between calls."""
+    config = config_of(tiny_llava_dir, tmp_path)
+    responses = make_responses(tmp_path, 8)
+    asked, todo = questions(responses), batches(responses, 3)
+    policy = LearnerActor(config, 0, 1, "", 0)  # here both share one random state: in turn
+    expected = [policy.update(batch, asked) for batch in todo]
+    critic = ReferenceActor(config, tmp_path)
+    whole = list(zip(expected, [critic.update_values(batch) for batch in todo], strict=True))
+
+    learner, valuer = learners(config, 1), reference(config)
+    for step, batch in enumerate(todo):
+        for name in ("learner-0", "reference") if step != 1 else ():
+            doom(config.run_dir, name)
+        updates = learner.update(batch, asked), valuer.update_values(batch)
+        for pending, undisturbed in zip(updates, whole[step], strict=True):
+            assert timeless(pending.result()) == timeless(undisturbed)
+        if step == 1:
+            learner.save(tmp_path / "aside" / "learner").result()
+            valuer.save(tmp_path / "aside" / "reference").result()
+            (tmp_path / "aside").rename(tmp_path / "settled")
+            learner.settle(tmp_path / "settled" / "learner")
+            valuer.settle(tmp_path / "settled" / "reference")
+    ray.kill(learner.team.members[0].actor)
+    assert learner.publish(3).result().digest == policy.publish(3).digest
+    assert values(valuer.evaluate(responses).result()) == values(critic.evaluate(responses))
+    assert [len(role.team.recoveries) for role in (learner, valuer)] == [3, 2]
+    print("seconds to recover", learner.team.recoveries, valuer.team.recoveries)
+    learner.stop()
+    valuer.stop()
+
+
+@pytest.mark.slow
+def test_two_ranks_start_again_when_one_is_killed(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    """The other rank is in a collective then; both meet anew at another port."""
+    config = config_of(tiny_llava_dir, tmp_path)
+    responses = make_responses(tmp_path, 8)
+    asked, todo = questions(responses), batches(responses, 2)
+    learner = learners(config, 2)
+    learner.save(tmp_path / "start").result()
+
+    def train() -> tuple[list[dict[str, float]], str]:
+        reports = [learner.update(batch, asked).result() for batch in todo]
+        return [timeless(report) for report in reports], learner.publish(2).result().digest
+
+    whole = train()
+    learner.restore(tmp_path / "start").result()
+    first = learner.update(todo[0], asked).result()
+    doom(config.run_dir, "learner-1")
+    second = learner.update(todo[1], asked).result()
+    assert [timeless(first), timeless(second)] == whole[0]
+    assert learner.publish(2).result().digest == whole[1]
+    old = learner.logprobs(responses[:3]).result()
+    assert [len(row) for row in old] == [len(response.token_ids) for response in responses[:3]]
+    assert len(learner.team.recoveries) == 1
+    print("seconds to recover two ranks", learner.team.recoveries)
+    learner.stop()
