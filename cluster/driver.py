@@ -31,6 +31,7 @@ from fgaif.ppo.batch import make_batch
 from fgaif.ppo.importance import drop_stale, off_policy_metrics
 from fgaif.ppo.kl import KlState, update_kl
 from fgaif.ppo.metrics import rollout_metrics
+from fgaif.ppo.rollout_dump import keep_rollouts
 from fgaif.reward.dense import RewardCenters, dense_rewards
 from fgaif.types import GenerationRequest, Prompt, Response, Segment, StepReport
 
@@ -135,6 +136,11 @@ class PpoDriver:
                 responses, old_logprobs, evaluations, rewards.tokens,
                 kl_coef=state.kl.coef, gamma=config.gamma, lam=config.lam,
                 tis_cap=config.tis_cap if config.async_depth else None,
+            )  # fmt: skip
+            keep_rollouts(
+                self._root / "rollouts", self._config, step=state.step + 1,
+                kl_coef=state.kl.coef, centers=state.centers, batch=batch, segments=segments,
+                scores=scores, rewards=rewards, malformed=malformed,
             )  # fmt: skip
             self._updating = True
             with self._timed("update"):

@@ -12,11 +12,14 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.board import Watch, make_pulse, with_pulse
 from cluster.handles import Handle
+from cluster.live import LiveRun
 from cluster.member import Member
 from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
 from cluster.rollouts import RolloutGroup
 from cluster.scorers import JudgeGroup, RewardGroup
+from cluster.status import ActorStatus
 from cluster.team import Limits, Team
 from cluster.trained import LearnerGroup, ReferenceClient
 from fgaif.config import Config
@@ -32,7 +35,10 @@ class Cluster:
     Of ``roles`` alone, room and checkpoints are looked for.
     """
 
-    def __init__(self, config: Config, roles: Collection[Role] = ROLES) -> None:
+    def __init__(
+        self, config: Config, roles: Collection[Role] = ROLES, *, live: bool = False
+    ) -> None:
+        """``live``: show the run to `fgaif status`, watch its actors' signs of life."""
         self._config = config
         self._roles = roles
         self._cluster = config.cluster
@@ -40,6 +46,8 @@ class Cluster:
         self._teams: dict[str, Team] = {}
         self._rollouts: RolloutGroup | None = None
         self._owns_ray = False
+        self._live = live
+        self.live: LiveRun | None = None
 
     def __enter__(self) -> Self:
         if not ray.is_initialized():
@@ -47,11 +55,15 @@ class Cluster:
             connect(self._config)
         self._bundles = plan_roles(self._config, self._roles)
         check_fits(self._bundles, ray.cluster_resources())
+        if self._live:
+            self.live = LiveRun(self._config, self._others)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for name in ["rollout", *self._pools, *self._teams]:
             self.stop(name)
+        if self.live:
+            self.live.close(kind)
         if self._owns_ray:
             ray.shutdown()
 
@@ -66,9 +78,11 @@ class Cluster:
 
             def create(name: str) -> tuple[Any, PlacementGroup]:
                 bundle = replace(pattern, name=name)
-                return create_actor(bundle, RolloutActor, (model, self._config), threads)
+                cls = self._beating(bundle, RolloutActor)
+                return create_actor(bundle, cls, (model, self._config), threads)
 
-            self._rollouts = RolloutGroup(create, self._cluster)
+            hooks = self.live.hooks() if self.live else {}
+            self._rollouts = RolloutGroup(create, self._cluster, **hooks)
         return self._rollouts
 
     def judges(self) -> JudgeGroup:
@@ -149,13 +163,14 @@ class Cluster:
         return self._pools[prefix]
 
     def _launch(self, bundle: Bundle, cls: type, arguments: tuple[Any, ...]) -> Handle:
-        create = partial(create_actor, bundle, cls, arguments, str(self._cluster.threads))
-        return Handle(bundle.name, create, self._limits())
+        threads = str(self._cluster.threads)
+        create = partial(create_actor, bundle, self._beating(bundle, cls), arguments, threads)
+        return Handle(bundle.name, create, self._limits(), self._watch())
 
     def _team(self, role: str, start: Callable[[Sequence[Bundle]], list[Member]]) -> Team:
         if role not in self._teams:
             bundles = self._planned(role, role)
-            self._teams[role] = Team(role, lambda: start(bundles), self._limits())
+            self._teams[role] = Team(role, lambda: start(bundles), self._limits(), self._watch())
         return self._teams[role]
 
     def _member(
@@ -165,8 +180,33 @@ class Cluster:
         arguments: tuple[Any, ...],
         group: PlacementGroup | None = None,
     ) -> Member:
+        cls = self._beating(bundle, cls)
         placed = create_actor(bundle, cls, arguments, str(self._cluster.threads), group)
         return Member(bundle.name, *placed)
+
+    def _watch(self) -> Watch | None:
+        return self.live.watch if self.live else None
+
+    def _beating(self, bundle: Bundle, cls: type) -> type:
+        """The class as one that sends signs of life, in a run that is watched."""
+        if self.live is None:
+            return cls
+        return with_pulse(cls, make_pulse(self._config, bundle.name, bundle.role))
+
+    def _others(self) -> list[ActorStatus]:
+        """All actors but rollout engines, for who watches the run; called by another thread."""
+        pools = [(key.partition("-")[0], pool) for key, pool in list(self._pools.items())]
+        teams = [(role, handle.team) for role, pool in pools for handle in pool]
+        return [
+            ActorStatus(
+                name=member.name,
+                role=role,
+                state="starting" if member.began() is None else "idle",
+                restarts=len(team.recoveries),
+            )
+            for role, team in [*teams, *list(self._teams.items())]
+            for member in list(team.members)
+        ]
 
     def _planned(self, role: str, prefix: str) -> list[Bundle]:
         bundles = [b for b in self._bundles if b.role == role and b.name.startswith(prefix)]

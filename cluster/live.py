@@ -1,6 +1,7 @@
 """A run in the open: its board, what its driver sees there, and what it publishes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 
@@ -35,12 +36,21 @@ class LiveRun:
         )
         log_to(config.run_dir / "logs" / "driver.log")
 
+    def hooks(self) -> dict[str, Any]:
+        """What the rollout engines' group listens to and tells."""
+        return {
+            "watch": self.watch,
+            "wished": self.watch.wished,
+            "tell": self.publisher.rollouts,
+        }
+
     def step(self, report: StepReport) -> None:
         """Publish a finished step."""
         self._exporter.step(report)
         self.publisher.step(report)
 
-    def close(self, state: RunState) -> None:
-        """Publish how the run ended, and take the board down."""
-        self.publisher.close(state)
+    def close(self, error: type[BaseException] | None) -> None:
+        """Publish how the run ended, and take the board down; after all actors have stopped."""
+        state: RunState = "ended" if error is None else "failed"
+        self.publisher.close("interrupted" if error is KeyboardInterrupt else state)
         ray.kill(self._board)

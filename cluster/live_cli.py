@@ -250,8 +250,8 @@ def _show_once(status: RunStatus, *, alive: bool, as_json: bool) -> None:
         return
     out.print(render(status))
     if not alive:
-        said = {"running": "not heard of since", "ended": "ended", "failed": "failed"}
-        out.print(f"{said[status.state]} {_when(status.updated_at)}", highlight=False)
+        said = "not heard of since" if status.state == "running" else status.state
+        out.print(f"{said} {_when(status.updated_at)}", highlight=False)
 
 
 def render(status: RunStatus) -> Group:

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from actors.pool import ElasticPool, Member, Task
 from cluster.failures import CREATION, is_gone, translate
+from cluster.team import Watcher
 from cluster.weight_sync import Probe, check_version
 from fgaif.config import ClusterConfig
 from fgaif.errors import ActorError, FgaifError, SyncError
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 
 Create = Callable[[str], tuple[Any, PlacementGroup]]
 """Starts a named actor in a placement group of its own and returns both."""
-Watch = Callable[[str, bool], str | None]
-"""What is wrong with an actor (name, busy), if anything."""
+Tell = Callable[[Sequence[Member], int, Callable[[int], int | None]], None]
+"""Told of members, chunks that wait, and how to make a version of a member's number of weights."""
 
 Method = Callable[[Any], Any]
 """Picks the remote method of an actor that answers a chunk."""
@@ -55,9 +56,9 @@ class RolloutGroup:
     Args:
         create: starts an engine of the given name.
         cluster: number of engines, size of chunks, time-outs, bounds.
-        watch: tells of frozen or hung actors; asked once a second for those at work.
+        watch: tells of frozen or hung actors; asked about once a second.
         wished: number of engines that somebody asked for meanwhile, or None.
-        tell: called about once a second, and at every change, with the members and queue length.
+        tell: called about once a second.
     """
 
     def __init__(
@@ -65,9 +66,9 @@ class RolloutGroup:
         create: Create,
         cluster: ClusterConfig,
         *,
-        watch: Watch = lambda name, busy: None,
+        watch: Watcher | None = None,
         wished: Callable[[], int | None] = lambda: None,
-        tell: Callable[[Sequence[Member], int], None] = lambda members, queued: None,
+        tell: Tell = lambda members, queued, version_of: None,
     ) -> None:
         self._cluster = cluster
         self._transport = _RayTransport(create, self._put, cluster, watch)
@@ -80,6 +81,7 @@ class RolloutGroup:
         self._transport.pool = self._pool
         self._serial = 0
         self._versions: dict[int, int] = {}
+        self._version_of = {0: 0}
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         start = cluster.rollout.replicas
         if autoscale:
@@ -132,6 +134,7 @@ class RolloutGroup:
         stored = ray.put(manifest)
         weights = _Weights(version=manifest.version, stored=stored, probe=probe)
         self._versions[manifest.version] = self._serial
+        self._version_of[self._serial] = manifest.version
         future: Future[None] = Future()
         serial = self._serial
 
@@ -199,7 +202,8 @@ class RolloutGroup:
             self._transport.look(now)
         except ActorError as error:
             self._pool.fail(error)
-        self._tell(list(self._pool.members.values()), len(self._pool.queue))
+        members = list(self._pool.members.values())
+        self._tell(members, len(self._pool.queue), self._version_of.get)
 
 
 class _RayTransport:
@@ -210,7 +214,7 @@ class _RayTransport:
         create: Create,
         put: Callable[[Callable[[], None]], None],
         cluster: ClusterConfig,
-        watch: Watch,
+        watch: Watcher | None,
     ) -> None:
         self._create, self._put, self._cluster, self._watch = create, put, cluster, watch
         self._actors: dict[str, tuple[Any, PlacementGroup]] = {}
@@ -253,6 +257,8 @@ class _RayTransport:
         actor, group = self._actors.pop(name)
         ray.kill(actor)
         remove_placement_group(group)
+        if self._watch:
+            self._watch.forget(name)
 
     def stop_all(self) -> None:
         for name in list(self._actors):
@@ -266,10 +272,10 @@ class _RayTransport:
         """
         members = list(self.pool.members.values())
         for member in members:
-            waited = now - self._since[member.name]
-            if member.task is None:
+            if member.state == "starting":
                 continue
-            problem = self._watch(member.name, True)
+            waited = now - self._since[member.name] if member.task else 0.0
+            problem = self._watch.problem(member.name, waited) if self._watch else None
             if waited > self._cluster.call_timeout_s:
                 problem = "did not answer within cluster.call_timeout_s"
             if problem:

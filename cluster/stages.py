@@ -84,12 +84,14 @@ def run_stages(
     _require_upstream(ledger, config, todo)
     heavy = [stage for stage in todo if stage != "report"]
     if heavy:
-        with Cluster(config, stage_roles(config, heavy)) as cluster:
+        with Cluster(config, stage_roles(config, heavy), live=True) as cluster:
             run = Run(config, cluster, console)
             if "annotate" in heavy and config.feedback.local_verifier is not None:
                 cluster.judges()  # loads while the policy samples
             for stage in heavy:
                 run.prepare(stage, ledger, force)
+                if cluster.live:
+                    cluster.live.publisher.stage(stage)
                 with ledger.record(config, stage):
                     run.stage(stage)
     if "report" not in todo:
@@ -333,6 +335,8 @@ class Run:
             for report in driver.run():
                 tracker.log(report)
                 display.update(report)
+                if self._cluster.live:
+                    self._cluster.live.step(report)
         if (folder / "adapter").is_dir():
             shutil.rmtree(folder / "adapter")
         roles.learner.save_adapter(folder / "adapter").result()

@@ -28,7 +28,7 @@ _PUBLISH_EVERY_S = 1.0
 _JUST_NOW_S = 10.0
 
 ActorState = Literal["starting", "idle", "busy", "leaving"]
-RunState = Literal["running", "ended", "failed"]
+RunState = Literal["running", "ended", "failed", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,8 +208,9 @@ class Publisher:
             self._publish(now=False, chunks_waiting=queued, chunks_in_flight=in_flight)
 
     def close(self, state: RunState) -> None:
-        """Publish how it ended; nobody is at work any more."""
+        """Publish how it ended, with the actors as they were last."""
         with self._lock:
+            self._engines, self._others = self._status.actors, tuple
             self._publish(now=True, state=state, chunks_waiting=0, chunks_in_flight=0)
 
     def _publish(self, *, now: bool, **changes: Any) -> None:

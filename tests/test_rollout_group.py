@@ -116,17 +116,24 @@ def test_engines_join_and_leave_during_the_work(start: Start, tmp_path: Path) ->
     assert starts(tmp_path, "rollout-0") == 1
 
 
+class Doubt:
+    """Says of the first engine that has begun to hang that it does."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.forgotten: list[str] = []
+
+    def problem(self, name: str, busy_s: float = 0.0) -> str | None:
+        hangs = busy_s > 0 and not (self._folder / f"{name}.hang").exists()
+        return "made no progress" if hangs and not self.forgotten else None
+
+    def forget(self, name: str) -> None:
+        self.forgotten.append(name)
+
+
 def test_an_engine_that_hangs_is_replaced(start: Start, tmp_path: Path) -> None:
-    hung: list[str] = []
-
-    def watch(name: str, busy: bool) -> str | None:
-        if hung or not busy or (tmp_path / f"{name}.hang").exists():
-            return None
-        hung.append(name)
-        return "made no progress"
-
     tell(tmp_path, "rollout-0", "hang")
-    group = start(1, watch=watch)
+    group = start(1, watch=Doubt(tmp_path))
     assert ask(group, [1]).result() == doubled([1], 0)
     assert starts(tmp_path, "rollout-0") == 2
 
@@ -199,7 +206,7 @@ def test_the_number_that_somebody_wishes_is_followed(start: Start, tmp_path: Pat
     group = start(
         1,
         wished=lambda: wished[-1] if wished else None,
-        tell=lambda members, queued: told.append((len(members), queued)),
+        tell=lambda members, queued, _: told.append((len(members), queued)),
     )
     ask(group, [1]).result()
     wished.append(2)
