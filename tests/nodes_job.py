@@ -6,6 +6,7 @@ writes what ``fgaif train`` writes, under the configuration's run folder.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ from cluster.placement import Role
 from cluster.roles import Roles
 from fgaif.config import Config, load_config
 from fgaif.tracking import Tracker
-from fgaif.types import ImageRef, Prompt
+from fgaif.types import ImageRef, Prompt, StepReport
 
 ROLES: tuple[Role, ...] = ("rollout", "reward", "reference", "learner")
 
@@ -51,13 +52,16 @@ def roles_on(cluster: Cluster, config: Config) -> Roles:
     )
 
 
-def train(config: Config, roles: Roles) -> None:
+def train(
+    config: Config, roles: Roles, tell: Callable[[StepReport], None] = lambda report: None
+) -> None:
     """Run PPO over prompts without images, as ``fgaif train`` does over real ones."""
     data = PpoData(prompts=make_prompts(1000), anchors=[], digest="light")
     driver = PpoDriver(config, roles, data, light_actors.segments, lambda *_: ())
     with Tracker(config.run_dir / "policy", config.tracking, name=config.name) as tracker:
         for report in driver.run():
             tracker.log(report)
+            tell(report)
     roles.learner.save_adapter(config.run_dir / "policy" / "adapter").result()
 
 
@@ -65,8 +69,9 @@ def main(path: Path) -> None:
     """Train on the cluster that this process belongs to."""
     stand_in()
     config = load_config(path)
-    with Cluster(config, ROLES) as cluster:
-        train(config, roles_on(cluster, config))
+    with Cluster(config, ROLES, live=True) as cluster:
+        assert cluster.live is not None
+        train(config, roles_on(cluster, config), cluster.live.step)
 
 
 if __name__ == "__main__":
