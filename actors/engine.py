@@ -1,4 +1,4 @@
-"""A LoRA-adapted model inside a DeepSpeed engine: forward, one optimiser step, exact state."""
+"""A model with an adapter inside a DeepSpeed engine: forward, one optimiser step, exact state."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +141,10 @@ class LoraEngine:
         with self._gathered(modify=True), torch.no_grad():
             shapes = {name: value.shape for name, value in self._parameters.items()}
             if shapes != {name: value.shape for name, value in adapter.items()}:
-                raise CheckpointError(f"{path}: its adapter does not fit this model or LoRA rank")
+                raise CheckpointError(
+                    f"{path}: its adapter does not fit this run's policy (model, lora or "
+                    "train_projector); resume with the saved values"
+                )
             for name, value in self._parameters.items():
                 value.copy_(adapter[name])
         rng = {name: state.pop(name) for name in list(state) if name.startswith("rng.")}

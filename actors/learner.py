@@ -1,4 +1,5 @@
-"""One DeepSpeed rank of the policy learner: LoRA on the language model, trained with PPO.
+"""One DeepSpeed rank of the policy learner: LoRA on the language model, trained with PPO, and the
+projector beside it where the configuration says so.
 
 Every rank gets the same calls; in ``update`` each takes its own share of every minibatch, and sums
 are divided by counts over all ranks, so the result does not depend on how many there are.
@@ -22,13 +23,20 @@ from fgaif.errors import FgaifError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.logprobs import next_token_logprobs, response_logprobs
-from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor, resolve_checkpoint
+from fgaif.lvlm.model import (
+    attach_lora,
+    load_lvlm,
+    load_processor,
+    project,
+    resolve_checkpoint,
+)
 from fgaif.lvlm.weights import make_manifest
 from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
 from fgaif.ppo.losses import anchor_kl, clipped_tokens, policy_loss
 from fgaif.ppo.schedule import lr_factor
 from fgaif.types import (
     FloatArray,
+    ImageRef,
     IntArray,
     Prompt,
     Response,
@@ -39,7 +47,7 @@ from fgaif.types import (
 
 
 class LearnerActor:
-    """Trains the policy's LoRA adapter; the base weights are frozen and are the reference."""
+    """Trains the policy's adapter; the base weights are frozen and are the reference."""
 
     def __init__(
         self, config: Config, rank: int, world_size: int, master_addr: str, master_port: int
@@ -70,7 +78,7 @@ class LearnerActor:
             max_image_pixels=config.data.max_image_pixels,
         )
         self._engine = LoraEngine(
-            attach_lora(base, policy.lora, config.seed),
+            attach_lora(base, policy.lora, config.seed, projector=policy.train_projector),
             deepspeed,
             config.ppo,
             dtype=policy.dtype,
@@ -78,7 +86,7 @@ class LearnerActor:
             world_size=world_size,
         )
         self._like = base.get_input_embeddings().weight
-        self._features = FeatureCache(base, self._encoder)
+        self._features = FeatureCache(base, self._encoder, projected=not policy.train_projector)
         self._updates = 0
 
     @torch.no_grad()
@@ -139,8 +147,8 @@ class LearnerActor:
 
     def publish(self, version: int) -> WeightsManifest:
         """Copy the adapter as a numbered version (collective under ZeRO-3)."""
-        factors = {name: value.float().numpy() for name, value in self._engine.adapter().items()}
-        return make_manifest(factors, scaling=self._config.policy.lora.scaling, version=version)
+        trained = {name: value.float().numpy() for name, value in self._engine.adapter().items()}
+        return make_manifest(trained, scaling=self._config.policy.lora.scaling, version=version)
 
     def save(self, path: Path) -> None:
         """Write adapter, AdamW state, schedule position and RNG into ``path`` (collective)."""
@@ -231,11 +239,9 @@ class LearnerActor:
 
     def _anchor_piece(self, prompts: Sequence[Prompt], weights: FloatArray) -> "_AnchorPiece":
         ids, last = self._encoder.encode_prompts(prompts, self._like)
-        compute = partial(
-            next_token_logprobs,
-            input_ids=ids,
-            last=last,
-            features=self._features([prompt.image for prompt in prompts]),
+        compute = self._seeing(
+            [prompt.image for prompt in prompts],
+            partial(next_token_logprobs, input_ids=ids, last=last),
         )
         weight = torch.from_numpy(weights).to(self._engine.device)
         return _AnchorPiece(compute=compute, reference=self._engine.run(compute), weights=weight)
@@ -251,13 +257,20 @@ class LearnerActor:
         """Log-probs (B, T) of the responses under the policy, zero at padding."""
         beat(sum(len(response.token_ids) for response in responses))
         batch = self._encoder.encode(responses, self._like, pixels=False)
-        compute = partial(
-            response_logprobs,
-            batch=batch,
-            temperature=self._config.policy.temperature,
-            features=self._features([response.prompt.image for response in responses]),
+        compute = self._seeing(
+            [response.prompt.image for response in responses],
+            partial(response_logprobs, batch=batch, temperature=self._config.policy.temperature),
         )
         return self._engine.run(compute)
+
+    def _seeing(
+        self, images: Sequence[ImageRef], compute: Callable[..., Tensor]
+    ) -> Callable[[nn.Module], Tensor]:
+        """``compute`` given the images' features, which a trained projector makes at every call."""
+        features = self._features(images)
+        if not self._config.policy.train_projector:
+            return partial(compute, features=features)
+        return lambda model: compute(model, features=project(model, features))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

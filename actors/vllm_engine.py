@@ -226,9 +226,6 @@ class VllmEngine:
         """Load a version in every worker and forget what was computed with the weights before.
 
         Returns the problems that kept the version from being loaded: then nothing has changed.
-
-        Raises:
-            SyncError: requests are running, whose keys and values would outlive their weights.
         """
         call = self._llm.collective_rpc
         shapes = {name: list(array.shape) for name, array in manifest.tensors.items()}
@@ -241,12 +238,7 @@ class VllmEngine:
             update = {"tensors": save(part), "scaling": manifest.scaling}
             call("update_weights", args=(update,))
         call("finish_weight_update")
-        self._llm.reset_encoder_cache()
-        if not self._llm.reset_prefix_cache():
-            raise SyncError(
-                f"weights version {manifest.version} was loaded while requests were running; "
-                "load a version between two calls"
-            )
+        self.forget()
         return []
 
     def forget(self) -> None:
@@ -254,9 +246,13 @@ class VllmEngine:
 
         A prefix or feature from the cache was computed in another batch, and differs in the last
         bits from one computed in this.
+
+        Raises:
+            SyncError: requests are running, so their keys and values cannot be dropped.
         """
         self._llm.reset_encoder_cache()
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise SyncError("the engine's caches cannot be emptied while it answers requests")
 
     def stats(self) -> EngineStats:
         """Work done so far."""

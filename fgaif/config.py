@@ -77,6 +77,10 @@ class PolicyConfig(_Section):
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of rollouts; the loss uses the same."""
     lora: LoraConfig = LoraConfig()
+    train_projector: bool = False
+    """Train the multi-modal projector in full beside the LoRA adapter, at the same learning rate;
+    the reference: no. The vision tower stays frozen: the method aligns what is said about an image,
+    and features of frozen towers are computed once."""
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
@@ -489,7 +493,7 @@ class TrackingConfig(_Section):
     project: str = "fgaif"
     rollouts: int = Field(0, ge=0)
     """Write all rollouts of every so many steps to `policy/rollouts`, for `fgaif replay`; 0: never.
-    A file takes about 80 bytes per token."""
+    A file takes about 100 bytes per token."""
 
 
 class StudyConfig(_Section):

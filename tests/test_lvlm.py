@@ -20,9 +20,10 @@ from fgaif.lvlm.model import (
     load_adapter,
     load_lvlm,
     load_processor,
+    project,
     resolve_checkpoint,
 )
-from fgaif.lvlm.weights import tensor_name, manifest_from_adapter
+from fgaif.lvlm.weights import manifest_from_adapter, tensor_name
 
 
 @pytest.fixture
@@ -122,6 +123,9 @@ def test_cached_features_equal_fresh_ones(model, encoder, tmp_path):
     torch.testing.assert_close(small(images), fresh)
     assert len(small) == 1
     assert len(cache) == 3
+    unprojected = FeatureCache(model, encoder, projected=False)(images)
+    with torch.no_grad():
+        torch.testing.assert_close(project(model, unprojected), fresh)
 
 
 def test_next_token_logprobs_do_not_depend_on_padding(model, encoder, tmp_path):

@@ -37,6 +37,7 @@ LoRA adapter merged into the weights.
 
 - base checkpoint: `{base}`
 - adapter: `{adapter}` (r = {r}, alpha = {alpha})
+- projector: {projector}
 - dtype: {dtype}
 
 It loads with `transformers.LlavaForConditionalGeneration.from_pretrained` and with vLLM. Licence
@@ -101,6 +102,7 @@ def export_merged(base_dir: Path, adapter_dir: Path, out_dir: Path, *, dtype: st
         adapter=adapter_dir.name,
         r=settings.r,
         alpha=settings.lora_alpha,
+        projector="trained with the adapter" if settings.modules_to_save else "the base's",
         dtype=dtype,
     )
     (partial / "README.md").write_text(card, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Projected image features of a frozen vision tower, computed once per image."""
+"""Image features of a frozen vision tower, computed once per image."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -7,18 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from fgaif.lvlm.inputs import Encoder
-from fgaif.lvlm.model import base_of, image_features
+from fgaif.lvlm.model import base_of, image_features, vision_features
 from fgaif.types import ImageRef
 
 _LIMIT_BYTES = 2**30
 
 
 class FeatureCache:
-    """Features by image content, in host memory up to a limit; the least recently used go first."""
+    """Features by image content, in host memory up to a limit; the least recently used go first.
+
+    Projected ones, or those that a projector in training is given.
+    """
 
     def __init__(
-        self, model: nn.Module, encoder: Encoder, *, limit_bytes: int = _LIMIT_BYTES
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        *,
+        projected: bool = True,
+        limit_bytes: int = _LIMIT_BYTES,
     ) -> None:
+        self._compute = image_features if projected else vision_features
         self._model = model
         self._encoder = encoder
         self._like = base_of(model).get_input_embeddings().weight
@@ -26,13 +35,13 @@ class FeatureCache:
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, images: Sequence[ImageRef]) -> Tensor:
-        """Features (B, image tokens, D) of the images, on the model's device."""
+        """Features (B, image tokens, width) of the images, on the model's device."""
         wanted = {image.sha256: image for image in images}
         missing = [image for digest, image in wanted.items() if digest not in self._kept]
         found = {digest: self._kept[digest] for digest in wanted if digest in self._kept}
         if missing:
             pixels = self._encoder.pixel_batch(missing, self._like)
-            fresh = image_features(self._model, pixels)
+            fresh = self._compute(self._model, pixels)
             found |= {image.sha256: row for image, row in zip(missing, fresh, strict=True)}
         for digest, features in found.items():
             self._keep(digest, features)

@@ -98,16 +98,21 @@ def load_lvlm(
     return model.to(device).eval().requires_grad_(False)
 
 
-def attach_lora(model: LlavaForConditionalGeneration, lora: LoraConfig, seed: int) -> PeftModel:
+def attach_lora(
+    model: LlavaForConditionalGeneration, lora: LoraConfig, seed: int, *, projector: bool = False
+) -> PeftModel:
     """Add a fresh LoRA adapter on the language model's linear layers; only it is trainable.
 
-    The adapter's B starts at zero, so the model's function is unchanged. ``seed`` fixes A.
+    The adapter's B starts at zero, so the model's function is unchanged. ``seed`` fixes A. With
+    ``projector`` the adapter also holds a trainable copy of the multi-modal projector; where the
+    adapter is disabled, the model runs the frozen one.
     """
     settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=LORA_TARGETS,
+        modules_to_save=["multi_modal_projector"] if projector else None,
         bias="none",
     )
     with torch.random.fork_rng():
@@ -159,6 +164,23 @@ def image_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """
     output = base_of(model).get_image_features(pixel_values=pixel_values, return_dict=True)
     return torch.stack(list(output.pooler_output))
+
+
+@torch.no_grad()
+def vision_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """What the projector is given: (B, 3, H, W) -> (B, image tokens, width of the vision tower)."""
+    base = base_of(model)
+    hidden = base.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    layers = base.config.vision_feature_layer
+    first = int(base.config.vision_feature_select_strategy == "default")  # leaves out [CLS]
+    chosen = [layers] if isinstance(layers, int) else layers
+    return torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
+
+
+def project(model: nn.Module, features: Tensor) -> Tensor:
+    """Project vision features into the language model's space, with gradient: -> (B, N, D)."""
+    projected: Tensor = base_of(model).model.multi_modal_projector(features)
+    return projected
 
 
 def last_hidden(model: nn.Module, input_ids: Tensor, features: Tensor) -> Tensor:
