@@ -224,7 +224,7 @@ def run(trial: Trial, kills: int, seed: int) -> dict[str, Any]:
     start, stopped_by, killer = time.monotonic(), "", None
     try:
         connect(fire)
-        with Cluster(fire, ROLES) as cluster:
+        with Cluster(fire, ROLES, live=True) as cluster:
             killer = Killer(kills, seed, trial, cluster.rollouts().resize)
             killer.start()
             trial.train(cluster)
