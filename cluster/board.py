@@ -223,14 +223,17 @@ def with_pulse(cls: type, pulse: Pulse) -> type:
     return cast(type, beating)
 
 
-def log_to(path: Path) -> None:
-    """Write what this process logs to a file too; a folder that cannot be written is said."""
+def log_to(path: Path) -> logging.Handler | None:
+    """Write what this process logs to a file too; a folder that cannot be written is said.
+
+    Returns the root logger's new handler, for who wants to take it off again.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         log.warning("%s: no log file here: %s", path, error.strerror)
-        return
+        return None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     if not root.handlers and logging.lastResort:  # warnings still go to standard error
@@ -238,6 +241,7 @@ def log_to(path: Path) -> None:
     root.addHandler(handler)
     for package in ("fgaif", "actors", "cluster"):
         logging.getLogger(package).setLevel(logging.INFO)
+    return handler
 
 
 def _stderr_file() -> str:

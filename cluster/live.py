@@ -1,5 +1,6 @@
 """A run in the open: its board, what its driver sees there, and what it publishes."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class LiveRun:
             board=board_name(config),
             job=context.get_job_id(),
         )
-        log_to(config.run_dir / "logs" / "driver.log")
+        self._log = log_to(config.run_dir / "logs" / "driver.log")
 
     def hooks(self) -> dict[str, Any]:
         """What the rollout engines' group listens to and tells."""
@@ -54,3 +55,6 @@ class LiveRun:
         state: RunState = "ended" if error is None else "failed"
         self.publisher.close("interrupted" if error is KeyboardInterrupt else state)
         ray.kill(self._board)
+        if self._log:
+            logging.getLogger().removeHandler(self._log)
+            self._log.close()

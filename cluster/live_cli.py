@@ -25,8 +25,7 @@ RayAddress = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="Ray's address, HEAD:6379, or ray://HEAD:10001 from outside of the cluster. Default: "
-        "what the run noted in its folder.",
+        help="Ray's address, HEAD:6379; default: what the run noted in its folder.",
     ),
 ]
 out = Console()
@@ -180,7 +179,7 @@ def _board(found: _Found, address: str | None) -> Iterator[Any]:
 def _connect(found: _Found, address: str) -> None:
     import ray
 
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     try:
         if port.isdigit():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=_REACH_S).close()
