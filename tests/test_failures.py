@@ -1,14 +1,17 @@
 """When an actor fails, the first cause is told: who, what, and the last lines it wrote."""
 
 import os
+import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
-from cluster.failures import translate
+from cluster.failures import is_gone, translate
 from fgaif.errors import ActorError, CheckpointError, DataError
 
 
@@ -25,9 +28,16 @@ class Fragile:
     def stumble(self) -> None:
         raise ZeroDivisionError("by nothing")
 
+    def wait(self) -> None:
+        raise TimeoutError("no reply")
+
+    def crash(self) -> None:
+        os.abort()
+
     def die(self) -> None:
         print("the last words", file=sys.stderr, flush=True)
-        os._exit(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +83,63 @@ def test_an_actor_that_could_not_start_says_why() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_dead_process_leaves_its_last_words() -> None:
+    """What ended it, on which node, what it last said; who is killed is short of memory."""
     message = str(failure("die"))
-    assert message.startswith("reward-object-0 died: ")
-    assert "the last words" in message
+    head, hint, *log = message.splitlines()
+    here = ray.util.get_node_ip_address()
+    assert re.fullmatch(
+        rf"reward-object-0 died: SYSTEM_ERROR: .*End of file\. \(node {here}, pid \d+\)", head
+    )
+    assert hint.strip().startswith("probably out of memory")
+    assert "common causes" not in message
+    assert re.fullmatch(r"last lines of worker-\w+-\w+-\d+\.err:", log[0].strip())
+    assert log[-1].strip() == "the last words"
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_crash_in_native_code_is_not_taken_for_a_lack_of_memory() -> None:
+    message = str(failure("crash"))
+    assert "Fatal Python error: Aborted" in message
+    assert "out of memory" not in message
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_log_on_another_node_is_named() -> None:
+    lost = ray.exceptions.ActorDiedError()
+    lost.error_msg = (
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: A\n\tpid: 42\n"
+        "\tip: 10.1.2.3\nThe actor died because its node has died. Node Id: 0123456789abcdef\n"
+        "\tthe actor's node was terminated unexpectedly: health check failed"
+    )
+    message = str(translate(lost, "learner-1"))
+    assert message.startswith(
+        "learner-1 died: The actor died because its node has died. Node Id: 0123456789abcdef the "
+        "actor's node was terminated unexpectedly: health check failed "
+        "(node 10.1.2.3 0123456789ab, pid 42)"
+    )
+    assert "its log is on node 10.1.2.3: " in message
+    assert "-42.err" in message
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_time_out_of_the_work_itself_is_no_death() -> None:
+    actor = ray.remote(Fragile).options(num_cpus=0).remote()
+    with pytest.raises(TimeoutError) as caught:
+        ray.get(actor.wait.remote(), timeout=60)
+    assert not is_gone(caught.value)
+    assert str(translate(caught.value, "judge-0")) == "judge-0 failed: TimeoutError: no reply"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.ActorDiedError(),
+        ray.exceptions.ActorUnavailableError("Socket closed", None),
+        ray.exceptions.NodeDiedError("gone"),
+        ray.exceptions.ObjectLostError("ab", None, ""),
+        ray.exceptions.OutOfMemoryError("killed"),
+        ray.exceptions.GetTimeoutError(),
+    ],
+)
+def test_whatever_takes_the_actor_or_its_answer_away_is_mended(error: Exception) -> None:
+    assert is_gone(error)

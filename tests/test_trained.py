@@ -93,7 +93,7 @@ def values(evaluations: list[Evaluation]) -> list[list[float]]:
 def test_learner_and_reference_killed_in_the_same_updates(
     tiny_llava_dir: Path, tmp_path: Path
 ) -> None:
-    """Killed before there is a checkpoint, and again after one; then once more between calls."""
+    """Both are killed before there is a checkpoint, and again after one."""
     config = config_of(tiny_llava_dir, tmp_path)
     responses = make_responses(tmp_path, 8)
     asked, todo = questions(responses), batches(responses, 3)
@@ -115,11 +115,9 @@ def test_learner_and_reference_killed_in_the_same_updates(
             (tmp_path / "aside").rename(tmp_path / "settled")
             learner.settle(tmp_path / "settled" / "learner")
             valuer.settle(tmp_path / "settled" / "reference")
-    ray.kill(learner.team.members[0].actor)
     assert learner.publish(3).result().digest == policy.publish(3).digest
     assert values(valuer.evaluate(responses).result()) == values(critic.evaluate(responses))
-    assert [len(role.team.recoveries) for role in (learner, valuer)] == [3, 2]
-    print("seconds to recover", learner.team.recoveries, valuer.team.recoveries)
+    assert [len(role.team.recoveries) for role in (learner, valuer)] == [2, 2]
     learner.stop()
     valuer.stop()
 
@@ -147,5 +145,4 @@ def test_two_ranks_start_again_when_one_is_killed(tiny_llava_dir: Path, tmp_path
     old = learner.logprobs(responses[:3]).result()
     assert [len(row) for row in old] == [len(response.token_ids) for response in responses[:3]]
     assert len(learner.team.recoveries) == 1
-    print("seconds to recover two ranks", learner.team.recoveries)
     learner.stop()
