@@ -17,7 +17,7 @@ from rich.live import Live as LiveDisplay
 from rich.table import Table
 from rich.text import Text
 
-from cluster.status import Live, RunStatus, read_live, read_status
+from cluster.status import AUTH_MODE, Live, RunStatus, read_live, read_status
 from fgaif.errors import ActorError, DataError
 
 Run = Annotated[str, typer.Argument(help="Folder of the run; with --address its name is enough.")]
@@ -71,7 +71,7 @@ def status(
             raise ActorError(str(gone)) from gone
         _show_once(last, alive=False, as_json=as_json)
         if not as_json and last.state == "running":
-            out.print(f"{gone}; the same command goes on from its last checkpoint", style="yellow")
+            out.print(f"{gone}; if it died: its command goes on from its last checkpoint")
 
 
 def scale(
@@ -154,6 +154,8 @@ def _board(found: _Found, address: str | None) -> Iterator[Any]:
     where = address or (found.live.address if found.live else None)
     if where is None:
         raise _Gone(f"{found.name}: its folder says no address; give --address")
+    if found.live and found.live.auth:  # Ray reads it when it is imported
+        os.environ.setdefault(AUTH_MODE, found.live.auth)
     import ray  # takes a second
 
     from cluster.board import NAMESPACE
@@ -185,7 +187,10 @@ def _connect(found: _Found, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=_REACH_S).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        cause = error.__cause__ or error
+        first = str(cause).strip().splitlines()[0]
+        if isinstance(cause, ray.exceptions.AuthenticationError):
+            first = f"it wants its token: set {AUTH_MODE}=token, and RAY_AUTH_TOKEN or _PATH"
         raise _Gone(f"{found.name}: no Ray cluster answers at {address} ({first})") from error
 
 
@@ -247,9 +252,11 @@ def _show_once(status: RunStatus, *, alive: bool, as_json: bool) -> None:
         tree = json.loads(status.model_dump_json())
         out.print_json(data={"alive": alive} | tree)
         return
-    out.print(render(status))
+    now: dict[str, None] = {} if alive else {"tokens_per_second": None, "sign_age_s": None}
+    actors = tuple(actor.model_copy(update=now) for actor in status.actors)
+    out.print(render(status.model_copy(update={"actors": actors})))
     if not alive:
-        said = "not heard of since" if status.state == "running" else status.state
+        said = "last heard of" if status.state == "running" else status.state
         out.print(f"{said} {_when(status.updated_at)}", highlight=False)
 
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 STATUS = "status.json"
 LIVE = "live.json"
+AUTH_MODE = "RAY_AUTH_MODE"
 _PUBLISH_EVERY_S = 1.0
 _JUST_NOW_S = 10.0
 
@@ -109,6 +110,8 @@ class Live(_Message):
     namespace: str
     board: str
     job: str
+    auth: str = ""
+    """The cluster's RAY_AUTH_MODE, empty if it was not set."""
     host: str
     pid: int
     """Of the driver, on ``host``."""
@@ -236,6 +239,7 @@ def write_live(config: Config, *, address: str, namespace: str, board: str, job:
         namespace=namespace,
         board=board,
         job=job,
+        auth=os.environ.get(AUTH_MODE, ""),
         host=socket.gethostname(),
         pid=os.getpid(),
         started_at=_now(),
