@@ -104,6 +104,10 @@ class Team:
         except (ray.exceptions.RayError, TimeoutError) as error:
             raise translate(error, name) from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the members and may replace them; calls and watch stay here."""
+        return _elsewhere, (self.name, self._start, self._limits, self.members)
+
     def call(self, submit: Submit, *, keep: bool = False) -> Pending[list[Any]]:
         """Start a call on every member; ``keep`` if it changes their state.
 
@@ -282,6 +286,14 @@ class Team:
                 )
             if problem:
                 raise _Gone(f"{member.name} {problem}")
+
+
+def _elsewhere(
+    name: str, start: Callable[[], Sequence[Member]], limits: Limits, members: Sequence[Member]
+) -> Team:
+    team = Team(name, lambda: members, limits)
+    team._start = start
+    return team
 
 
 @dataclass(slots=True)
