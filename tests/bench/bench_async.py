@@ -5,8 +5,9 @@
 The driver, groups, pool and placement are the product's; the actors sleep for the given seconds, so
 that each stage has cores of its own whatever the machine. Stages are sampling, and scoring +
 training + sync, which depth 1 runs side by side. How long each takes by itself is measured at
-depth 0. Prints medians over the steps in which the pipeline is full, and the CPU per sample of the
-driver's process, Ray's threads included (segmenting is a stand-in here; ``bench_scale.py`` has it).
+depth 0. Steps count while the pipeline is full; a stage's seconds are the median time that the
+driver spends in it. CPU per sample is that of the driver's process, Ray's threads included, without
+segmenting, which ``bench_scale.py`` has.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import psutil
 import ray
@@ -30,7 +30,6 @@ from bench_scale import machine
 
 from cluster.driver import PpoData, PpoDriver
 from cluster.launch import Cluster
-from cluster.roles import Roles
 from fgaif.config import Config, load_config
 from fgaif.types import (
     Evaluation,
@@ -45,7 +44,6 @@ from fgaif.types import (
     UpdateReport,
 )
 
-ROLES = ("rollout", "reward", "reference", "learner")
 BATCH, CHUNK, ENGINES = 64, 16, 2
 SECONDS = {"chunk": 0.5, "score": 0.35, "update": 0.6}
 """Of a chunk, of scoring (rewards, reference and learner alike), of an update."""
@@ -96,7 +94,7 @@ class Learner(light_actors.LightLearner):
 
 def stand_in() -> None:
     """Put the sleeping actors in the place of those that ``Cluster`` imports."""
-    for role, actor in zip(ROLES, (Rollout, Reward, Reference, Learner), strict=True):
+    for role, actor in zip(nodes_job.ROLES, (Rollout, Reward, Reference, Learner), strict=True):
         module = sys.modules[f"actors.{role}"] = ModuleType(role)
         setattr(module, f"{role.capitalize()}Actor", actor)
 
@@ -110,7 +108,7 @@ def config(folder: str, depth: int, steps: int) -> Config:
             f"ppo.rollout_batch={BATCH}", f"ppo.minibatch={BATCH}", "ppo.checkpoint_every=1000",
             f"ppo.async_depth={depth}", "policy.max_new_tokens=128",
             f"cluster.rollout.replicas={ENGINES}", f"cluster.rollout.chunk={CHUNK}",
-            *(f"cluster.{role}.cpus=0.1" for role in ROLES),
+            *(f"cluster.{role}.cpus=0.1" for role in nodes_job.ROLES),
         ],
     )  # fmt: skip
 
@@ -122,14 +120,8 @@ def measure(depth: int, steps: int) -> Json:
     ends: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         settings = config(folder, depth, steps)
-        rewards = settings.run_dir / "rewards"
-        with Cluster(settings, ROLES) as cluster:
-            roles = Roles(
-                rollouts=cluster.rollouts(),
-                learner=cluster.learner(),
-                reference=cluster.reference(rewards),
-                rewards=cluster.rewards(rewards),
-            )
+        with Cluster(settings, nodes_job.ROLES) as cluster:
+            roles = nodes_job.roles_on(cluster, settings)
             data = PpoData(prompts=nodes_job.make_prompts(1000), anchors=[], digest="bench")
             driver = PpoDriver(settings, roles, data, light_actors.segments, lambda *_: ())
             for report in driver.run():
@@ -146,7 +138,6 @@ def measure(depth: int, steps: int) -> Json:
     return {
         "depth": depth,
         "iteration_s": (end - begin) / counted,
-        "median_step_s": median("total"),
         "rollout_s": median("rollout"),
         "second_stage_s": median("score") + median("update") + median("sync"),
         "driver_cpu_ms": 1e3 * (cpu_end - cpu_begin) / counted / BATCH,
@@ -167,18 +158,18 @@ def main() -> None:
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=here
     )
-    rows = [measure(depth, arguments.steps) for depth in (0, 1, 2)]
+    report: Json = {"machine": machine(), "seconds": SECONDS}
+    print(json.dumps(report), flush=True)
+    print("depth  iteration s  sampling  scoring + training + sync  iteration / slowest stage  "
+          "driver CPU ms/sample")  # fmt: skip
+    rows = []
+    for depth in (0, 1, 2):
+        rows.append(row := measure(depth, arguments.steps))
+        slowest = max(rows[0]["rollout_s"], rows[0]["second_stage_s"])
+        print(f"{depth:5d} {row['iteration_s']:12.3f} {row['rollout_s']:9.3f} "
+              f"{row['second_stage_s']:26.3f} {row['iteration_s'] / slowest:26.3f} "
+              f"{row['driver_cpu_ms']:21.3f}", flush=True)  # fmt: skip
     ray.shutdown()
-    slowest = max(rows[0]["rollout_s"], rows[0]["second_stage_s"])
-    report: dict[str, Any] = {"machine": machine(), "seconds": SECONDS, "slowest_stage_s": slowest}
-    print(json.dumps(report))
-    print(f"sampling {rows[0]['rollout_s']:.3f} s, scoring + training + sync "
-          f"{rows[0]['second_stage_s']:.3f} s")  # fmt: skip
-    print("depth  iteration s  median s  iteration / slowest stage  driver CPU ms/sample")
-    for row in rows:
-        ratio = row["iteration_s"] / slowest
-        print(f"{row['depth']:5d} {row['iteration_s']:12.3f} {row['median_step_s']:9.3f} "
-              f"{ratio:15.3f} {row['driver_cpu_ms']:20.3f}")  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(report | {"depths": rows}, indent=2) + "\n")
 
