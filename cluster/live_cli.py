@@ -87,10 +87,10 @@ def scale(
     where there is no room they wait, which makes Ray's autoscaler add nodes. Engines that leave
     finish what they have in hand.
     """
-    import ray
-
     found = _find(run, address)
     with _board(found, address) as board:
+        import ray
+
         now = _ask(board)
         here = [actor for actor in now.actors if actor.role == "rollout"]
         staying = sum(actor.state != "leaving" for actor in here)
@@ -187,9 +187,8 @@ def _connect(found: _Found, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=_REACH_S).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
-        cause = error.__cause__ or error
-        first = str(cause).strip().splitlines()[0]
-        if isinstance(cause, ray.exceptions.AuthenticationError):
+        first = str(error).strip().splitlines()[0]
+        if "InvalidAuthToken" in f"{error} {error.__cause__}":
             first = f"it wants its token: set {AUTH_MODE}=token, and RAY_AUTH_TOKEN or _PATH"
         raise _Gone(f"{found.name}: no Ray cluster answers at {address} ({first})") from error
 
