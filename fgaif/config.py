@@ -510,7 +510,7 @@ class ServeBatchConfig(_Section):
     size: int = Field(16, ge=1)
     """Requests scored together at most; 1 turns batching off."""
     wait_ms: float = Field(2.0, ge=0)
-    """Longest wait for a batch to fill once a request is there."""
+    """Longest wait for a batch to fill once its turn has come."""
 
 
 class ServeReplicasConfig(_Section):
