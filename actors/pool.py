@@ -112,8 +112,8 @@ class ElasticPool:
 
     Chunks are handed out in order to members that are free. A member that holds other weights than
     a chunk wants loads them first; so does one that has just joined. A chunk whose member dies goes
-    first to the next one. After two deaths its items go one by one, and an item that kills once
-    more by itself is set aside (an item that was alone from the start: the second time).
+    first to the next one. After two deaths its items go one by one, and an item that kills twice by
+    itself is set aside.
 
     Args:
         transport: carries orders out.
@@ -311,7 +311,7 @@ class ElasticPool:
             self._count(task.job, 1)
         elif task.deaths >= 2:
             self.queue.extendleft(
-                Task(job=task.job, indexes=[i], items=[item], weights=task.weights, deaths=1)
+                Task(job=task.job, indexes=[i], items=[item], weights=task.weights)
                 for i, item in reversed(list(zip(task.indexes, task.items, strict=True)))
             )
         else:

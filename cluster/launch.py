@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
+from uuid import uuid4
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -243,9 +244,8 @@ def create_actor(
 def reserve(bundle: Bundle) -> PlacementGroup:
     """Ask for the bundle's resources, without waiting for them."""
     resources = {"CPU": bundle.cpus} | ({"GPU": bundle.gpus} if bundle.gpus else {})
-    # Ray wants names to differ over all jobs of a cluster.
-    name = f"{ray.get_runtime_context().get_job_id()}-{bundle.name}"
-    return placement_group([resources], name=name)
+    # Ray wants names to differ over all jobs of a cluster, and frees those of the dead late.
+    return placement_group([resources], name=f"{bundle.name}-{uuid4().hex[:8]}")
 
 
 def meeting_point(groups: Sequence[PlacementGroup], timeout_s: float) -> tuple[str, int]:

@@ -221,6 +221,7 @@ class _RayTransport:
         self._since: dict[str, float] = {}
         self._weights: dict[int, _Weights] = {}
         self._differences: dict[int, list[float]] = {}
+        self._pinged: set[tuple[str, int]] = set()
         self.pool: ElasticPool
 
     def offer(self, serial: int, weights: _Weights, oldest: int) -> None:
@@ -265,7 +266,7 @@ class _RayTransport:
             self.stop(name, 0)
 
     def look(self, now: float) -> None:
-        """Kill those that hang.
+        """Kill those that hang, and see whether those without work still live.
 
         Raises:
             ActorError: no engine became ready in time.
@@ -280,6 +281,8 @@ class _RayTransport:
                 problem = "did not answer within cluster.call_timeout_s"
             if problem:
                 self.pool.died(member.name, member.life, ActorError(f"{member.name} {problem}"))
+            elif member.state == "idle" and (member.name, member.life) not in self._pinged:
+                self._ping(member.name, member.life)
         starting = [now - self._since[m.name] for m in members if m.state == "starting"]
         nobody_works = len(starting) == len(members) > 0
         if nobody_works and min(starting) > self._cluster.start_timeout_s:
@@ -287,6 +290,17 @@ class _RayTransport:
                 f"no rollout engine became ready within cluster.start_timeout_s = "
                 f"{self._cluster.start_timeout_s:g}: is there room for one? See `ray status`"
             )
+
+    def _ping(self, name: str, life: int) -> None:
+        """Nobody waits for an idle engine's answer, so its death would only show with its work."""
+        self._pinged.add((name, life))
+        ping = self._actors[name][0].__ray_ready__.remote()
+        self._when_done(ping, partial(self._answered, name, life))
+
+    def _answered(self, name: str, life: int, done: "Future[Any]") -> None:
+        self._pinged.discard((name, life))
+        if error := done.exception():
+            self._failed(name, life, error)
 
     def _when_done(self, reference: ray.ObjectRef, event: Callable[[Any], None]) -> None:
         # The callback runs in a thread of Ray's: it hands over and returns.
@@ -311,7 +325,7 @@ class _RayTransport:
     ) -> None:
         member = self.pool.members.get(name)
         if member is None or member.life != life:
-            return
+            return  # its weights may be gone too
         try:
             if load:
                 self._check(name, task.weights, calls)
@@ -332,6 +346,9 @@ class _RayTransport:
     def _failed(self, name: str, life: int, error: BaseException) -> None:
         """Tell a death, which is mended, from an error in the work, which is not."""
         assert isinstance(error, Exception)
+        member = self.pool.members.get(name)
+        if member is None or member.life != life:
+            return
         # Ray's errors are also of the class of what was raised in the actor.
         ours = isinstance(error, FgaifError) and not isinstance(error, ray.exceptions.RayError)
         cause = error if ours else translate(error, name)

@@ -471,7 +471,7 @@ class ClusterConfig(_Section):
     engine: EngineConfig = EngineConfig()
     threads: int = Field(1, ge=1)
     """OMP threads of each actor on CPU."""
-    max_restarts: int = Field(3, ge=0)
+    max_restarts: int = Field(5, ge=0)
     """Times in a row that an actor is replaced when it dies or hangs, without having answered in
     between; the run stops after that."""
     heartbeat_s: float = Field(5.0, gt=0)

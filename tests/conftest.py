@@ -1,6 +1,7 @@
 """Fixtures shared by all tests, and the environment that every test process starts from."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 # Before torch, transformers, vllm or ray are imported; worker processes inherit it.
@@ -15,7 +16,12 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    """Skip tests marked ``gpu`` where there is no CUDA device; files with slow tests come first.
+
+    With a file per worker at a time, a long one begun last would be waited for alone.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if torch.cuda.is_available():
         return
     for item in items:

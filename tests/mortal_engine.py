@@ -19,6 +19,7 @@ class MortalEngine:
         self._version = 0
         with (folder / f"{name}.started").open("a") as file:
             file.write("x")
+        (folder / f"{name}.pid").write_text(str(os.getpid()))
         if self._told("break"):
             raise DataError(f"{name} does not start")
 

@@ -63,7 +63,7 @@ def _agent_ports() -> dict[str, int]:
     }
 
 
-def wait_for(what: str, found: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(what: str, found: Callable[[], Any], seconds: float = 240) -> Any:
     """Wait until ``found`` gives something true, and return it."""
     end = time.monotonic() + seconds
     while not (value := found()):

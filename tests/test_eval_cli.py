@@ -330,7 +330,7 @@ class FakeCluster:
     def rollouts(self) -> "FakeCluster":
         return self
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Ready[list[Response]]:
+    def generate(self, requests: Sequence[GenerationRequest], chunk: int) -> Ready[list[Response]]:
         return Ready([replace(response_to(r.prompt, [1]), text="Yes, a cat.") for r in requests])
 
 

@@ -42,7 +42,9 @@ class Pool:
         self._generate = generate
         self._fail_at = fail_at
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Pending[list[Response]]:
+    def generate(
+        self, requests: Sequence[GenerationRequest], chunk: int
+    ) -> Pending[list[Response]]:
         fails = len(self.calls) == self._fail_at
         self.calls.append(requests)
         return Then(died) if fails else Ready(self._generate(requests))

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import cluster.board
 from actors.pool import Member, State
+from cluster import live_cli
 from cluster.board import NAMESPACE, Watch, board_name, make_pulse, start_board, with_pulse
 from cluster.cli import app
 from cluster.launch import free_port
@@ -152,7 +153,8 @@ def test_two_drivers_cannot_work_in_one_folder(
 
 
 def fgaif(*arguments: object, fails: bool = False) -> Result:
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "120"})
+    live_cli.out.width = 120  # whoever imported it first has fixed it
+    result = CliRunner().invoke(app, list(map(str, arguments)))
     assert bool(result.exception) == fails, result.exception or result.stdout
     return result
 

@@ -120,7 +120,8 @@ def test_killed_and_resumed_gives_the_same_parameters(finished: tuple[Path, str]
 @pytest.mark.slow
 def test_ctrl_c_says_what_is_kept_and_exits_with_130(tmp_path: Path) -> None:
     sampling = subprocess.Popen(command(tmp_path, "sample"), stderr=subprocess.PIPE, text=True)
-    _wait_for((tmp_path / "scenes" / "stages.json").exists, sampling)
+    # The engine's process lives, so the main thread waits for it: imports may swallow a signal.
+    _wait_for((tmp_path / "scenes" / "logs" / "rollout-0.log").exists, sampling)
     sampling.send_signal(signal.SIGINT)
     _, message = sampling.communicate(timeout=120)
     assert sampling.returncode == 130

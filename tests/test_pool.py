@@ -205,7 +205,7 @@ def test_a_sample_that_keeps_killing_members_is_set_aside_and_the_others_are_ans
             stage.done("rollout-0")
     assert answers.result(0) == [2, None, 6]
     assert stage.pool.set_aside == [13]
-    assert stage.pool.members["rollout-0"].restarts == 3
+    assert stage.pool.members["rollout-0"].restarts == 4
 
 
 def test_a_sample_alone_in_its_chunk_is_set_aside_after_two_deaths() -> None:

@@ -1,5 +1,7 @@
 """The elastic pool over real Ray actors: who dies, hangs, joins late or disagrees."""
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +138,13 @@ def test_an_engine_that_hangs_is_replaced(start: Start, tmp_path: Path) -> None:
     group = start(1, watch=Doubt(tmp_path))
     assert ask(group, [1]).result() == doubled([1], 0)
     assert starts(tmp_path, "rollout-0") == 2
+
+
+def test_the_death_of_an_engine_without_work_is_noticed(start: Start, tmp_path: Path) -> None:
+    group = start(1)
+    ask(group, [1]).result()
+    os.kill(int((tmp_path / "rollout-0.pid").read_text()), signal.SIGKILL)
+    until(lambda: starts(tmp_path, "rollout-0") == 2)
 
 
 def test_a_sample_that_kills_is_set_aside(start: Start) -> None:

@@ -5,6 +5,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def test_a_death_in_any_call_changes_no_answer(tmp_path: Path, what: str) -> Non
 
 def test_a_death_between_calls_is_found_by_the_next(tmp_path: Path) -> None:
     toy = team(tmp_path)
-    kill = lambda: ray.kill(toy.members[0].actor)  # noqa: E731
+    kill = lambda: slay(toy)  # noqa: E731
     assert seven_steps(toy, tmp_path, {1: kill, 5: kill}) == ANSWERS
     assert starts(tmp_path, "a") == 3
     toy.stop()
@@ -178,7 +179,7 @@ def test_deaths_during_the_recovery_are_mended_too(tmp_path: Path) -> None:
     (tmp_path / "base").write_text("5")
     toy.restore(every("restore", tmp_path / "base")).result()
     add(toy, 6).result()
-    ray.kill(toy.members[0].actor)
+    slay(toy)
     for method in ("start", "restore", "add"):
         tell(tmp_path, "a", "die", method)
     assert read(toy).result() == [56]
@@ -221,11 +222,20 @@ def test_the_time_for_a_call_is_the_last_resort(tmp_path: Path) -> None:
     toy.stop()
 
 
+def slay(toy: Team) -> None:
+    """Kill the first member and wait until Ray has noticed."""
+    actor = toy.members[0].actor
+    ray.kill(actor)
+    with suppress(ray.exceptions.RayActorError):
+        while True:
+            ray.get(actor.__ray_ready__.remote())
+
+
 def test_a_start_that_hangs_is_repeated(tmp_path: Path) -> None:
     toy = team(tmp_path, start_s=6)
     add(toy, 1).result()
     tell(tmp_path, "a", "hang", "start")
-    ray.kill(toy.members[0].actor)
+    slay(toy)
     assert add(toy, 2).result() == [12]
     assert starts(tmp_path, "a") == 3
     toy.stop()

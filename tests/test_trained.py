@@ -13,8 +13,6 @@ import ray
 from doomed import DoomedLearner, DoomedReference, doom
 from ppo_world import make_responses, make_train_batch, questions, tiny_config
 
-from actors.learner import LearnerActor
-from actors.reference import ReferenceActor
 from cluster.launch import create_actor, meeting_point, reserve
 from cluster.member import Member
 from cluster.placement import Bundle
@@ -97,10 +95,14 @@ def test_learner_and_reference_killed_in_the_same_updates(
     config = config_of(tiny_llava_dir, tmp_path)
     responses = make_responses(tmp_path, 8)
     asked, todo = questions(responses), batches(responses, 3)
-    policy = LearnerActor(config, 0, 1, "", 0)  # here both share one random state: in turn
-    expected = [policy.update(batch, asked) for batch in todo]
-    critic = ReferenceActor(config, tmp_path)
-    whole = list(zip(expected, [critic.update_values(batch) for batch in todo], strict=True))
+    calm, critic = learners(config, 1), reference(config)
+    whole = [
+        (calm.update(batch, asked).result(), critic.update_values(batch).result()) for batch in todo
+    ]
+    digest = calm.publish(3).result().digest
+    expected = values(critic.evaluate(responses).result())
+    calm.stop()
+    critic.stop()
 
     learner, valuer = learners(config, 1), reference(config)
     for step, batch in enumerate(todo):
@@ -115,8 +117,8 @@ def test_learner_and_reference_killed_in_the_same_updates(
             (tmp_path / "aside").rename(tmp_path / "settled")
             learner.settle(tmp_path / "settled" / "learner")
             valuer.settle(tmp_path / "settled" / "reference")
-    assert learner.publish(3).result().digest == policy.publish(3).digest
-    assert values(valuer.evaluate(responses).result()) == values(critic.evaluate(responses))
+    assert learner.publish(3).result().digest == digest
+    assert values(valuer.evaluate(responses).result()) == expected
     assert [len(role.team.recoveries) for role in (learner, valuer)] == [2, 2]
     learner.stop()
     valuer.stop()
