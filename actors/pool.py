@@ -16,6 +16,9 @@ from fgaif.config import AutoscaleConfig
 T = TypeVar("T")
 State = Literal["starting", "idle", "busy", "leaving"]
 
+_UNKNOWN = -1
+"""Weights of a member that did not finish loading: it loads again before it works."""
+
 
 def split_by_cost(costs: Sequence[float], parts: int) -> list[list[int]]:
     """Assign items to ``parts`` replicas so that their summed costs are close.
@@ -194,14 +197,14 @@ class ElasticPool:
         member = self._living(name, life)
         if member is None:
             return
-        task, member.task = member.task, None
+        task = member.task
         assert task is not None
-        member.weights, member.deaths_in_a_row = task.weights, 0
-        member.answered += len(answers)
-        if task.job is not None:
+        if task.job is not None:  # still the member's, so that its job fails if answers are missing
             for index, answer in zip(task.indexes, answers, strict=True):
                 task.job.answers[index] = answer
             self._count(task.job, len(answers))
+        member.task, member.weights, member.deaths_in_a_row = None, task.weights, 0
+        member.answered += len(answers)
         self._feed(member)
 
     def died(self, name: str, life: int, cause: Exception) -> None:
@@ -232,6 +235,8 @@ class ElasticPool:
         if member is None:
             return
         task, member.task = member.task, None
+        if task is not None and task.weights != member.weights:
+            member.weights = _UNKNOWN  # it may have loaded them, or half of them
         if task is None or task.job is None:
             self.fail(error)
         else:
@@ -239,8 +244,8 @@ class ElasticPool:
         self._feed(member)
 
     def fail(self, error: Exception) -> None:
-        """Nothing can go on: every job and load, waited for or still to come, gets the error."""
-        self.failure = error
+        """Nothing can go on: jobs and loads, waited for or still to come, get the first error."""
+        self.failure = error = self.failure or error
         running = [member.task for member in self.members.values() if member.task]
         jobs = {task.job for task in [*self.queue, *running]}
         self.queue.clear()

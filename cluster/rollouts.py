@@ -176,9 +176,12 @@ class RolloutGroup:
 
     def _run(self) -> None:
         """Handle events until told to stop; whatever goes wrong reaches those who wait."""
-        last = 0.0
+        last = time.monotonic()
         while True:
             try:
+                if (now := time.monotonic()) - last >= _TICK_S:
+                    last = now
+                    self._tick(now)
                 event = self._events.get(timeout=_TICK_S)
                 if event is None:
                     return
@@ -187,10 +190,6 @@ class RolloutGroup:
                 pass
             except Exception as error:
                 self._pool.fail(error)
-            now = time.monotonic()
-            if now - last >= _TICK_S:
-                last = now
-                self._tick(now)
 
     def _tick(self, now: float) -> None:
         wished = self._wished()
@@ -198,10 +197,7 @@ class RolloutGroup:
             self._followed = wished
             self._pool.autoscale = None  # who scales by hand decides
             self._pool.resize(wished)
-        try:
-            self._transport.look(now)
-        except ActorError as error:
-            self._pool.fail(error)
+        self._transport.look(now)
         members = list(self._pool.members.values())
         self._tell(members, len(self._pool.queue), self._version_of.get)
 
@@ -232,7 +228,9 @@ class _RayTransport:
             del self._weights[old], self._differences[old]
 
     def differences(self, serial: int) -> list[float]:
-        return list(self._differences[serial])
+        """What engines found with these weights, or newer ones that they went on to at once."""
+        found = [pair for pair in list(self._differences.items()) if pair[0] >= serial]
+        return [difference for _, differences in found for difference in differences]
 
     def start(self, name: str, life: int) -> None:
         self._since[name] = time.monotonic()

@@ -247,6 +247,30 @@ def test_an_error_in_the_work_fails_its_job_only() -> None:
     assert good.result(0) == [8]
 
 
+def test_an_engine_whose_work_raised_while_it_loaded_loads_again() -> None:
+    stage = Stage(1)
+    stage.pool.weights = 3
+    bad = stage.ask([1], 1)
+    stage.tasks.pop("rollout-0")
+    stage.pool.refused("rollout-0", stage.lives["rollout-0"], ValueError("half of it"))
+    with pytest.raises(ValueError, match="half of it"):
+        bad.result(0)
+    stage.ask([2], 1)
+    assert stage.loads == ["rollout-0 3"] * 2
+
+
+def test_the_first_failure_is_told_and_reaches_a_job_whose_answers_are_too_few() -> None:
+    stage = Stage(1)
+    asked = stage.ask([1, 2], 2)
+    with pytest.raises(ValueError, match="zip") as odd:
+        stage.pool.finished("rollout-0", stage.lives["rollout-0"], [2])
+    stage.pool.fail(odd.value)
+    stage.pool.fail(ActorError("later"))
+    for future in (asked, stage.ask([3], 1)):
+        with pytest.raises(ValueError, match="zip"):
+            future.result(0)
+
+
 def test_engines_follow_the_queue_within_bounds_and_leave_with_patience() -> None:
     policy = AutoscaleConfig(min=1, max=4, target_queue=2, patience=2)
     assert [wanted_members(n, policy) for n in (0, 1, 2, 3, 8, 99)] == [1, 1, 1, 2, 4, 4]
