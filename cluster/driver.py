@@ -99,8 +99,7 @@ class PpoDriver:
         """
         config = self._config.ppo
         self._resume()
-        first = self._roles.rollouts.generate(self._requests(self._state.step)[:1]).result()
-        self._sync(_answered(first), self._state.step)
+        self._sync(self._first_response(), self._state.step)
         saved = self._state.step
         while self._state.step < config.steps:
             try:
@@ -112,6 +111,13 @@ class PpoDriver:
                 self._checkpoint()
                 saved = done
             yield report
+
+    def _first_response(self) -> list[Response]:
+        """The probe of the first sync: a response to the first prompt that gets one."""
+        for request in self._requests(self._state.step):
+            if found := _answered(self._roles.rollouts.generate([request]).result()):
+                return found
+        raise ActorError("every prompt of the first batch was set aside because it kills engines")
 
     def _step(self) -> StepReport:
         config, roles, state = self._config.ppo, self._roles, self._state
@@ -143,6 +149,7 @@ class PpoDriver:
                 scores=scores, rewards=rewards, malformed=malformed,
             )  # fmt: skip
             self._updating = True
+            del self._ahead[state.step]
             with self._timed("update"):
                 update = roles.learner.update(batch, self._anchors(state.step))
                 value_report = roles.reference.update_values(batch).result()
@@ -180,7 +187,7 @@ class PpoDriver:
             if step not in self._ahead:
                 requests = self._requests(step)
                 self._ahead[step] = self._roles.rollouts.generate(requests, version=now)
-        sampled = self._ahead.pop(now).result()
+        sampled = self._ahead[now].result()
         responses = _answered(sampled)
         fresh, stale = drop_stale(responses, now, config.max_staleness)
         if not fresh:
@@ -236,6 +243,10 @@ class PpoDriver:
         if self._updating or step == saved:
             return error
         try:
+            # Where the engines are what failed, a resumed run samples these batches itself.
+            last = step + self._config.ppo.async_depth
+            kept = {n: sampling for n, sampling in self._ahead.items() if n < last}
+            self._ahead = {n: sampling for n, sampling in kept.items() if _came(sampling)}
             self._checkpoint()
         except FgaifError as failure:
             log.warning("step %d could not be kept: %s", step, failure)
@@ -318,6 +329,15 @@ class PpoDriver:
 
 _AHEAD = "ahead/step_{:06d}.jsonl"
 """Responses of later steps that were sampled when a checkpoint was written."""
+
+
+def _came(sampling: Pending[list[Response | None]]) -> bool:
+    try:
+        sampling.result()
+    except FgaifError as error:
+        log.warning("a batch sampled ahead is not kept: %s", error)
+        return False
+    return True
 
 
 def _answered(sampled: Sequence[Response | None]) -> list[Response]:

@@ -108,6 +108,7 @@ class World:
     def score(
         self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
     ) -> Ready[list[SegmentScores]]:
+        self._maybe_break("score")
         self.events.append("score")
         probs = np.tile(np.array([0.0, 0.75, 0.25], np.float32), (2, 3, 1))
         return Ready([SegmentScores(probs=probs) for _ in responses])

@@ -184,12 +184,25 @@ def test_a_step_without_any_usable_response_stops_the_run(tmp_path: Path) -> Non
         next(steps)
 
 
-@pytest.mark.parametrize("during", ["generate", "update"])
+def test_a_first_prompt_that_kills_engines_is_no_probe(tmp_path: Path) -> None:
+    settings = config(tmp_path, "ppo.rollout_batch=10")
+    first = driver(World(), settings)._requests(0)[0]
+    world = World()
+    world.poison = {first.prompt.id}
+    assert len(list(driver(world, settings).run())) == 6
+    world.poison = {prompt.id for prompt in prompts(10)}
+    with pytest.raises(ActorError, match="every prompt of the first batch"):
+        next(driver(world, settings).run())
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("during", ["generate", "score", "update"])
 def test_a_run_that_must_stop_keeps_its_last_finished_step_where_the_learner_is_whole(
-    tmp_path: Path, during: str
+    tmp_path: Path, during: str, depth: int
 ) -> None:
     world = World()
-    settings = config(tmp_path, "ppo.checkpoint_every=100")
+    ahead = f"ppo.async_depth={depth}"
+    settings = config(tmp_path, "ppo.checkpoint_every=100", ahead)
     steps = driver(world, settings).run()
     for _ in range(3):
         next(steps)
@@ -206,5 +219,7 @@ def test_a_run_that_must_stop_keeps_its_last_finished_step_where_the_learner_is_
     resumed = World()
     list(driver(resumed, with_overrides(settings, ["ppo.resume=latest"])).run())
     whole = World()
-    list(driver(whole, config(tmp_path / "whole")).run())
+    list(driver(whole, config(tmp_path / "whole", ahead)).run())
     assert resumed.parameter == whole.parameter
+    if during == "score":  # what had been sampled is not sampled again, with other weights
+        assert versions_sampled_with(resumed) == versions_sampled_with(whole)[3 + depth :]
