@@ -217,6 +217,12 @@ def test_without_prompts_there_is_no_evaluation() -> None:
         )
 
 
+def test_a_question_without_an_answer_is_no_no() -> None:
+    questions = scene_questions(PROMPTS, lambda _: MOON_AND_TREE, per_image=2, seed=0)
+    with pytest.raises(DataError, match=r"yes/no questions got no answer, the first about"):
+        ask_pope(lambda prompts: [float("nan"), *[1.0] * (len(prompts) - 1)], questions)
+
+
 def test_without_questions_there_is_no_pope() -> None:
     assert ask_pope(FakePolicy().p_yes, []) == {}
 

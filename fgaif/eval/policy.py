@@ -1,5 +1,6 @@
 """Evaluate one policy: the same prompts and seeds before and after, greedy and sampled."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -107,6 +108,11 @@ def ask_pope(p_yes: PYes, questions: Sequence[PopeQuestion]) -> dict[str, PopeMe
         for index, question in enumerate(distinct.values())
     ]
     yes = dict(zip(distinct, p_yes(prompts) if prompts else [], strict=True))
+    if lost := [q for q in distinct.values() if math.isnan(yes[q.image.sha256, q.text])]:
+        raise DataError(
+            f"evaluation: {len(lost)} of {len(distinct)} yes/no questions got no answer, the first "
+            f"about {lost[0].image.path}: {lost[0].text!r}; leave out that image"
+        )
     scores: dict[str, PopeMetrics] = {}
     for strategy in STRATEGIES:
         asked = [question for question in questions if question.strategy == strategy]
