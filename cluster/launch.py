@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,12 +62,13 @@ class Cluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for name in ["rollout", *self._pools, *self._teams]:
-            self.stop(name)
-        if self.live:
-            self.live.close(kind)
-        if self._owns_ray:
-            ray.shutdown()
+        with ExitStack() as stack:  # each is done whatever those before it raise
+            if self._owns_ray:
+                stack.callback(ray.shutdown)
+            if self.live:
+                stack.callback(self.live.close, kind)
+            for name in reversed(["rollout", *self._pools, *self._teams]):
+                stack.callback(self.stop, name)
 
     def rollouts(self) -> RolloutGroup:
         """The policy's engines, as many as configured; their number may change at any time."""
