@@ -243,6 +243,18 @@ class ElasticPool:
             self._fail_job(task.job, error)
         self._feed(member)
 
+    def broken(self, name: str, life: int, cause: Exception) -> bool:
+        """A member cannot even start, so neither would another in its place. Go on without it if
+        others are at work (True), else nothing can go on."""
+        member = self._living(name, life)
+        if member is None:
+            return True
+        if any(other.state != "starting" for other in self.members.values()):
+            self._remove(member)
+            return True
+        self.fail(cause)
+        return False
+
     def fail(self, error: Exception) -> None:
         """Nothing can go on: jobs and loads, waited for or still to come, get the first error."""
         self.failure = error = self.failure or error

@@ -278,6 +278,7 @@ class _RayTransport:
             if waited > self._cluster.call_timeout_s:
                 problem = "did not answer within cluster.call_timeout_s"
             if problem:
+                log.warning("%s %s and is replaced", member.name, problem)
                 self.pool.died(member.name, member.life, ActorError(f"{member.name} {problem}"))
             elif member.state == "idle" and (member.name, member.life) not in self._pinged:
                 self._ping(member.name, member.life)
@@ -350,10 +351,13 @@ class _RayTransport:
         # Ray's errors are also of the class of what was raised in the actor.
         ours = isinstance(error, FgaifError) and not isinstance(error, ray.exceptions.RayError)
         cause = error if ours else translate(error, name)
-        if is_gone(error) and CREATION not in str(error):
+        if isinstance(error, ray.exceptions.ActorDiedError) and CREATION in str(error):
+            if self.pool.broken(name, life, cause):
+                log.error("%s\nthe run goes on with the other engines", cause)
+        elif is_gone(error):
             log.warning("%s\n%s is replaced", cause, name)
             self.pool.died(name, life, cause)
-        elif isinstance(error, ray.exceptions.ActorDiedError) or isinstance(cause, SyncError):
+        elif isinstance(cause, SyncError):
             self.pool.fail(cause)  # neither another engine nor another chunk would do better
         else:
             self.pool.refused(name, life, cause)

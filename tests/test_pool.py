@@ -271,6 +271,25 @@ def test_the_first_failure_is_told_and_reaches_a_job_whose_answers_are_too_few()
             future.result(0)
 
 
+def test_a_joiner_that_cannot_start_is_done_without() -> None:
+    stage = Stage(1)
+    answers = stage.ask([1], 1)
+    stage.pool.resize(2)
+    assert stage.pool.broken("rollout-1", stage.lives["rollout-1"], ActorError("no memory"))
+    assert stage.names() == ["rollout-0"]
+    stage.done("rollout-0")
+    assert answers.result(0) == [2]
+
+
+def test_where_nobody_works_a_member_that_cannot_start_ends_the_pool() -> None:
+    stage = Stage()
+    stage.pool.resize(1)
+    answers = stage.ask([1], 1)
+    assert not stage.pool.broken("rollout-0", stage.lives["rollout-0"], ActorError("no memory"))
+    with pytest.raises(ActorError, match="no memory"):
+        answers.result(0)
+
+
 def test_engines_follow_the_queue_within_bounds_and_leave_with_patience() -> None:
     policy = AutoscaleConfig(min=1, max=4, target_queue=2, patience=2)
     assert [wanted_members(n, policy) for n in (0, 1, 2, 3, 8, 99)] == [1, 1, 1, 2, 4, 4]
