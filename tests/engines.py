@@ -1,15 +1,12 @@
 """In-process vLLM engines shared by test modules, and prompts about the tests' photographs."""
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 
 from actors.judge import JudgeActor
 from actors.rollout import RolloutActor
-from fgaif.chat.batched import Batch
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config, parse_config
 from fgaif.data.images import image_ref
@@ -42,15 +39,19 @@ def judge_actor(model_dir: Path, max_model_len: int) -> JudgeActor:
     return JudgeActor(model_dir, parse_config({"cluster": {"engine": engine}}))
 
 
-def one_at_a_time(judge: JudgeActor) -> Batch:
-    """The judge as a Ray actor answers: the batches of several threads one after the other."""
-    lock = Lock()
+class DirectChat:
+    """The judge asked in this thread: vLLM's CPU kernels insist on the one they were set up in."""
 
-    def answer(requests: Sequence[ChatRequest]) -> list[Reply | None]:
-        with lock:
-            return judge.answer(requests)
+    name = "own"
 
-    return answer
+    def __init__(self, judge: JudgeActor) -> None:
+        self._judge = judge
+
+    async def ask(self, request: ChatRequest) -> Reply:
+        """One at a time."""
+        (reply,) = self._judge.answer([request])
+        assert reply is not None
+        return reply
 
 
 def photo_prompts(photos: Path, text: str = "Describe this image in detail.") -> list[Prompt]:

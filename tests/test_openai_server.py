@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import judge_actor, one_at_a_time
+from engines import DirectChat, judge_actor
 from test_feedback_job import TOKENIZER, World
 
 from actors.openai_server import server_command, server_environment
 from cluster.launch import free_port
-from fgaif.chat.batched import BatchedChat
 from fgaif.chat.messages import ChatModel, ChatRequest, gather_all
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config, load_config
@@ -87,8 +86,7 @@ def test_api_and_own_actors_give_the_same_labels(server: str, tmp_path: Path) ->
     )
     served = label(api, world, None, tmp_path / "served.sqlite")
     judge = judge_actor(resolve_checkpoint("scenes:verifier"), 512)
-    local = BatchedChat("own", one_at_a_time(judge))
-    own = label(settings(), world, local, tmp_path / "own.sqlite")
+    own = label(settings(), world, DirectChat(judge), tmp_path / "own.sqlite")
     for first, second in zip(served, own, strict=True):
         assert first.labels.tolist() == second.labels.tolist()
         for text, verdict in first.verdicts.items():

@@ -119,9 +119,14 @@ def test_killed_and_resumed_gives_the_same_parameters(finished: tuple[Path, str]
 
 @pytest.mark.slow
 def test_ctrl_c_says_what_is_kept_and_exits_with_130(tmp_path: Path) -> None:
-    sampling = subprocess.Popen(command(tmp_path, "sample"), stderr=subprocess.PIPE, text=True)
-    # The engine's process lives, so the main thread waits for it: imports may swallow a signal.
-    _wait_for((tmp_path / "scenes" / "logs" / "rollout-0.log").exists, sampling)
+    sampling = subprocess.Popen(
+        command(tmp_path, "sample"),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in a shell's background has interrupts turned off, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    _wait_for((tmp_path / "scenes" / "stages.json").exists, sampling)
     sampling.send_signal(signal.SIGINT)
     _, message = sampling.communicate(timeout=120)
     assert sampling.returncode == 130
