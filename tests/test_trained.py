@@ -91,20 +91,22 @@ def values(evaluations: list[Evaluation]) -> list[list[float]]:
 def test_learner_and_reference_killed_in_the_same_updates(
     tiny_llava_dir: Path, tmp_path: Path
 ) -> None:
-    """Both are killed before there is a checkpoint, and again after one."""
+    """Both are killed in the first update after a start, and again after a checkpoint."""
     config = config_of(tiny_llava_dir, tmp_path)
     responses = make_responses(tmp_path, 8)
     asked, todo = questions(responses), batches(responses, 3)
-    calm, critic = learners(config, 1), reference(config)
-    whole = [
-        (calm.update(batch, asked).result(), critic.update_values(batch).result()) for batch in todo
-    ]
-    digest = calm.publish(3).result().digest
-    expected = values(critic.evaluate(responses).result())
-    calm.stop()
-    critic.stop()
-
     learner, valuer = learners(config, 1), reference(config)
+    learner.save(tmp_path / "start" / "learner").result()
+    valuer.save(tmp_path / "start" / "reference").result()
+    whole = [
+        (learner.update(batch, asked).result(), valuer.update_values(batch).result())
+        for batch in todo
+    ]
+    digest = learner.publish(3).result().digest
+    expected = values(valuer.evaluate(responses).result())
+    learner.restore(tmp_path / "start" / "learner").result()
+    valuer.restore(tmp_path / "start" / "reference").result()
+
     for step, batch in enumerate(todo):
         for name in ("learner-0", "reference") if step != 1 else ():
             doom(config.run_dir, name)
