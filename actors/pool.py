@@ -83,7 +83,6 @@ class Member:
     task: Task | None = None
     deaths_in_a_row: int = 0
     restarts: int = 0
-    answered: int = 0
 
 
 class Transport(Protocol):
@@ -189,12 +188,12 @@ class ElasticPool:
 
     def started(self, name: str, life: int) -> None:
         """A member can work."""
-        if member := self._living(name, life):
+        if member := self.living(name, life):
             self._feed(member)
 
     def finished(self, name: str, life: int, answers: Sequence[Any]) -> None:
         """A member has done its task."""
-        member = self._living(name, life)
+        member = self.living(name, life)
         if member is None:
             return
         task = member.task
@@ -204,12 +203,11 @@ class ElasticPool:
                 task.job.answers[index] = answer
             self._count(task.job, len(answers))
         member.task, member.weights, member.deaths_in_a_row = None, task.weights, 0
-        member.answered += len(answers)
         self._feed(member)
 
     def died(self, name: str, life: int, cause: Exception) -> None:
         """A member died or was killed for hanging: replace it and have its chunk done again."""
-        member = self._living(name, life)
+        member = self.living(name, life)
         if member is None:
             return
         self.transport.stop(name, life)
@@ -231,7 +229,7 @@ class ElasticPool:
 
     def refused(self, name: str, life: int, error: Exception) -> None:
         """The work itself raised: its job fails, the member stays."""
-        member = self._living(name, life)
+        member = self.living(name, life)
         if member is None:
             return
         task, member.task = member.task, None
@@ -246,7 +244,7 @@ class ElasticPool:
     def broken(self, name: str, life: int, cause: Exception) -> bool:
         """A member cannot even start, so neither would another in its place. Go on without it if
         others are at work (True), else nothing can go on."""
-        member = self._living(name, life)
+        member = self.living(name, life)
         if member is None:
             return True
         if any(other.state != "starting" for other in self.members.values()):
@@ -285,7 +283,8 @@ class ElasticPool:
         del self.members[member.name]
         self.transport.stop(member.name, member.life)
 
-    def _living(self, name: str, life: int) -> Member | None:
+    def living(self, name: str, life: int) -> Member | None:
+        """The member, unless it has left or been replaced since that life."""
         member = self.members.get(name)
         return member if member is not None and member.life == life else None
 

@@ -1,7 +1,6 @@
 """From the plan to running actors: the only place where a class is made remote."""
 
 import os
-import socket
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,6 +13,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.deepspeed_setup import free_port
 from cluster.board import Watch, make_pulse, with_pulse
 from cluster.handles import Handle
 from cluster.live import LiveRun
@@ -99,9 +99,7 @@ class Cluster:
                 "there is no judge to start"
             )
         model = resolve_checkpoint(name)
-        return JudgeGroup(
-            self._start("judge", "judge", lambda _: (JudgeActor, (model, self._config)))
-        )
+        return JudgeGroup(self._start("judge", "judge", JudgeActor, (model, self._config)))
 
     def rewards(self, directory: Path) -> RewardGroup:
         """The scorers of the trained reward models in ``directory/KIND``."""
@@ -109,7 +107,7 @@ class Cluster:
 
         def start(kind: Kind) -> list[Handle]:
             arguments = (directory / kind, self._config)
-            return self._start("reward", f"reward-{kind}", lambda _: (RewardActor, arguments))
+            return self._start("reward", f"reward-{kind}", RewardActor, arguments)
 
         return RewardGroup([start(kind) for kind in KINDS])
 
@@ -155,13 +153,10 @@ class Cluster:
         if team := self._teams.pop(name, None):
             team.stop()
 
-    def _start(
-        self, role: str, prefix: str, make: Callable[[int], tuple[type, tuple[Any, ...]]]
-    ) -> list[Handle]:
+    def _start(self, role: str, prefix: str, cls: type, arguments: tuple[Any, ...]) -> list[Handle]:
         if prefix not in self._pools:
             self._pools[prefix] = [
-                self._launch(bundle, *make(index))
-                for index, bundle in enumerate(self._planned(role, prefix))
+                self._launch(bundle, cls, arguments) for bundle in self._planned(role, prefix)
             ]
         return self._pools[prefix]
 
@@ -269,10 +264,3 @@ def connect(config: Config) -> None:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     local = {} if address else {"num_cpus": config.cluster.local_cpus, "include_dashboard": False}
     ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -322,8 +322,7 @@ class _RayTransport:
         load: bool,
         done: "Future[Any]",
     ) -> None:
-        member = self.pool.members.get(name)
-        if member is None or member.life != life:
+        if not self.pool.living(name, life):
             return  # its weights may be gone too
         try:
             if load:
@@ -345,8 +344,7 @@ class _RayTransport:
     def _failed(self, name: str, life: int, error: BaseException) -> None:
         """Tell a death, which is mended, from an error in the work, which is not."""
         assert isinstance(error, Exception)
-        member = self.pool.members.get(name)
-        if member is None or member.life != life:
+        if not self.pool.living(name, life):
             return
         # Ray's errors are also of the class of what was raised in the actor.
         ours = isinstance(error, FgaifError) and not isinstance(error, ray.exceptions.RayError)

@@ -20,11 +20,31 @@ from fgaif.types import (
 )
 
 
-class ReferenceClient:
-    """The reference and value actor. Values trained before it died are trained again."""
+class _Trained:
+    """State that is saved, and brought back when an actor dies."""
 
     def __init__(self, team: Team) -> None:
         self.team = team
+
+    def save(self, path: Path) -> Pending[None]:
+        """Every actor writes its part of the state."""
+        return _first(self.team.save(_all(lambda actor: actor.save, path)))
+
+    def settle(self, path: Path) -> None:
+        """What ``save`` wrote lies at ``path`` now: bring the actors back from there."""
+        self.team.settle(_all(_restore, path))
+
+    def restore(self, path: Path) -> Pending[None]:
+        """Every actor reads its part."""
+        return _first(self.team.restore(_all(_restore, path)))
+
+    def stop(self) -> None:
+        """Stop every actor."""
+        self.team.stop()
+
+
+class ReferenceClient(_Trained):
+    """The reference and value actor. Values trained before it died are trained again."""
 
     def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
         """Reference log-probs and values."""
@@ -35,31 +55,12 @@ class ReferenceClient:
         submit = _all(lambda actor: actor.update_values, batch)
         return _first(self.team.call(submit, keep=True))
 
-    def save(self, path: Path) -> Pending[None]:
-        """Write its state."""
-        return _first(self.team.save(_all(lambda actor: actor.save, path)))
 
-    def settle(self, path: Path) -> None:
-        """What ``save`` wrote lies at ``path`` now: bring the actor back from there."""
-        self.team.settle(_all(_restore, path))
-
-    def restore(self, path: Path) -> Pending[None]:
-        """Read its state."""
-        return _first(self.team.restore(_all(_restore, path)))
-
-    def stop(self) -> None:
-        """Stop the actor."""
-        self.team.stop()
-
-
-class LearnerGroup:
+class LearnerGroup(_Trained):
     """All DeepSpeed ranks as one. Every rank takes part in every call; rank 0 answers for all.
 
     If one dies, all are started anew and trained again from the last checkpoint.
     """
-
-    def __init__(self, team: Team) -> None:
-        self.team = team
 
     def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
         """Equal counts per rank: under ZeRO-3 every forward pass is a collective."""
@@ -84,25 +85,9 @@ class LearnerGroup:
         """Gather the adapter (a collective under ZeRO-3) and number it."""
         return _first(self.team.call(_all(lambda actor: actor.publish, version)))
 
-    def save(self, path: Path) -> Pending[None]:
-        """Every rank writes its part."""
-        return _first(self.team.save(_all(lambda actor: actor.save, path)))
-
-    def settle(self, path: Path) -> None:
-        """What ``save`` wrote lies at ``path`` now: bring the ranks back from there."""
-        self.team.settle(_all(_restore, path))
-
-    def restore(self, path: Path) -> Pending[None]:
-        """Every rank reads its part."""
-        return _first(self.team.restore(_all(_restore, path)))
-
     def save_adapter(self, path: Path) -> Pending[None]:
         """Write the adapter as a PEFT directory."""
         return _first(self.team.call(_all(lambda actor: actor.save_adapter, path)))
-
-    def stop(self) -> None:
-        """Stop every rank."""
-        self.team.stop()
 
 
 def _restore(actor: Any) -> Any:

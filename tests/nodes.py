@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster as RayCluster
 
-from cluster.launch import free_port
+from actors.deepspeed_setup import free_port
 
 _QUICK_DEATHS = {
     "health_check_initial_delay_ms": 1000,

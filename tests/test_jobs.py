@@ -14,8 +14,8 @@ import ray.autoscaler
 import yaml
 from ray.cluster_utils import Cluster as RayCluster
 
+from actors.deepspeed_setup import free_port
 from cluster.jobs import Jobs, job_request
-from cluster.launch import free_port
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError
 

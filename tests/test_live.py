@@ -19,11 +19,11 @@ from beater import Beater
 from typer.testing import CliRunner, Result
 
 import cluster.board
+from actors.deepspeed_setup import free_port
 from actors.pool import Member, State
 from cluster import live_cli
 from cluster.board import NAMESPACE, Watch, board_name, make_pulse, start_board, with_pulse
 from cluster.cli import app
-from cluster.launch import free_port
 from cluster.metrics import METRICS, Exporter
 from cluster.status import ActorStatus, Publisher, RunStatus, write_live
 from fgaif.config import Config, load_config

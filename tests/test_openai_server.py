@@ -16,8 +16,8 @@ import pytest
 from engines import DirectChat, judge_actor
 from test_feedback_job import TOKENIZER, World
 
+from actors.deepspeed_setup import free_port
 from actors.openai_server import server_command, server_environment
-from cluster.launch import free_port
 from fgaif.chat.messages import ChatModel, ChatRequest, gather_all
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config, load_config

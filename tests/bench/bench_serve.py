@@ -47,7 +47,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from cluster.launch import free_port
+from actors.deepspeed_setup import free_port
 from fgaif.client import AsyncRewardClient, ScoringError
 from fgaif.config import LoraConfig
 from fgaif.data.scenes.captions import write_caption
