@@ -77,6 +77,8 @@ class PpoDriver:
         self._segmenter = segmenter
         self._find_malformed = find_malformed
         self._root = config.run_dir / "policy"
+        self._checkpoints = self._root / "checkpoints"
+        self._kept: tuple[int, Path | None] = 0, None
         self._state = LoopState(
             step=0, kl=KlState.from_config(config.ppo.kl), centers=RewardCenters.empty()
         )
@@ -94,22 +96,20 @@ class PpoDriver:
         """Yield a report after each step until ``ppo.steps`` are done; resume if configured.
 
         Raises:
-            FgaifError: what stopped the run; where the learner is whole, the last finished step is
-                kept as a checkpoint.
+            FgaifError: what stopped the run, and which step is kept as a checkpoint: the last
+                finished one where the learner is whole and the disk takes it.
         """
         config = self._config.ppo
         self._resume()
         self._sync(self._first_response(), self._state.step)
-        saved = self._state.step
         while self._state.step < config.steps:
             try:
                 report = self._step()
+                done = self._state.step
+                if done % config.checkpoint_every == 0 or done == config.steps:
+                    self._checkpoint()
             except FgaifError as error:
-                raise self._stopped(error, saved) from error
-            done = self._state.step
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                self._checkpoint()
-                saved = done
+                raise self._stopped(error) from error
             yield report
 
     def _first_response(self) -> list[Response]:
@@ -237,24 +237,23 @@ class PpoDriver:
         )
         return (last or self._syncing).result()
 
-    def _stopped(self, error: FgaifError, saved: int) -> FgaifError:
-        """Keep the last finished step, if the learner still stands there; say so."""
+    def _stopped(self, error: FgaifError) -> FgaifError:
+        """Keep the last finished step, if the learner still stands there; say what is kept."""
         step = self._state.step
-        if self._updating or step == saved:
-            return error
-        try:
-            # Where the engines are what failed, a resumed run samples these batches itself.
-            last = step + self._config.ppo.async_depth
-            kept = {n: sampling for n, sampling in self._ahead.items() if n < last}
-            self._ahead = {n: sampling for n, sampling in kept.items() if _came(sampling)}
-            self._checkpoint()
-        except FgaifError as failure:
-            log.warning("step %d could not be kept: %s", step, failure)
-            return error
-        return type(error)(
-            f"{error}\nStep {step} is kept in {self._root / 'checkpoints'}: go on with "
-            "ppo.resume=latest"
-        )
+        if not self._updating and step > self._kept[0]:
+            try:
+                # Where the engines are what failed, a resumed run samples these batches itself.
+                last = step + self._config.ppo.async_depth
+                kept = {n: sampling for n, sampling in self._ahead.items() if n < last}
+                self._ahead = {n: sampling for n, sampling in kept.items() if _came(sampling)}
+                self._checkpoint()
+            except FgaifError as failure:
+                log.warning("step %d could not be kept: %s", step, failure)
+        step, path = self._kept
+        if path is None:
+            return type(error)(f"{error}\nNo step is kept yet in {self._checkpoints}")
+        how = "latest" if path.parent == self._checkpoints else path
+        return type(error)(f"{error}\nStep {step} is kept in {path}: go on with ppo.resume={how}")
 
     def _checkpoint(self) -> None:
         """Write learner, value model and loop state as one directory, or nothing."""
@@ -277,7 +276,7 @@ class PpoDriver:
             "data": self._data.digest,
         }
         path = write_checkpoint(
-            self._root / "checkpoints",
+            self._checkpoints,
             f"step_{step:06d}",
             write,
             keep=self._config.ppo.keep_checkpoints,
@@ -285,14 +284,14 @@ class PpoDriver:
         )
         self._roles.learner.settle(path / "learner")
         self._roles.reference.settle(path / "reference")
+        self._kept = step, path
 
     def _resume(self) -> None:
         """Continue from ``ppo.resume``; refuse another configuration or other data."""
         wanted = self._config.ppo.resume
         if wanted is None:
             return
-        root = self._root / "checkpoints"
-        path = latest_checkpoint(root) if wanted == "latest" else Path(wanted)
+        path = latest_checkpoint(self._checkpoints) if wanted == "latest" else Path(wanted)
         if path is None:
             return
         state = read_state(path)
@@ -311,6 +310,7 @@ class PpoDriver:
             kl=KlState(**state["kl"]),
             centers=RewardCenters.from_json(state["centers"]),
         )
+        self._kept = state["step"], path
         for number in range(state["step"], state["step"] + self._config.ppo.async_depth):
             file = path / _AHEAD.format(number)
             if file.is_file():

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fgaif.errors import CheckpointError
+from fgaif.errors import CheckpointError, FgaifError
 from fgaif.types import FloatArray, Json
 
 _MANIFEST = "manifest.json"
@@ -48,6 +48,7 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+        FgaifError: the writer raised it; the message gains the checkpoint's name.
     """
     target, aside = root / name, root / f"{_ASIDE}{name}"
     try:
@@ -70,6 +71,9 @@ def write_checkpoint(
             f"checkpoint {target}: {error.strerror or error}; {fix} and resume, earlier "
             "checkpoints are intact"
         ) from error
+    except FgaifError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise type(error)(f"checkpoint {target}: {error}") from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

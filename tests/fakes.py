@@ -1,5 +1,6 @@
 """Fakes of the PPO roles that record the order of events; for tests of ordering and failure."""
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def two_segments(_: Response) -> tuple[Segment, ...]:
 
 
 class World:
-    """All four roles in one object. ``parameter`` moves with each update and is the policy."""
+    """All four roles in one object. ``parameter`` moves with each update and is the policy; the
+    disk is full for so many attempts to save as ``full`` says."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -68,6 +70,7 @@ class World:
         self.stale = False
         self.poison: set[str] = set()
         self.broken = ""
+        self.full = 0
         self.batch_sizes: list[int] = []
 
     def roles(self) -> Roles:
@@ -141,6 +144,9 @@ class World:
         return Ready(WeightsManifest(version=version, digest="", scaling=1.0, tensors=tensors))
 
     def save(self, path: Path) -> Ready[None]:
+        if self.full:
+            self.full -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
         path.mkdir(parents=True)
         state = {"parameter": self.parameter, "values": self.value_updates}
         (path / "state.json").write_text(json.dumps(state))

@@ -9,7 +9,7 @@ from fakes import World, prompts, two_segments
 from cluster.driver import PpoData, PpoDriver
 from fgaif.checkpoint import latest_checkpoint
 from fgaif.config import Config, load_config, with_overrides
-from fgaif.errors import ActorError, ConfigError, SyncError
+from fgaif.errors import ActorError, CheckpointError, ConfigError, SyncError
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:
@@ -212,6 +212,7 @@ def test_a_run_that_must_stop_keeps_its_last_finished_step_where_the_learner_is_
     kept = latest_checkpoint(settings.run_dir / "policy" / "checkpoints")
     if during == "update":
         assert kept is None
+        assert "No step is kept yet in " in str(stopped.value)
         return
     assert kept is not None
     assert kept.name == "step_000003"
@@ -223,3 +224,27 @@ def test_a_run_that_must_stop_keeps_its_last_finished_step_where_the_learner_is_
     assert resumed.parameter == whole.parameter
     if during == "score":  # what had been sampled is not sampled again, with other weights
         assert versions_sampled_with(resumed) == versions_sampled_with(whole)[3 + depth :]
+
+
+@pytest.mark.parametrize(("attempts", "kept"), [(1, 4), (9, 2)])
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_says_what_is_kept(
+    tmp_path: Path, attempts: int, kept: int
+) -> None:
+    """A second attempt is made; what was there before stays in any case."""
+    world, settings = World(), config(tmp_path / "cut")
+    steps = driver(world, settings).run()
+    for _ in range(3):
+        next(steps)
+    world.full = attempts
+    with pytest.raises(CheckpointError) as stopped:
+        next(steps)
+    folder = settings.run_dir / "policy" / "checkpoints"
+    first, last = str(stopped.value).splitlines()
+    assert first.startswith(f"checkpoint {folder / 'step_000004'}: No space left on device; free")
+    path = folder / f"step_{kept:06d}"
+    assert last == f"Step {kept} is kept in {path}: go on with ppo.resume=latest"
+    assert latest_checkpoint(folder) == path
+    resumed, whole = World(), World()
+    list(driver(resumed, with_overrides(settings, ["ppo.resume=latest"])).run())
+    list(driver(whole, config(tmp_path / "whole")).run())
+    assert resumed.parameter == whole.parameter
