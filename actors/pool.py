@@ -87,14 +87,15 @@ class Member:
 
 class Transport(Protocol):
     """Carries the pool's orders out. Every order returns at once; its outcome comes back as
-    ``started``, ``finished`` or ``died`` with the same name and life."""
+    ``started``, ``loaded``, ``finished`` or ``died`` with the same name and life."""
 
     def start(self, name: str, life: int) -> None:
         """Start a member; ``started`` follows when it can work."""
         ...
 
     def work(self, name: str, life: int, task: Task, load: bool) -> None:
-        """Load the task's weights first if ``load``, then do it; ``finished`` follows."""
+        """Load the task's weights first if ``load``, then do it; ``loaded`` may follow and
+        ``finished`` does."""
         ...
 
     def stop(self, name: str, life: int) -> None:
@@ -114,8 +115,8 @@ class ElasticPool:
 
     Chunks are handed out in order to members that are free. A member that holds other weights than
     a chunk wants loads them first; so does one that has just joined. A chunk whose member dies goes
-    first to the next one. After two deaths its items go one by one, and an item that kills twice by
-    itself is set aside.
+    first to the next one. After two deaths its items go one by one. One that kills by itself goes
+    last, so that others are answered between two deaths, and is set aside when it kills again.
 
     Args:
         transport: carries orders out.
@@ -190,6 +191,13 @@ class ElasticPool:
         """A member can work."""
         if member := self.living(name, life):
             self._feed(member)
+
+    def loaded(self, name: str, life: int) -> None:
+        """A member has the weights of its task, at which it is still at work."""
+        member = self.living(name, life)
+        if member is not None and member.task is not None:
+            member.weights = member.task.weights
+            self._settle_loads()
 
     def finished(self, name: str, life: int, answers: Sequence[Any]) -> None:
         """A member has done its task."""
@@ -325,6 +333,9 @@ class ElasticPool:
             assert task.job is not None
             self.set_aside += task.items
             self._count(task.job, 1)
+        elif alone:
+            behind = [place for place, other in enumerate(self.queue, 1) if other.job is task.job]
+            self.queue.insert(max(behind, default=0), task)
         elif task.deaths >= 2:
             self.queue.extendleft(
                 Task(job=task.job, indexes=[i], items=[item], weights=task.weights)

@@ -1,11 +1,14 @@
 """An actor at its place: whether it has started, on which node, and its end."""
 
 import time
+from contextlib import suppress
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group_table,
     remove_placement_group,
 )
@@ -46,9 +49,34 @@ class Member:
 
     def node(self) -> str:
         """Id of the node that its resources are reserved on; empty if there is none now."""
-        return str(placement_group_table(self._group).get("bundles_to_node_id", {}).get(0, ""))
+        return node_of(self._group)
 
     def stop(self) -> None:
-        """Kill it and free its resources, also those reserved on a node that is lost."""
+        """Kill it and free its resources, also those reserved on a node that is lost.
+
+        So are those of an actor that another process of this job has started in its place: it dies
+        with that process, but what is reserved for it would stay until the job ends.
+        """
         ray.kill(self.actor)
         remove_placement_group(self._group)
+        for row in placement_group_table().values():
+            if row["state"] != "REMOVED" and row["name"].startswith(_group_prefix(self.name)):
+                with suppress(ValueError):  # it has just been removed
+                    remove_placement_group(get_placement_group(row["name"]))
+
+
+def group_name(name: str) -> str:
+    """A name for another placement group of the actor ``name``.
+
+    Ray wants names to differ over all jobs of a cluster, and frees those of the dead late.
+    """
+    return f"{_group_prefix(name)}{uuid4().hex[:8]}"
+
+
+def _group_prefix(name: str) -> str:
+    return f"{name}-{ray.get_runtime_context().get_job_id()}-"
+
+
+def node_of(group: PlacementGroup) -> str:
+    """Id of the node that the group's only bundle is reserved on; empty if there is none now."""
+    return str(placement_group_table(group).get("bundles_to_node_id", {}).get(0, ""))

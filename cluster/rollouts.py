@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from actors.pool import ElasticPool, Member, Task
 from cluster.failures import CREATION, is_gone, translate
+from cluster.member import node_of
 from cluster.team import Watcher
 from cluster.weight_sync import Probe, check_version
 from fgaif.config import ClusterConfig
@@ -218,6 +219,8 @@ class _RayTransport:
         self._weights: dict[int, _Weights] = {}
         self._differences: dict[int, list[float]] = {}
         self._pinged: set[tuple[str, int]] = set()
+        self._loading: dict[str, list[ray.ObjectRef]] = {}
+        self._placed: dict[str, float] = {}
         self.pool: ElasticPool
 
     def offer(self, serial: int, weights: _Weights, oldest: int) -> None:
@@ -241,18 +244,21 @@ class _RayTransport:
     def work(self, name: str, life: int, task: Task, load: bool) -> None:
         self._since[name] = time.monotonic()
         actor = self._actors[name][0]
-        calls: list[ray.ObjectRef] = []
         if load:
             weights = self._weights[task.weights]
-            calls.append(actor.load_weights.remote(weights.stored))
+            calls = [actor.load_weights.remote(weights.stored)]
             if weights.probe is not None:
                 calls.append(actor.probe_logprobs.remote(weights.probe.responses))
+            self._loading[name] = calls
+            # An actor does its calls in order: when the last is done, all are.
+            self._when_done(calls[-1], partial(self._loaded, name, life, task))
         if task.job is not None:
-            calls.append(task.job.method(actor).remote(task.items))
-        # An actor does its calls in order: when the last is done, all are.
-        self._when_done(calls[-1], partial(self._finished, name, life, task, calls, load))
+            answers = task.job.method(actor).remote(task.items)
+            self._when_done(answers, partial(self._finished, name, life, task))
 
     def stop(self, name: str, life: int) -> None:
+        self._loading.pop(name, None)
+        self._placed.pop(name, None)
         actor, group = self._actors.pop(name)
         ray.kill(actor)
         remove_placement_group(group)
@@ -270,8 +276,16 @@ class _RayTransport:
             ActorError: no engine became ready in time.
         """
         members = list(self.pool.members.values())
+        starting = [now - self._since[m.name] for m in members if m.state == "starting"]
+        nobody_works = len(starting) == len(members) > 0
+        if nobody_works and min(starting) > self._cluster.start_timeout_s:
+            raise ActorError(
+                f"no rollout engine became ready within cluster.start_timeout_s = "
+                f"{self._cluster.start_timeout_s:g}: is there room for one? See `ray status`"
+            )
         for member in members:
             if member.state == "starting":
+                self._look_at_start(member, now)
                 continue
             waited = now - self._since[member.name] if member.task else 0.0
             problem = self._watch.problem(member.name, waited) if self._watch else None
@@ -282,13 +296,20 @@ class _RayTransport:
                 self.pool.died(member.name, member.life, ActorError(f"{member.name} {problem}"))
             elif member.state == "idle" and (member.name, member.life) not in self._pinged:
                 self._ping(member.name, member.life)
-        starting = [now - self._since[m.name] for m in members if m.state == "starting"]
-        nobody_works = len(starting) == len(members) > 0
-        if nobody_works and min(starting) > self._cluster.start_timeout_s:
-            raise ActorError(
-                f"no rollout engine became ready within cluster.start_timeout_s = "
-                f"{self._cluster.start_timeout_s:g}: is there room for one? See `ray status`"
-            )
+
+    def _look_at_start(self, member: Member, now: float) -> None:
+        """Replace one that has room but does not get ready; who waits for room may do so."""
+        limit = self._cluster.start_timeout_s
+        if now - self._since[member.name] <= limit:
+            return
+        placed = self._placed.get(member.name)
+        if placed is None:
+            if node_of(self._actors[member.name][1]):
+                self._placed[member.name] = now
+        elif now - placed > limit:
+            late = f"{member.name} did not start within cluster.start_timeout_s = {limit:g}"
+            log.warning("%s and is replaced", late)
+            self.pool.died(member.name, member.life, ActorError(late))
 
     def _ping(self, name: str, life: int) -> None:
         """Nobody waits for an idle engine's answer, so its death would only show with its work."""
@@ -313,33 +334,46 @@ class _RayTransport:
         else:
             self._failed(name, life, error)
 
-    def _finished(
-        self,
-        name: str,
-        life: int,
-        task: Task,
-        calls: list[ray.ObjectRef],
-        load: bool,
-        done: "Future[Any]",
-    ) -> None:
-        if not self.pool.living(name, life):
-            return  # its weights may be gone too
+    def _loaded(self, name: str, life: int, task: Task, done: "Future[Any]") -> None:
+        if not self._at_work(name, life, task):
+            return
         try:
-            if load:
-                self._check(name, task.weights, calls)
-            answers = done.result() if task.job is not None else []
+            self._confirm(name, task)
+        except Exception as error:
+            self._failed(name, life, error)
+        else:
+            if task.job is None:
+                self.pool.finished(name, life, [])
+            else:
+                self.pool.loaded(name, life)
+
+    def _finished(self, name: str, life: int, task: Task, done: "Future[Any]") -> None:
+        if not self._at_work(name, life, task):
+            return
+        try:
+            self._confirm(name, task)  # nobody says that the news of loading comes first
+            answers = done.result()
         except Exception as error:
             self._failed(name, life, error)
         else:
             self.pool.finished(name, life, answers)
 
-    def _check(self, name: str, serial: int, calls: list[ray.ObjectRef]) -> None:
-        weights = self._weights[serial]
+    def _at_work(self, name: str, life: int, task: Task) -> bool:
+        """Whether news of the task still counts: its weights may be gone, or loading failed."""
+        member = self.pool.living(name, life)
+        return member is not None and member.task is task
+
+    def _confirm(self, name: str, task: Task) -> None:
+        """Check once what loading the task's weights gave, if it was to load them."""
+        calls = self._loading.pop(name, None)
+        if calls is None:
+            return
+        weights = self._weights[task.weights]
         difference = 0.0
         check_version(name, weights.version, ray.get(calls[0]))
         if weights.probe is not None:
             difference = weights.probe.check(name, weights.version, ray.get(calls[1]))
-        self._differences[serial].append(difference)
+        self._differences[task.weights].append(difference)
 
     def _failed(self, name: str, life: int, error: BaseException) -> None:
         """Tell a death, which is mended, from an error in the work, which is not."""

@@ -22,6 +22,8 @@ class MortalEngine:
         (folder / f"{name}.pid").write_text(str(os.getpid()))
         if self._told("break"):
             raise DataError(f"{name} does not start")
+        if self._told("hang-starting"):
+            time.sleep(60)
 
     def generate(self, items: Sequence[int]) -> list[tuple[int, int]]:
         """Items doubled, with the version that did it."""

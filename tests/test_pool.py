@@ -112,6 +112,23 @@ def test_a_joiner_loads_the_weights_before_its_first_chunk() -> None:
     assert answers.result(0) == [2, 4]
 
 
+def test_weights_have_arrived_when_they_are_loaded_not_after_the_chunk() -> None:
+    stage = Stage(1)
+    answers = stage.ask([1, 2], 1)
+    loaded = stage.load(1)
+    later = stage.ask([3], 1)
+    stage.done("rollout-0")
+    stage.done("rollout-0")
+    assert stage.given() == {"rollout-0": [3]}
+    assert not loaded.done()
+    stage.pool.loaded("rollout-0", stage.lives["rollout-0"])
+    assert loaded.done()
+    stage.done("rollout-0")
+    assert stage.loads == ["rollout-0 1"]
+    assert answers.done()
+    assert later.done()
+
+
 def test_a_chunk_is_done_with_the_weights_it_was_asked_for_with() -> None:
     stage = Stage(1)
     stage.load(1)
@@ -171,15 +188,14 @@ def test_members_that_have_not_started_are_let_go_first_and_names_are_used_again
 
 def test_the_chunk_of_a_dead_member_goes_first_to_the_next() -> None:
     stage = Stage(2)
-    answers = stage.ask([1, 2, 3, 4], 1)
+    answers = stage.ask([1, 2, 3, 4, 5, 6], 2)
     stage.die("rollout-0", ready=False)
     stage.done("rollout-1")
-    assert stage.given() == {"rollout-1": [1]}
+    assert stage.given() == {"rollout-1": [1, 2]}
     stage.ready("rollout-0")
-    for name in ("rollout-1", "rollout-0", "rollout-1", "rollout-0"):
-        if name in stage.tasks:
-            stage.done(name)
-    assert answers.result(0) == [2, 4, 6, 8]
+    stage.done("rollout-1")
+    stage.done("rollout-0")
+    assert answers.result(0) == [2, 4, 6, 8, 10, 12]
     assert stage.pool.members["rollout-0"].restarts == 1
 
 
@@ -208,6 +224,18 @@ def test_a_sample_that_keeps_killing_members_is_set_aside_and_the_others_are_ans
     assert stage.pool.members["rollout-0"].restarts == 4
 
 
+def test_several_such_samples_in_a_chunk_do_not_use_up_the_restarts() -> None:
+    stage = Stage(1, max_restarts=5)
+    answers = stage.ask([13, 14, 15, 1], 4)
+    while stage.tasks:
+        if {13, 14, 15} & set(stage.given()["rollout-0"]):
+            stage.die("rollout-0")
+        else:
+            stage.done("rollout-0")
+    assert answers.result(0) == [None, None, None, 2]
+    assert stage.pool.set_aside == [13, 14, 15]
+
+
 def test_a_sample_alone_in_its_chunk_is_set_aside_after_two_deaths() -> None:
     stage = Stage(1)
     answers = stage.ask([13], 1)
@@ -219,12 +247,12 @@ def test_a_sample_alone_in_its_chunk_is_set_aside_after_two_deaths() -> None:
 
 def test_restarts_in_a_row_are_bounded_and_every_answer_starts_the_count_anew() -> None:
     stage = Stage(1, max_restarts=1)
-    answers = stage.ask([1, 2], 1)
+    answers = stage.ask([1, 2, 3, 4], 2)
     stage.die("rollout-0")
     stage.done("rollout-0")
     stage.die("rollout-0")
     stage.done("rollout-0")
-    assert answers.result(0) == [2, 4]
+    assert answers.result(0) == [2, 4, 6, 8]
     lost = stage.ask([3, 4], 2)
     loading = stage.load(1)
     stage.die("rollout-0")

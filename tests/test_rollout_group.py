@@ -44,7 +44,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def begin(engines: int = 1, **how: Any) -> RolloutGroup:
         cluster = ClusterConfig.model_validate(
-            {"rollout": {"replicas": engines, "chunk": 2}, "max_restarts": how.pop("restarts", 2)}
+            {
+                "rollout": {"replicas": engines, "chunk": 2},
+                "max_restarts": how.pop("restarts", 2),
+                "start_timeout_s": how.pop("start_timeout_s", 60),
+            }
         )
 
         def create(name: str) -> Any:
@@ -138,6 +142,15 @@ def test_an_engine_that_hangs_is_replaced(start: Start, tmp_path: Path) -> None:
     group = start(1, watch=Doubt(tmp_path))
     assert ask(group, [1]).result() == doubled([1], 0)
     assert starts(tmp_path, "rollout-0") == 2
+
+
+def test_an_engine_that_hangs_while_it_starts_is_replaced(start: Start, tmp_path: Path) -> None:
+    group = start(1, start_timeout_s=3)
+    ask(group, [1]).result()
+    tell(tmp_path, "rollout-1", "hang-starting")
+    group.resize(2)
+    until(lambda: starts(tmp_path, "rollout-1") == 2)
+    assert starts(tmp_path, "rollout-0") == 1
 
 
 def test_the_death_of_an_engine_without_work_is_noticed(start: Start, tmp_path: Path) -> None:
