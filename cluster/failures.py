@@ -80,12 +80,39 @@ def _death(text: str, node: str) -> str:
     tail = _log_tail(ip, pid) if pid else []
     told = any(word in detail for word in _MEMORY)
     silent = any(word in detail for word in _KILLED)
-    if told or (silent and not any(word in line for word in _CRASHED for line in tail)):
-        lines.append(
-            f"probably out of memory: the process was killed from outside; {_LESS_MEMORY} "
-            "(`dmesg` on that node tells, unless somebody killed it)"
-        )
+    if told:
+        lines.append(f"out of memory: {_LESS_MEMORY}")
+    elif silent and not any(word in line for word in _CRASHED for line in tail):
+        lines.append(_killer(here=ip == ray.util.get_node_ip_address()))
     return "\n  ".join([*lines, *tail])
+
+
+def _killer(here: bool) -> str:
+    """Who may have killed a process that left no word: Ray says the same of all."""
+    global _known_kills
+    known, now = _known_kills, _memory_kills()
+    if not here or known is None or now is None:
+        return (
+            "killed from outside: by the kernel for lack of memory (`dmesg` on that node tells; if "
+            f"so, {_LESS_MEMORY}), or by somebody"
+        )
+    _known_kills = now
+    if now > known:
+        return f"the kernel has killed for lack of memory on this machine: {_LESS_MEMORY}"
+    return "killed from outside, not by the kernel for lack of memory: its count has not grown"
+
+
+def _memory_kills() -> int | None:
+    """Processes that the kernel has killed on this machine for lack of memory, since it started."""
+    try:
+        found = re.search(r"(?m)^oom_kill (\d+)", _COUNTERS.read_text(encoding="ascii"))
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+_COUNTERS = Path("/proc/vmstat")
+_known_kills = _memory_kills()  # as the run began, or as was told last
 
 
 def _exit(text: str) -> str:

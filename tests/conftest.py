@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, transformers, vllm or ray are imported; worker processes inherit it.
@@ -51,3 +52,16 @@ def llava15_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of real photographs with ``prompts.jsonl``; do not write into it."""
     return tiny.write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs for a file's tests; its workers can import what lies beside them."""
+    import ray  # takes a second, and most files do without
+
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=here
+    )
+    yield
+    ray.shutdown()

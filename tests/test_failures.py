@@ -5,12 +5,12 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
+import cluster.failures
 from cluster.failures import is_gone, translate
 from fgaif.errors import ActorError, CheckpointError, DataError
 
@@ -40,20 +40,6 @@ class Fragile:
         time.sleep(60)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import Fragile
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env=here,
-    )
-    yield
-    ray.shutdown()
-
-
 def failure(method: str, *, broken: bool = False) -> Exception:
     actor = ray.remote(Fragile).options(num_cpus=0).remote(broken)
     with pytest.raises(ray.exceptions.RayError) as caught:
@@ -61,49 +47,76 @@ def failure(method: str, *, broken: bool = False) -> Exception:
     return translate(caught.value, "reward-object-0")
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("local_ray")
 def test_our_own_errors_keep_their_type_and_gain_the_actor_s_name() -> None:
     error = failure("refuse")
     assert isinstance(error, DataError)
     assert str(error) == "reward-object-0: row 7: no image"
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("local_ray")
 def test_other_errors_are_named() -> None:
     error = failure("stumble")
     assert isinstance(error, ActorError)
     assert str(error) == "reward-object-0 failed: ZeroDivisionError: by nothing"
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("local_ray")
 def test_an_actor_that_could_not_start_says_why() -> None:
     message = str(failure("refuse", broken=True))
     assert message.startswith("reward-object-0 could not start: CheckpointError: model 'x'")
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("local_ray")
 def test_a_dead_process_leaves_its_last_words() -> None:
-    """What ended it, on which node, what it last said; who is killed is short of memory."""
+    """What ended it, on which node, who may have killed it, what it last said."""
     message = str(failure("die"))
     head, hint, *log = message.splitlines()
     here = ray.util.get_node_ip_address()
     assert re.fullmatch(
         rf"reward-object-0 died: SYSTEM_ERROR: .*End of file\. \(node {here}, pid \d+\)", head
     )
-    assert hint.strip().startswith("probably out of memory")
+    assert hint.strip().startswith("killed from outside")
     assert "common causes" not in message
     assert re.fullmatch(r"last lines of worker-\w+-\w+-\d+\.err:", log[0].strip())
     assert log[-1].strip() == "the last words"
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("local_ray")
 def test_a_crash_in_native_code_is_not_taken_for_a_lack_of_memory() -> None:
     message = str(failure("crash"))
     assert "Fatal Python error: Aborted" in message
     assert "out of memory" not in message
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("local_ray")
+def test_the_kernel_s_count_tells_a_lack_of_memory_from_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count is of the driver's machine: of another one nothing is said for sure."""
+    counters = tmp_path / "vmstat"
+    monkeypatch.setattr(cluster.failures, "_COUNTERS", counters)
+    monkeypatch.setattr(cluster.failures, "_known_kills", 3)
+
+    def hint(ip: str, kills: int) -> str:
+        counters.write_text(f"nr_free_pages 9\noom_kill {kills}\nswap_ra 1\n")
+        dead = ray.exceptions.ActorDiedError()
+        dead.error_msg = (
+            f"The actor died.\n\tip: {ip}\n\tWorker exit type: SYSTEM_ERROR Worker exit detail: "
+            "Worker unexpectedly exits with a connection error code 2. End of file."
+        )
+        return str(translate(dead, "judge-0")).splitlines()[1].strip()
+
+    here = ray.util.get_node_ip_address()
+    assert hint(here, 3).startswith("killed from outside, not by the kernel for lack of memory")
+    assert "or by somebody" in hint("10.1.2.3", 4)
+    assert hint(here, 4).startswith("the kernel has killed for lack of memory on this machine")
+    assert hint(here, 4).startswith("killed from outside, not by the kernel")
+    monkeypatch.setattr(cluster.failures, "_COUNTERS", tmp_path / "none")
+    assert "or by somebody" in hint(here, 5)
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_a_log_on_another_node_is_named() -> None:
     lost = ray.exceptions.ActorDiedError()
     lost.error_msg = (
@@ -121,7 +134,7 @@ def test_a_log_on_another_node_is_named() -> None:
     assert "-42.err" in message
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("local_ray")
 def test_a_time_out_of_the_work_itself_is_no_death() -> None:
     actor = ray.remote(Fragile).options(num_cpus=0).remote()
     with pytest.raises(TimeoutError) as caught:
