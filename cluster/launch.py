@@ -25,7 +25,7 @@ from cluster.status import ActorStatus
 from cluster.team import Limits, Team
 from cluster.trained import LearnerGroup, ReferenceClient
 from fgaif.config import Config
-from fgaif.errors import ConfigError
+from fgaif.errors import ActorError, ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.types import KINDS, Kind
 
@@ -47,24 +47,24 @@ class Cluster:
         self._pools: dict[str, list[Handle]] = {}
         self._teams: dict[str, Team] = {}
         self._rollouts: RolloutGroup | None = None
-        self._owns_ray = False
+        self._open = ExitStack()
         self._live = live
         self.live: LiveRun | None = None
 
     def __enter__(self) -> Self:
-        if not ray.is_initialized():
-            self._owns_ray = True
-            connect(self._config)
-        self._bundles = plan_roles(self._config, self._roles)
-        check_fits(self._bundles, ray.cluster_resources())
-        if self._live:
-            self.live = LiveRun(self._config, self._others)
+        with ExitStack() as stack:  # what was begun is ended if a later part raises
+            if not ray.is_initialized():
+                stack.callback(ray.shutdown)
+                connect(self._config)
+            self._bundles = plan_roles(self._config, self._roles)
+            check_fits(self._bundles, ray.cluster_resources())
+            if self._live:
+                self.live = LiveRun(self._config, self._others)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with ExitStack() as stack:  # each is done whatever those before it raise
-            if self._owns_ray:
-                stack.callback(ray.shutdown)
+        with self._open as stack:  # each is done whatever those before it raise
             if self.live:
                 stack.callback(self.live.close, kind)
             for name in reversed(["rollout", *self._pools, *self._teams]):
@@ -126,19 +126,18 @@ class Cluster:
         from actors.learner import LearnerActor
 
         def start(bundles: Sequence[Bundle]) -> list[Member]:
-            groups = [reserve(bundle) for bundle in bundles]
-            try:
-                address, port = meeting_point(groups, self._cluster.start_timeout_s)
-            except (ray.exceptions.RayError, TimeoutError):
+            with ExitStack() as undo:  # a group takes along the actors in it
+                groups = [reserve(bundle) for bundle in bundles]
                 for group in groups:
-                    remove_placement_group(group)
-                raise
-            return [
-                self._member(
-                    bundle, LearnerActor, (self._config, rank, len(groups), address, port), group
-                )
-                for rank, (bundle, group) in enumerate(zip(bundles, groups, strict=True))
-            ]
+                    undo.callback(remove_placement_group, group)
+                meeting = meeting_point(groups, self._cluster.start_timeout_s)
+                facts = [(self._config, rank, len(groups), *meeting) for rank in range(len(groups))]
+                members = [
+                    self._member(bundle, LearnerActor, arguments, group)
+                    for bundle, arguments, group in zip(bundles, facts, groups, strict=True)
+                ]
+                undo.pop_all()
+            return members
 
         return LearnerGroup(self._team("learner", start))
 
@@ -246,12 +245,22 @@ def reserve(bundle: Bundle) -> PlacementGroup:
 
 
 def meeting_point(groups: Sequence[PlacementGroup], timeout_s: float) -> tuple[str, int]:
-    """Address of the first group's node, and a port that is free there; one alone needs neither."""
+    """Address of the first group's node, and a port that is free there; one alone needs neither.
+
+    Raises:
+        ActorError: no node has had room for the first group for so long.
+    """
     if len(groups) == 1:
         return "", 0
     place = PlacementGroupSchedulingStrategy(placement_group=groups[0])
     ask = ray.remote(_address).options(num_cpus=0, scheduling_strategy=place)
-    found: tuple[str, int] = ray.get(ask.remote(), timeout=timeout_s)
+    try:
+        found: tuple[str, int] = ray.get(ask.remote(), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise ActorError(
+            "learner-0: no node had room for it within cluster.start_timeout_s = "
+            f"{timeout_s:g}; see `ray status`"
+        ) from error
     return found
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -24,18 +25,21 @@ class LiveRun:
         """``others`` gives the actors besides rollout engines whenever a status is published."""
         context = ray.get_runtime_context()
         self._board = start_board(config)
-        self._exporter = Exporter(config.name)
-        self.watch = Watch.of(self._board, config.cluster)
-        self.publisher = Publisher(config, [self._board.put.remote, self._exporter.status])
-        self.publisher.listen(self.watch.signs, others)
-        write_live(
-            config,
-            address=context.gcs_address,
-            namespace=NAMESPACE,
-            board=board_name(config),
-            job=context.get_job_id(),
-        )
-        self._log = log_to(config.run_dir / "logs" / "driver.log")
+        with ExitStack() as undo:
+            undo.callback(ray.kill, self._board)
+            self._exporter = Exporter(config.name)
+            self.watch = Watch.of(self._board, config.cluster)
+            self.publisher = Publisher(config, [self._board.put.remote, self._exporter.status])
+            self.publisher.listen(self.watch.signs, others)
+            write_live(
+                config,
+                address=context.gcs_address,
+                namespace=NAMESPACE,
+                board=board_name(config),
+                job=context.get_job_id(),
+            )
+            self._log = log_to(config.run_dir / "logs" / "driver.log")
+            undo.pop_all()
 
     def hooks(self) -> dict[str, Any]:
         """What the rollout engines' group listens to and tells."""
