@@ -88,6 +88,12 @@ class Cluster:
             self._rollouts = RolloutGroup(create, self._cluster, **hooks)
         return self._rollouts
 
+    def engines(self) -> int:
+        """Rollout engines that there may be now: as scaled by hand, at most, or as configured."""
+        settings = self._cluster.rollout
+        wished = self.live.watch.wished() if self.live else None
+        return wished or (settings.autoscale.max if settings.autoscale else settings.replicas)
+
     def judges(self) -> JudgeGroup:
         """The verifier's engines."""
         from actors.judge import JudgeActor

@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cluster.launch import Cluster
 from cluster.ledger import ORDER, STAGES, Ledger, Stage
 from cluster.placement import Role, plan_roles, plan_table
 from cluster.roles import Roles
+from cluster.rollouts import RolloutGroup
 from cluster.train_rewards import train_rewards
 from fgaif.chat.limits import Usage
 from fgaif.config import Config, dump_config, with_overrides
@@ -43,6 +45,7 @@ from fgaif.feedback.store import label_store, response_store
 from fgaif.files import write_json
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
+from fgaif.pending import Pending
 from fgaif.progress import StepDisplay
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import reward_metrics
@@ -50,7 +53,9 @@ from fgaif.tracking import Tracker
 from fgaif.types import KINDS, GenerationRequest, Json, Response, Segment
 
 _REQUESTS = 256
-"""Items per call and replica: few enough for a moving progress bar, enough for full batches."""
+"""Items per call and engine: few enough for a moving progress bar, enough for full batches."""
+_ROUNDS = 2
+"""Rounds asked for at a time: engines that finish theirs, or have just joined, find work."""
 
 _OUTPUTS: dict[Stage, tuple[str, ...]] = {
     "sample": ("responses",),
@@ -406,16 +411,13 @@ class Run:
         done: int = 0,
         keep: Callable[[list[Response]], None] = lambda _: None,
     ) -> list[Response]:
-        """Sample in chunks with a progress bar, handing each finished chunk to ``keep``."""
-        rollouts = self._cluster.rollouts()
-        size = _REQUESTS * self._config.cluster.rollout.replicas
+        """Sample in rounds with a progress bar, handing each finished round to ``keep``."""
         responses: list[Response] = []
         lost = 0
         with progress_bars(self._console, what) as progress:
             progress(done, done + len(requests))
-            for start in range(0, len(requests), size):
-                asked = requests[start : start + size]
-                sampled = rollouts.generate(asked, chunk=_REQUESTS).result()
+            rounds = sample_in_rounds(self._cluster.rollouts(), requests, self._cluster.engines)
+            for sampled in rounds:
                 chunk = [response for response in sampled if response is not None]
                 keep(chunk)
                 responses += chunk
@@ -434,6 +436,24 @@ class Run:
         if warning := source.prompts.warning():
             self._console.print(f"[yellow]{warning}[/yellow]", highlight=False)
         return source
+
+
+def sample_in_rounds(
+    rollouts: RolloutGroup, requests: Sequence[GenerationRequest], engines: Callable[[], int]
+) -> Iterator[list[Response | None]]:
+    """Yield the answers in order, a round after the other; None for one that was set aside.
+
+    A round is a call for each of the engines that there are when it is asked for. Calls are of the
+    same requests whatever the engines' number, which therefore changes no answer.
+    """
+    asked: deque[Pending[list[Response | None]]] = deque()
+    position = 0
+    while asked or position < len(requests):
+        while len(asked) < _ROUNDS and position < len(requests):
+            end = position + _REQUESTS * engines()
+            asked.append(rollouts.generate(requests[position:end], chunk=_REQUESTS))
+            position = end
+        yield asked.popleft().result()
 
 
 def _to_run(ledger: Ledger, config: Config, wanted: Sequence[Stage], force: bool) -> list[Stage]:
