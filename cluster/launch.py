@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
-from uuid import uuid4
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -17,7 +16,7 @@ from actors.deepspeed_setup import free_port
 from cluster.board import Watch, make_pulse, with_pulse
 from cluster.handles import Handle
 from cluster.live import LiveRun
-from cluster.member import Member
+from cluster.member import Member, group_name
 from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
 from cluster.rollouts import RolloutGroup
 from cluster.scorers import JudgeGroup, RewardGroup
@@ -246,8 +245,7 @@ def create_actor(
 def reserve(bundle: Bundle) -> PlacementGroup:
     """Ask for the bundle's resources, without waiting for them."""
     resources = {"CPU": bundle.cpus} | ({"GPU": bundle.gpus} if bundle.gpus else {})
-    # Ray wants names to differ over all jobs of a cluster, and frees those of the dead late.
-    return placement_group([resources], name=f"{bundle.name}-{uuid4().hex[:8]}")
+    return placement_group([resources], name=group_name(bundle.name))
 
 
 def meeting_point(groups: Sequence[PlacementGroup], timeout_s: float) -> tuple[str, int]:

@@ -105,7 +105,8 @@ class Team:
             raise translate(error, name) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process gets the members and may replace them; calls and watch stay here."""
+        """Another process of the job gets the members and may replace them; calls and watch stay
+        here. What it started dies with it, or with ``stop`` here."""
         return _elsewhere, (self.name, self._start, self._limits, self.members)
 
     def call(self, submit: Submit, *, keep: bool = False) -> Pending[list[Any]]:

@@ -1,5 +1,6 @@
 """What a cluster began is ended, also where it cannot begin, and whoever began it."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from cluster.board import boards
 from cluster.launch import Cluster
+from cluster.scorers import JudgeGroup
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError, DataError
 
@@ -57,6 +59,43 @@ def test_ranks_without_room_are_given_up_and_leave_nothing(
             cluster.learner()
         until(lambda: len(held()) == 1)
     remove_placement_group(full)
+
+
+class Judge:
+    """Doubles numbers; dies once if the file is there."""
+
+    def __init__(self, model: Path, settings: Config) -> None:
+        self._order = settings.run_dir / "die"
+
+    def answer(self, items: list[int]) -> list[int]:
+        if self._order.exists():
+            self._order.unlink()
+            os._exit(1)
+        return [2 * item for item in items]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_another_process_started_in_a_judge_s_place_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its resources are not held until the job ends: the roles of PPO need them."""
+    stand_in(monkeypatch, "actors.judge", "JudgeActor", Judge)
+    settings = config(tmp_path, "feedback.verifier=scenes:verifier", "cluster.judge.cpus=1.5")
+    settings.run_dir.mkdir()
+
+    def ask(judges: JudgeGroup, items: list[int]) -> list[int]:
+        (settings.run_dir / "die").touch()
+        return judges.spread(lambda judge: judge.answer, items, [1.0] * len(items)).result()
+
+    with Cluster(settings, {"judge"}) as cluster:
+        judges = cluster.judges()
+        asker = ray.remote(ask).options(num_cpus=0)
+        assert ray.get(asker.remote(judges, [1, 2])) == [2, 4]
+        # As if that process was lost: the next one finds the first judge dead and nothing else.
+        assert ray.get(asker.remote(judges, [3])) == [6]
+        assert [name.startswith("judge-0-") for name in held()] == [True]
+        cluster.stop("judge")
+        until(lambda: not held())
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str, cls: type) -> None:
