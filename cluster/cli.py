@@ -334,7 +334,8 @@ def _load(config: Path | None, overrides: list[str] | None) -> Config:
 def _run(
     config: Path | None, overrides: list[str] | None, dry_run: bool, force: bool, *stages: Stage
 ) -> None:
-    from cluster.stages import print_plan, run_stages  # torch and Ray: not for --help
+    from cluster.plan import print_plan
+    from cluster.stages import run_stages  # torch and Ray: not for --help
 
     settings = _load(config, overrides)
     if dry_run:

@@ -2,33 +2,29 @@
 
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from cluster.bars import progress_bars
 from cluster.driver import PpoData, PpoDriver
 from cluster.feedback_job import annotate_responses
 from cluster.feedback_report import write_summary
 from cluster.launch import Cluster
-from cluster.ledger import ORDER, STAGES, Ledger, Stage
-from cluster.placement import Role, plan_roles, plan_table
+from cluster.ledger import ORDER, Ledger, Stage
+from cluster.plan import require_upstream, stage_roles, to_run
 from cluster.roles import Roles
-from cluster.rollouts import RolloutGroup
+from cluster.sampling import sample_all
 from cluster.train_rewards import train_rewards
 from fgaif.chat.limits import Usage
 from fgaif.config import Config, dump_config, with_overrides
 from fgaif.data.order import request_seed
-from fgaif.data.rows import read_rows
 from fgaif.data.scenes.facts import oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
-from fgaif.errors import DataError
 from fgaif.eval.calibration import calibration_bins
 from fgaif.eval.captions import JudgedCaption, judged_by_scores
 from fgaif.eval.policy import Captions, Judge, evaluate_policy
@@ -39,23 +35,16 @@ from fgaif.eval.store import Phase, write_eval
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.given import read_responses
 from fgaif.feedback.labels import Oracle
-from fgaif.feedback.plan import measure, plan_feedback
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import label_store, response_store
 from fgaif.files import write_json
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
-from fgaif.pending import Pending
 from fgaif.progress import StepDisplay
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import reward_metrics
 from fgaif.tracking import Tracker
 from fgaif.types import KINDS, GenerationRequest, Json, Response, Segment
-
-_REQUESTS = 256
-"""Items per call and engine: few enough for a moving progress bar, enough for full batches."""
-_ROUNDS = 2
-"""Rounds asked for at a time: engines that finish theirs, or have just joined, find work."""
 
 _OUTPUTS: dict[Stage, tuple[str, ...]] = {
     "sample": ("responses",),
@@ -80,13 +69,13 @@ def run_stages(
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     wanted = [stage for stage in ORDER if stage in stages]
-    todo = _to_run(ledger, config, wanted, force)
+    todo = to_run(ledger, config, wanted, force)
     for stage in wanted:
         if stage not in todo:
             console.print(f"{stage}: up to date")
     if not todo:
         return None
-    _require_upstream(ledger, config, todo)
+    require_upstream(ledger, config, todo)
     heavy = [stage for stage in todo if stage != "report"]
     if heavy:
         with Cluster(config, stage_roles(config, heavy), live=True) as cluster:
@@ -103,61 +92,6 @@ def run_stages(
         return None
     whole = set(todo) == set(ORDER)
     return make_report(config, console, _process_seconds() if whole else None)
-
-
-def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Console) -> None:
-    """Show placement and what each stage would do, and start nothing."""
-    if bundles := plan_roles(config, stage_roles(config, stages)):
-        console.print(plan_table(bundles))
-    ledger = Ledger(config.run_dir)
-    table = Table(title=f"stages of {config.run_dir}", title_justify="left")
-    for column in ("stage", "found", "would"):
-        table.add_column(column)
-    todo = _to_run(ledger, config, [stage for stage in ORDER if stage in stages], force)
-    for stage in stages:
-        table.add_row(
-            stage, ledger.status(config, stage), "run" if stage in todo else "skip, up to date"
-        )
-    console.print(table)
-    if "annotate" in todo:
-        console.print(feedback_table(config))
-
-
-def stage_roles(config: Config, stages: Sequence[Stage]) -> set[Role]:
-    """The actors that stages need: a machine for annotation alone has no room for PPO."""
-    roles: dict[Stage, set[Role]] = {
-        "sample": set() if config.data.responses else {"rollout"},
-        "annotate": {"judge"},
-        "eval-before": {"rollout", "reward"},
-        "train": {"rollout", "reward", "reference", "learner"},
-        "eval-after": {"rollout", "reward"},
-    }
-    return {role for stage in stages for role in roles.get(stage, ())}
-
-
-def feedback_table(config: Config) -> Table:
-    """What annotating will ask of each model, and about what it costs."""
-    responses = response_store(config.run_dir / "responses" / "responses.jsonl")
-    labels = label_store(config.run_dir / "feedback" / "labels.jsonl")
-    count = len(responses)
-    if not count and config.data.responses is not None:
-        count = sum(1 for _ in read_rows(config.data.responses, ("image",)))
-    elif not count:
-        count = config.data.feedback_prompts * config.feedback.samples_per_prompt
-    plan = plan_feedback(config, count, measure(labels, responses, config))
-    table = Table(
-        title=f"annotating {count:,} responses takes about this; stored replies are free",
-        title_justify="left",
-    )
-    for column in ("role", "model", "requests", "tokens", "cost"):
-        table.add_column(column, justify="left" if column in ("role", "model") else "right")
-    for row in plan:
-        tokens, cost = (f"{row.tokens:,}", f"{row.cost:,.2f}") if row.tokens else ("", "")
-        table.add_row(row.role, row.model, f"{row.requests:,}", tokens, cost)
-    table.add_section()
-    total = sum(row.cost for row in plan)
-    table.add_row("all", "", f"{sum(row.requests for row in plan):,}", "", f"{total:,.2f}")
-    return table
 
 
 def make_report(config: Config, console: Console, wall_seconds: float | None = None) -> Path:
@@ -240,7 +174,7 @@ class Run:
             for sample in range(config.feedback.samples_per_prompt)
         ]
         todo = [r for r in requests if f"{r.prompt.id}#{r.sample}" not in known]
-        self._generate(todo, "sampling", len(known), store.append)
+        sample_all(self._cluster, todo, "sampling", self._console, len(known), store.append)
 
     def _given(self, path: Path) -> Sequence[Response]:
         """Responses that another tool sampled."""
@@ -303,7 +237,9 @@ class Run:
             rollouts.load_weights(manifest_from_adapter(adapter, version=version)).result()
         source = self.held_out
         report, captions = evaluate_policy(
-            lambda requests: self._generate(requests, f"captions {phase}"),
+            lambda requests: sample_all(
+                self._cluster, requests, f"captions {phase}", self._console
+            ),
             lambda asked: rollouts.p_yes(asked).result(),
             source.prompts.prompts,
             judge=self._caption_judge(source),
@@ -404,81 +340,11 @@ class Run:
             return ()
         return SceneFacts().parse(response, segments).malformed
 
-    def _generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        what: str,
-        done: int = 0,
-        keep: Callable[[list[Response]], None] = lambda _: None,
-    ) -> list[Response]:
-        """Sample in rounds with a progress bar, handing each finished round to ``keep``."""
-        responses: list[Response] = []
-        lost = 0
-        with progress_bars(self._console, what) as progress:
-            progress(done, done + len(requests))
-            rounds = sample_in_rounds(self._cluster.rollouts(), requests, self._cluster.engines)
-            for sampled in rounds:
-                chunk = [response for response in sampled if response is not None]
-                keep(chunk)
-                responses += chunk
-                lost += len(sampled) - len(chunk)
-                progress(done + len(responses), done + len(requests))
-        if lost:
-            self._console.print(
-                f"{lost} of {len(requests)} samples were set aside: each killed rollout engines "
-                "more than once",
-                style="yellow",
-            )
-        return responses
-
     def _open(self, name: str, limit: int) -> Source:
         source = open_source(name, self._config, limit)
         if warning := source.prompts.warning():
             self._console.print(f"[yellow]{warning}[/yellow]", highlight=False)
         return source
-
-
-def sample_in_rounds(
-    rollouts: RolloutGroup, requests: Sequence[GenerationRequest], engines: Callable[[], int]
-) -> Iterator[list[Response | None]]:
-    """Yield the answers in order, a round after the other; None for one that was set aside.
-
-    A round is a call for each of the engines that there are when it is asked for. Calls are of the
-    same requests whatever the engines' number, which therefore changes no answer.
-    """
-    asked: deque[Pending[list[Response | None]]] = deque()
-    position = 0
-    while asked or position < len(requests):
-        while len(asked) < _ROUNDS and position < len(requests):
-            end = position + _REQUESTS * engines()
-            asked.append(rollouts.generate(requests[position:end], chunk=_REQUESTS))
-            position = end
-        yield asked.popleft().result()
-
-
-def _to_run(ledger: Ledger, config: Config, wanted: Sequence[Stage], force: bool) -> list[Stage]:
-    """Stages that are missing, stale, forced, always made (the report) or downstream of such."""
-    todo: list[Stage] = []
-    for stage in wanted:
-        redo_upstream = any(upstream in todo for upstream in STAGES[stage].after)
-        fresh = ledger.status(config, stage) == "done"
-        if force or redo_upstream or not fresh or stage == "report":
-            todo.append(stage)
-    return todo
-
-
-def _require_upstream(ledger: Ledger, config: Config, todo: Sequence[Stage]) -> None:
-    """Refuse a stage whose input was never made, or was made with another configuration."""
-    for stage in todo:
-        for upstream in STAGES[stage].after:
-            status = ledger.status(config, upstream)
-            if upstream not in todo and status != "done":
-                what = "has not run" if status == "missing" else "ran with other settings"
-                raise DataError(
-                    f"{stage} needs {upstream}, which {what} in {config.run_dir}: run "
-                    f"`fgaif {'eval run' if 'eval' in upstream else upstream}` "
-                    "with this configuration first, or `fgaif run`"
-                )
 
 
 def _process_seconds() -> float:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from cluster.placement import check_fits, model_size, plan_roles, plan_table
-from cluster.stages import stage_roles
+from cluster.plan import stage_roles
 from fgaif.config import Config, LoraConfig, load_config
 from fgaif.errors import CheckpointError, ConfigError
 
