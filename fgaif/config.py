@@ -364,6 +364,8 @@ class PpoConfig(_Section):
     shape: RewardShapeConfig = RewardShapeConfig()
     anchor: AnchorConfig = AnchorConfig()
     checkpoint_every: int = Field(10, ge=1)
+    """Steps. The driver keeps the batches since the last checkpoint, to repeat their updates where
+    the learner dies: 44 bytes per token, 20 MB for 512 responses of 896 tokens."""
     keep_checkpoints: int = Field(2, ge=1)
     resume: str | None = None
     """`latest`, or a checkpoint directory."""
