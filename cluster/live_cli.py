@@ -85,7 +85,7 @@ def scale(
 
     New engines start in placement groups of their own, load the present weights and then get work;
     where there is no room they wait, which makes Ray's autoscaler add nodes. Engines that leave
-    finish what they have in hand.
+    finish what they have in hand. A run that is started again begins with its configuration.
     """
     found = _find(run, address)
     with _board(found, address) as board:
@@ -100,6 +100,8 @@ def scale(
             out.print(f"{rollout - staying} start, and wait if there is no room for them yet")
         elif rollout < staying:
             out.print(f"{staying - rollout} leave when they have finished their chunk")
+        keep = f"cluster.rollout.replicas={rollout}"
+        out.print(f"until it ends or stops; to start it again with so many: {keep}", soft_wrap=True)
         if wait:
             _wait_for(board, rollout, timeout)
 

@@ -181,6 +181,7 @@ def test_scale_leaves_a_wish_and_can_wait_for_it(
     text = fgaif("scale", config.run_dir, "--rollout", 3).stdout
     assert "mine: 1 -> 3 rollout engines" in text
     assert "2 start" in text
+    assert "to start it again with so many: cluster.rollout.replicas=3" in text
     assert ray.get(board.look.remote()).wished == 3
 
     def grow() -> None:
