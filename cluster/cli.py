@@ -13,6 +13,7 @@ from cluster.jobs_cli import jobs_app, submit
 from cluster.labels_cli import labels_app
 from cluster.ledger import ORDER, Stage
 from cluster.live_cli import list_runs, scale, status
+from cluster.logs_cli import logs
 from cluster.replay import replay
 from fgaif import __version__
 from fgaif.config import Config, dump_config, load_config
@@ -42,6 +43,7 @@ app.add_typer(labels_app)
 app.add_typer(jobs_app)
 app.command()(submit)
 app.command()(status)
+app.command()(logs)
 app.command()(scale)
 app.command("list")(list_runs)
 app.command()(replay)
