@@ -1,7 +1,10 @@
 import json
 import random
+import re
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +22,15 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from fgaif.errors import DataError
+from fgaif.feedback import segment
+from fgaif.feedback import spans as decoding
 from fgaif.feedback.segment import (
     segment_response,
     segment_responses,
     settled_offsets,
     split_offsets,
-    token_spans,
 )
+from fgaif.feedback.spans import token_spans
 from fgaif.types import FinishReason, ImageRef, Prompt, Response
 
 CORPUS = [
@@ -310,6 +315,79 @@ def test_many_responses_give_what_each_gives_alone() -> None:
     assert segment_responses(responses, byte_level()) == [
         segment_response(response, byte_level()) for response in responses
     ]
+
+
+ODD = [
+    "é", "日本語", "😀", " – ", "\n\n", "\n- ", "1. ", "e.g. ", "Dr. J. F. ", "...", "\t", "  ",
+    '"No." ', "“Look!” ", "*a.* ", "(so.) ", "no. 5 ", "; ", "\x1c", "\u3000", "</s>",
+    "<image>", "\N{REPLACEMENT CHARACTER}",
+]  # fmt: skip
+
+
+def wild_ids(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[int]:
+    """Ids of any kind, unknown ones too, or of a text that is cut and has other ids put in."""
+    anything = range(len(tokenizer) + 3)
+    if rng.random() < 0.2:
+        return rng.choices(anything, k=rng.randint(1, 40))
+    words = [f"{word} " for text in CORPUS for word in text.split()]
+    odd = rng.choice([0.0, 0.05, 0.5])
+    text = "".join(rng.choice(ODD if rng.random() < odd else words) for _ in range(40))
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    for _ in range(rng.choice([0, 0, 2])):
+        ids.insert(rng.randint(0, len(ids)), rng.choice([*anything[:4], *anything]))
+    if rng.random() < 0.1:
+        ids.insert(0, anything[-1])  # what comes second then loses its space
+    return ids[: rng.randint(1, len(ids))]
+
+
+@TOKENIZERS
+def test_shortcuts_give_what_the_plain_definitions_give(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plainly: every token is decoded after those before it, every word and token looked at."""
+    rng = random.Random(0)
+    cases = []
+    for _ in range(300):
+        ids = wild_ids(tokenizer, rng)
+        text = token_spans(tokenizer, ids)[0]
+        spaced = rng.choice(["", "", " "]) + text
+        cases.append((ids, respond(ids, spaced), rng.randint(1, 6), rng.randint(0, len(text))))
+
+    def found() -> list[Any]:
+        return [
+            (
+                token_spans(tokenizer, ids),
+                segment_response(response, tokenizer, min_words),
+                settled_offsets(response.text[:cut], min_words),
+            )
+            for ids, response, min_words, cut in cases
+        ]
+
+    def tokens_before(text: str, spans: Sequence[tuple[int, int]], offset: int, first: int) -> int:
+        begins = (segment._begin(text, *span) < offset for span in spans[first:])
+        return next((first + k for k, begun in enumerate(begins) if not begun), len(spans))
+
+    quick = found()
+    with monkeypatch.context() as plain:
+        plain.setattr(decoding, "_pieces", lambda *_: ["\N{REPLACEMENT CHARACTER}"])
+        plain.setattr(segment, "_tokens_before", tokens_before)
+        plain.setattr(segment, "_CUT", re.compile(r"\s+"))
+        assert found() == quick
+    joined = ["".join(decoding._pieces(tokenizer, ids)) for ids, *_ in cases]
+    shortcuts = sum(text == whole[0] for text, (whole, *_) in zip(joined, quick, strict=True))
+    assert 50 < shortcuts < 250  # both ways are taken
+
+
+@TOKENIZERS
+def test_a_text_of_whole_characters_needs_no_stream(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortcut is what makes a step's segmentation cheap."""
+    expected = segment_response(say(tokenizer, CORPUS[1]), tokenizer)
+    monkeypatch.delattr(decoding, "_stream_ends")
+    monkeypatch.delattr(decoding, "_prefix_ends")
+    assert segment_response(say(tokenizer, CORPUS[1]), tokenizer) == expected
+    assert len(expected) == 3
 
 
 def test_settled_offsets_hold_whatever_follows() -> None:

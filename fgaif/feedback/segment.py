@@ -10,19 +10,19 @@ and a sentence ends only at white space ("dog.The" is one word). Where English i
 """
 
 import re
-from collections.abc import Collection, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence, Set
 from dataclasses import replace
-from itertools import accumulate, pairwise, takewhile
-from typing import Any
-
-from tokenizers.decoders import DecodeStream
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from fgaif.errors import DataError
+from fgaif.feedback.spans import REPLACEMENT, special_ids, token_spans
 from fgaif.types import Response, Segment
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER} \t\n"
+_UNFINISHED = f"{REPLACEMENT} \t\n"
 _BREAKS = frozenset(",;!?")
-_WORD = re.compile(r"\S+")
+_CUT = re.compile(r"(?:[.!?…\"'”’»)\]*_,;]\s|\n)\s*")  # before a word that may begin a piece
 _SENTENCE_END = re.compile(r"(\.+|[!?]+|…)([\"'”’»)\]*_]*)$")
 _ITEM = re.compile(r"(?:[-*•–]|\d{1,2}[.)])$")
 _BLANK_LINE = re.compile(r"\n\s*\n")
@@ -34,6 +34,20 @@ _MAY_END = re.compile(
 )
 
 
+class _Words(NamedTuple):
+    """The words of a text, and the white space before those that may begin a piece.
+
+    That is where the word before ends with a mark, or the line ends; nothing else begins one.
+    """
+
+    words: list[str]
+    gaps: dict[int, re.Match[str]]
+
+    def new_line(self, k: int) -> bool:
+        """Whether word ``k`` is the first of its line."""
+        return k == 0 or (k in self.gaps and "\n" in self.gaps[k].group())
+
+
 def split_offsets(text: str, min_words: int = 5) -> list[int]:
     """Return the start of every piece and ``len(text)``: piece i is ``text[out[i]:out[i + 1]]``.
 
@@ -43,15 +57,14 @@ def split_offsets(text: str, min_words: int = 5) -> list[int]:
     the start of the sentence, goes on. White space belongs to the piece before it; the first piece
     starts at 0. An empty text gives ``[0]``.
     """
-    words = list(_WORD.finditer(text))
-    sentences = [k for k in range(len(words)) if k == 0 or _starts_sentence(text, words, k)]
-    starts: list[int] = []
-    for first, end in pairwise([*sentences, len(words)]):
-        sentence = [word.group() for word in words[first:end]]
-        starts += [words[first + k].start() for k in _piece_starts(sentence, min_words)]
-    if not text:
-        return [0]
-    return [0, *starts[1:], len(text)]
+    found = _find_words(text)
+    starts = [
+        found.gaps[k].end()
+        for first, end in pairwise(_sentences(found))
+        for k in _piece_starts(found, first, end, min_words)
+        if k > 0
+    ]
+    return [0, *starts, len(text)] if text else [0]
 
 
 def settled_offsets(text: str, min_words: int = 5) -> list[int]:
@@ -62,77 +75,81 @@ def settled_offsets(text: str, min_words: int = 5) -> list[int]:
     and every break that could still move that beginning has been decided: one at word k is decided
     once the sentence has more than k + min_words words. An empty text gives ``[0]``.
     """
-    words = [word for word in _WORD.finditer(text) if word.end() < len(text)]
-    sentences = [k for k in range(len(words)) if k == 0 or _starts_sentence(text, words, k)]
+    found = _find_words(text)
+    if text and not text[-1].isspace():
+        found.words.pop()
+        found.gaps.pop(len(found.words), None)
     starts: list[int] = []
-    for first, end in pairwise([*sentences, len(words)]):
-        sentence = [word.group() for word in words[first:end]]
-        found = _piece_starts(sentence, min_words)
-        if end == len(words) and found[-1] > 0 and found[-1] + 2 * min_words > len(sentence):
-            found.pop()
-        starts += [words[first + k].start() for k in found]
-    return [0, *starts[1:]]
+    for first, end in pairwise(_sentences(found)):
+        pieces = _piece_starts(found, first, end, min_words)
+        if end == len(found.words) and pieces[-1] > max(first, end - 2 * min_words):
+            pieces.pop()
+        starts += [found.gaps[k].end() for k in pieces if k > 0]
+    return [0, *starts]
 
 
-def _piece_starts(words: Sequence[str], min_words: int) -> list[int]:
-    starts = [0]
-    for k in range(1, len(words) - min_words):
-        if words[k - 1][-1] not in _BREAKS:
+def _find_words(text: str) -> _Words:
+    words: list[str] = []
+    gaps: dict[int, re.Match[str]] = {}
+    at = 0
+    for gap in _CUT.finditer(text):
+        words += text[at : gap.end()].split()
+        at = gap.end()
+        if words and at < len(text):
+            gaps[len(words)] = gap
+    return _Words([*words, *text[at:].split()], gaps)
+
+
+def _sentences(found: _Words) -> list[int]:
+    """The words that begin sentences, and the number of words."""
+    if not found.words:
+        return [0]
+    return [0, *(k for k in found.gaps if _starts_sentence(found, k)), len(found.words)]
+
+
+def _piece_starts(found: _Words, first: int, end: int, min_words: int) -> list[int]:
+    """The words of the sentence from ``first`` to before ``end`` that begin its pieces."""
+    starts = [first]
+    for k in range(first + 1, end - min_words):
+        if k not in found.gaps or found.words[k - 1][-1] not in _BREAKS:
             continue
         if k - starts[-1] >= min_words:
             starts.append(k)
-        elif starts[-1] > 0:
+        elif starts[-1] > first:
             starts[-1] = k
     return starts
 
 
-def _starts_sentence(text: str, words: Sequence[re.Match[str]], k: int) -> bool:
-    before, word = words[k - 1], words[k]
-    gap = text[before.end() : word.start()]
-    if "\n" in gap and (_ITEM.match(word.group()) or _BLANK_LINE.search(gap)):
+def _starts_sentence(found: _Words, k: int) -> bool:
+    if k not in found.gaps:
+        return False
+    before, word = found.words[k - 1], found.words[k]
+    if found.new_line(k) and (_ITEM.match(word) or _BLANK_LINE.search(found.gaps[k].group())):
         return True
-    end = _SENTENCE_END.search(before.group())
+    end = None if before[-1] in ",;" else _SENTENCE_END.search(before)
     if end is None:
         return False
     stop, closing = end.groups()
-    lower_follows = word.group()[0].islower()
+    lower_follows = word[0].islower()
     if stop != ".":
         return not (lower_follows and (closing or stop[0] in ".…"))
-    body = before.group()[: end.end(1)].lstrip("\"'“‘«([*_")
+    body = before[: end.end(1)].lstrip("\"'“‘«([*_")
     if _INITIAL.match(body):
-        return not (word.group()[0].isupper() and _is_name_part(text, words, k - 1))
-    if _ITEM.match(body) and _begins_line(text, words, k - 1):
+        return not (word[0].isupper() and _is_name_part(found, k - 1))
+    if _ITEM.match(body) and found.new_line(k - 1):
         return False
     if _NEVER_ENDS.match(body.lower()):
         return False
     if _BEFORE_NUMBERS.match(body.lower()):
-        return not word.group()[0].isdigit()
+        return not word[0].isdigit()
     if closing or _MAY_END.match(body.lower()):
         return not lower_follows
     return True
 
 
-def _is_name_part(text: str, words: Sequence[re.Match[str]], k: int) -> bool:
+def _is_name_part(found: _Words, k: int) -> bool:
     """Whether the initial ``words[k]`` follows a capitalised word or begins a sentence."""
-    return k == 0 or words[k - 1].group()[0].isupper() or _starts_sentence(text, words, k)
-
-
-def _begins_line(text: str, words: Sequence[re.Match[str]], k: int) -> bool:
-    return k == 0 or "\n" in text[words[k - 1].end() : words[k].start()]
-
-
-def token_spans(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """Decode sampled ids one by one: the text without special tokens, and each token's characters.
-
-    A special token has an empty span. Tokens that only together make a character (byte-level BPE,
-    byte fallback) share its span; bytes that never become one share the replacement characters at
-    the end. Starts never decrease, and the spans cover the text.
-
-    Args:
-        tokenizer: a ``PreTrainedTokenizerFast`` (its Rust backend decodes, without clean-up).
-        token_ids: (T,) ids as sampled; they are never re-tokenised.
-    """
-    return _token_spans(tokenizer.backend_tokenizer, _special_ids(tokenizer), token_ids)
+    return k == 0 or found.words[k - 1][0].isupper() or _starts_sentence(found, k)
 
 
 def segment_response(response: Response, tokenizer: Any, min_words: int = 5) -> tuple[Segment, ...]:
@@ -153,9 +170,9 @@ def segment_responses(
     responses: Sequence[Response], tokenizer: Any, min_words: int = 5
 ) -> list[tuple[Segment, ...]]:
     """Split many responses; see :func:`segment_response`."""
-    backend, specials = tokenizer.backend_tokenizer, _special_ids(tokenizer)
+    specials = special_ids(tokenizer)
     return [
-        _segment(response, backend, specials, split_offsets(response.text, min_words)[1:])
+        _segment(response, tokenizer, specials, split_offsets(response.text, min_words)[1:])
         for response in responses
     ]
 
@@ -166,8 +183,7 @@ def segment_at(response: Response, tokenizer: Any, ends: Sequence[int]) -> tuple
     Raises:
         DataError: as :func:`segment_response`, or a piece has no token that begins in it.
     """
-    backend, specials = tokenizer.backend_tokenizer, _special_ids(tokenizer)
-    segments = _segment(response, backend, specials, ends)
+    segments = _segment(response, tokenizer, special_ids(tokenizer), ends)
     if len(segments) != len(ends):
         raise DataError(
             f"response {response.id}: {len(ends)} pieces, but tokens begin in {len(segments)} of "
@@ -177,7 +193,7 @@ def segment_at(response: Response, tokenizer: Any, ends: Sequence[int]) -> tuple
 
 
 def _segment(
-    response: Response, backend: Any, specials: Collection[int], ends: Sequence[int]
+    response: Response, tokenizer: Any, specials: Set[int], ends: Sequence[int]
 ) -> tuple[Segment, ...]:
     text = response.text
     ids: list[int] = response.token_ids.tolist()
@@ -185,19 +201,22 @@ def _segment(
         ids = ids[:-1]
     if not text:
         return ()
-    decoded, spans = _token_spans(backend, specials, ids)
+    decoded, spans = token_spans(tokenizer, ids, specials=specials, expected=text)
     shift = _shift(text, decoded)
     if shift is None:
         raise DataError(
             f"response {response.id}: its text {text!r:.60} is not the decoding of its ids, "
             f"{decoded!r:.60}; use the tokenizer that it was sampled with"
         )
-    starts = [_begin(text, max(0, start + shift), end + shift) for start, end in spans]
+    if shift:
+        spans = [(max(0, start + shift), end + shift) for start, end in spans]
     segments: list[Segment] = []
     char_start = token_start = token_end = 0
     for char_end in ends:
-        while token_end < len(ids) and (starts[token_end] < char_end or char_end == len(text)):
-            token_end += 1
+        if char_end == len(text):
+            token_end = len(ids)
+        else:
+            token_end = _tokens_before(text, spans, char_end, token_end)
         if token_end > token_start:
             segments.append(
                 Segment(
@@ -212,6 +231,18 @@ def _segment(
             segments[-1] = replace(segments[-1], char_end=char_end)
         char_start, token_start = char_end, token_end
     return tuple(segments)
+
+
+def _tokens_before(text: str, spans: Sequence[tuple[int, int]], offset: int, first: int) -> int:
+    """Return the first token from ``first`` on whose text does not begin before ``offset``.
+
+    Only one that starts in the white space before the offset, or at it, can be that token.
+    """
+    visible = len(text[:offset].rstrip())
+    token = max(first, bisect_left(spans, (visible,)))
+    while token < len(spans) and _begin(text, *spans[token]) < offset:
+        token += 1
+    return token
 
 
 def _begin(text: str, start: int, end: int) -> int:
@@ -229,65 +260,3 @@ def _shift(text: str, decoded: str) -> int | None:
     if text.strip().rstrip(_UNFINISHED) != decoded.strip().rstrip(_UNFINISHED):
         return None
     return (len(text) - len(text.lstrip())) - (len(decoded) - len(decoded.lstrip()))
-
-
-def _special_ids(tokenizer: Any) -> Collection[int]:
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    return {number for number, token in added.items() if token.special}
-
-
-def _token_spans(
-    backend: Any, specials: Collection[int], token_ids: Sequence[int]
-) -> tuple[str, list[tuple[int, int]]]:
-    ordinary = [token_id for token_id in token_ids if token_id not in specials]
-    decoded: str = backend.decode(ordinary, skip_special_tokens=True)
-    ends = _stream_ends(backend, ordinary, decoded)
-    if ends is None:
-        ends = _prefix_ends(backend, ordinary, decoded)
-    shared = _shared_spans([*ends[:-1], len(decoded)] if ends else [])
-    spans: list[tuple[int, int]] = []
-    position = len(decoded)
-    for token_id in reversed(token_ids):
-        span = (position, position) if token_id in specials else shared.pop()
-        spans.append(span)
-        position = span[0]
-    spans.reverse()
-    return decoded, spans
-
-
-def _stream_ends(backend: Any, token_ids: Sequence[int], decoded: str) -> list[int] | None:
-    """Characters that are final after each token; None where bytes go wrong on the way.
-
-    Byte fallback turns a whole run of byte tokens into replacement characters when one of them
-    does not fit, characters that were already final among them; the stream then raises.
-    """
-    stream = DecodeStream(skip_special_tokens=True)
-    try:
-        chunks = [stream.step(backend, token_id) or "" for token_id in token_ids]
-    except Exception:  # the only type that the library raises
-        return None
-    text = "".join(chunks)
-    if not decoded.startswith(text) or decoded[len(text) :].strip("\N{REPLACEMENT CHARACTER}"):
-        return None
-    return list(accumulate(map(len, chunks)))
-
-
-def _prefix_ends(backend: Any, token_ids: Sequence[int], decoded: str) -> list[int]:
-    """Like ``_stream_ends`` for any ids, in quadratic time: decode every prefix."""
-    ends = [0]
-    for count in range(1, len(token_ids) + 1):
-        prefix = backend.decode(token_ids[:count], skip_special_tokens=True)
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(prefix, decoded, strict=False))
-        ends.append(max(ends[-1], sum(1 for _ in same)))
-    return ends[1:]
-
-
-def _shared_spans(ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Spans from ends: tokens that complete nothing share the span of the one that does."""
-    spans: list[tuple[int, int]] = []
-    position = 0
-    for count, end in enumerate(ends, start=1):
-        if end > position or count == len(ends):
-            spans += [(position, end)] * (count - len(spans))
-            position = end
-    return spans
