@@ -86,8 +86,8 @@ def _find(run: str) -> Path:
         if _logs(folder):
             return folder
     if Path(run).is_dir():
-        raise DataError(f"{run}: no logs in it; it has not started, or its folder is not on shared "
-                        "storage: then they are in that folder on the nodes of its actors")  # fmt: skip
+        why = "it has not started, or they are in that folder on the nodes where its actors ran"
+        raise DataError(f"{run}: no logs in it; {why}")
     raise DataError(f"{run}: no such run folder; `fgaif list` shows runs")
 
 
