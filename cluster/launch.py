@@ -167,12 +167,17 @@ class Cluster:
     def _launch(self, bundle: Bundle, cls: type, arguments: tuple[Any, ...]) -> Handle:
         threads = str(self._cluster.threads)
         create = partial(create_actor, bundle, self._beating(bundle, cls), arguments, threads)
-        return Handle(bundle.name, create, self._limits(), self._watch())
+        handle = Handle(bundle.name, create, self._limits(), self._watch())
+        if self.live and bundle.role != "judge":  # judges are replaced by those whom they answer
+            handle.team.tend()
+        return handle
 
     def _team(self, role: str, start: Callable[[Sequence[Bundle]], list[Member]]) -> Team:
         if role not in self._teams:
             bundles = self._planned(role, role)
             self._teams[role] = Team(role, lambda: start(bundles), self._limits(), self._watch())
+            if self.live:
+                self._teams[role].tend()
         return self._teams[role]
 
     def _member(

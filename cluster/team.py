@@ -92,6 +92,9 @@ class Team:
         self._limits = limits
         self._watch = watch
         self._lock = threading.RLock()
+        self._stopped = threading.Event()
+        self._tender: threading.Thread | None = None
+        self._pings: list[ray.ObjectRef] = []
         self._life = 0
         self._failures = 0
         self._torn: FgaifError | None = None
@@ -153,8 +156,19 @@ class Team:
             self._journal, self._saved, self._base = [], [], base
             return self.call(base)
 
+    def tend(self) -> None:
+        """From now on, bring members back that die while nobody waits for an answer of theirs.
+
+        Such deaths would else show with the next call only, which then waits for the start.
+        """
+        self._tender = threading.Thread(target=self._tend, name=f"{self.name} tender", daemon=True)
+        self._tender.start()
+
     def stop(self) -> None:
         """Kill every member; nobody is replaced from now on."""
+        self._stopped.set()
+        if self._tender is not None:
+            self._tender.join()
         with self._lock:
             self._lost = ActorError(f"{self.name} was stopped")
             self._kill()
@@ -188,6 +202,36 @@ class Team:
                     if not call.keep:
                         self._forget(call)
 
+    def _tend(self) -> None:
+        """Ask members that have nothing to do for a sign of life, until the team is stopped."""
+        while not self._stopped.wait(_SLICE_S):
+            with self._lock:
+                if self._lost is not None:
+                    return
+                if any(call.answers is None for call in self._journal):
+                    continue  # who waits finds it out
+                try:
+                    self._notice()
+                except (FgaifError, ray.exceptions.RayError) as error:
+                    log.warning("%s", error)  # whoever calls next is told too
+                    return
+
+    def _notice(self) -> None:
+        """Bring everyone back if somebody has died (the lock is held)."""
+        if not self._pings:
+            self._pings = [member.actor.__ray_ready__.remote() for member in self.members]
+        done, waiting = ray.wait(self._pings, num_returns=len(self._pings), timeout=0)
+        for member, ping in zip(self.members, self._pings, strict=True):
+            try:
+                if ping in done:
+                    ray.get(ping)
+            except ray.exceptions.RayError as error:
+                if is_gone(error) and not never_started(error):
+                    self._mend(str(translate(error, member.name, member.node())))
+                return
+        if not waiting:
+            self._pings = []
+
     def _forget(self, call: _Call) -> None:
         self._journal = [other for other in self._journal if other is not call]
 
@@ -219,6 +263,7 @@ class Team:
         log.warning("%s", reason)
         begun = time.monotonic()
         self._life += 1
+        self._pings = []
         self._kill()
         try:
             self.members = self._start()
@@ -264,6 +309,8 @@ class Team:
                         raise _Gone(str(cause)) from error
                     raised.add(cause)
             raised.tell(bool(waiting))
+            if waiting and self._stopped.is_set():
+                raise ActorError(f"{self.name} was stopped")
             if waiting:
                 self._look([members[index] for index in waiting.values()], begun)
         return answers

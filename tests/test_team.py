@@ -4,7 +4,6 @@ import gc
 import itertools
 import time
 import weakref
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,18 +25,7 @@ from fgaif.pending import Pending
 _tokens = itertools.count()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import Mortal
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env=here,
-    )
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +121,36 @@ def test_a_death_between_calls_is_found_by_the_next(tmp_path: Path) -> None:
     kill = lambda: slay(toy)  # noqa: E731
     assert seven_steps(toy, tmp_path, {1: kill, 5: kill}) == ANSWERS
     assert starts(tmp_path, "a") == 3
+    toy.stop()
+
+
+def test_a_team_that_is_tended_brings_back_its_dead_before_the_next_call(tmp_path: Path) -> None:
+    toy = team(tmp_path)
+    toy.tend()
+    assert add(toy, 1).result() == [1]
+    slay(toy)
+    end = time.monotonic() + 30
+    while not toy.recoveries:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert starts(tmp_path, "a") == 2
+    assert add(toy, 2).result() == [12]
+    assert len(toy.recoveries) == 1
+    toy.stop()
+
+
+def test_a_tended_team_gives_up_after_as_many_deaths_and_tells_the_next_caller(
+    tmp_path: Path,
+) -> None:
+    toy = team(tmp_path, restarts=0)
+    toy.tend()
+    assert add(toy, 1).result() == [1]
+    slay(toy)
+    assert toy._tender is not None
+    toy._tender.join(30)
+    with pytest.raises(ActorError, match="a died"):
+        read(toy).result()
+    assert starts(tmp_path, "a") == 1
     toy.stop()
 
 
