@@ -21,23 +21,25 @@ _QUICK_DEATHS = {
 
 
 class Nodes:
-    """A head without room for actors and nodes that come and go.
+    """A head, by default without room for actors, and nodes that come and go.
 
     Every node needs ports of its own for the dashboard's agents: with a taken one a job submission
     fails with "No available agent".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: int = 0, **head: Any) -> None:
+        """``head``: more parameters of the head; ``_system_config`` is added to."""
         port = free_port()
         self.dashboard = f"http://127.0.0.1:{port}"
         self._ray = RayCluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 0,
+                "num_cpus": cpus,
                 "include_dashboard": True,
                 "dashboard_port": port,
-                "_system_config": _QUICK_DEATHS,
                 **_agent_ports(),
+                **head,
+                "_system_config": _QUICK_DEATHS | head.get("_system_config", {}),
             },
         )
         self.address = self._ray.address
@@ -50,9 +52,36 @@ class Nodes:
         """Kill all of a node's processes at once."""
         self._ray.remove_node(node, allow_graceful=False)
 
+    def kill_head(self) -> None:
+        """Kill the head's processes at once; the other nodes have to find out."""
+        self._ray.remove_node(self._ray.head_node, allow_graceful=False)
+
+    def ids(self) -> set[str]:
+        """Nodes that are alive."""
+        return set(self._ray.global_state._live_node_ids())
+
+    def workers(self, node: Any) -> set[int]:
+        """Processes that the node's raylet has started."""
+        (raylet,) = node.all_processes["raylet"]
+        return {child.pid for child in psutil.Process(raylet.process.pid).children(recursive=True)}
+
+    def processes(self) -> list[psutil.Process]:
+        """All that runs on the nodes: Ray's own processes, workers, jobs with their drivers."""
+        own = [
+            psutil.Process(info.process.pid)
+            for node in self._ray.list_all_nodes()
+            for kind, infos in node.all_processes.items()
+            for info in infos
+            if kind != "reaper" and info.process.poll() is None
+        ]
+        return own + [child for process in own for child in process.children(recursive=True)]
+
     def stop(self) -> None:
-        """Stop all nodes."""
+        """Stop all nodes, also those that an autoscaler has started."""
+        everything = self.processes()
         self._ray.shutdown()
+        for process in filter(runs, everything):
+            process.kill()
 
 
 def _agent_ports() -> dict[str, int]:
@@ -75,7 +104,7 @@ def wait_for(what: str, found: Callable[[], Any], seconds: float = 240) -> Any:
 def living(run: Path, role: str) -> list[dict[str, Any]]:
     """Light actors of the role whose process runs and that have been ready for work."""
     lives = [json.loads(path.read_text()) for path in (run / "lives").glob(f"{role}-*.json")]
-    return [life for life in lives if "ready" in life and _runs(life["pid"])]
+    return [life for life in lives if "ready" in life and _alive(life["pid"])]
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
@@ -96,8 +125,16 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _runs(pid: int) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """Whether the process has not ended, waited for or not."""
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return runs(psutil.Process(pid))
     except psutil.NoSuchProcess:
         return False

@@ -5,58 +5,25 @@ the product's; the actors are light ones, whose policy is an integer that every 
 """
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import light_actors
-import nodes_job
 import pytest
 import ray
-import yaml
-from nodes import Nodes, lasting, living, steps, wait_for, write_whole
+from light_jobs import ROLES, assert_as_in_peace, python_first, settings, submit
+from nodes import Nodes, living, steps, wait_for, write_whole
 
 from cluster.board import NAMESPACE, board_name
-from cluster.jobs import JobRequest, Jobs
-from fgaif.config import Config, load_config
-
-TESTS = Path(__file__).parent
-ROLES = 6  # actors of a run with one rollout engine, one CPU each
-
-
-def settings(folder: Path, *overrides: str) -> Config:
-    return load_config(
-        None,
-        [
-            f"dir={folder}", "name=light", "ppo.steps=7", "ppo.rollout_batch=12",
-            "ppo.minibatch=6", "ppo.checkpoint_every=2", "policy.max_new_tokens=24",
-            "cluster.rollout.chunk=2", "cluster.heartbeat_s=0.5", *overrides,
-        ],
-    )  # fmt: skip
+from cluster.jobs import Jobs
 
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    python_first(monkeypatch)
     cluster = Nodes()
     yield cluster
     ray.shutdown()
     cluster.stop()
-
-
-def submit(jobs: Jobs, config: Config, folder: Path) -> str:
-    """Send the light run as a job: only its own modules and its configuration go along."""
-    folder.mkdir()
-    for module in ("light_actors.py", "nodes_job.py"):
-        shutil.copy(TESTS / module, folder)
-    (folder / "fgaif.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return jobs.submit(
-        JobRequest(
-            entrypoint="python nodes_job.py fgaif.yaml",
-            runtime_env={"working_dir": str(folder)},
-            metadata={"fgaif": "train", "run": config.name, "dir": str(config.run_dir)},
-        )
-    )
 
 
 @pytest.mark.slow
@@ -114,11 +81,4 @@ def test_a_job_outlives_scaling_and_the_loss_of_nodes_and_ends_the_same(
     assert jobs.status(job).status == "SUCCEEDED"
     del third, fourth
 
-    alone = settings(tmp_path / "here")
-    alone.run_dir.mkdir(parents=True)
-    write_whole(alone.run_dir / "pace", "0")
-    nodes_job.train(alone, light_actors.Here(alone).roles())
-    ours, theirs = steps(run), steps(alone.run_dir)
-    assert [lasting(row["metrics"]) for row in ours] == [lasting(row["metrics"]) for row in theirs]
-    for path in ("policy/adapter/policy.json", *(f"trained/{n}.json" for n in range(1, 8))):
-        assert (run / path).read_text() == (alone.run_dir / path).read_text(), path
+    assert_as_in_peace(config, tmp_path / "here")
