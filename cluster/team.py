@@ -95,6 +95,7 @@ class Team:
         self._stopped = threading.Event()
         self._tender: threading.Thread | None = None
         self._pings: list[ray.ObjectRef] = []
+        self._pinged = 0.0
         self._life = 0
         self._failures = 0
         self._torn: FgaifError | None = None
@@ -211,26 +212,33 @@ class Team:
                 if any(call.answers is None for call in self._journal):
                     continue  # who waits finds it out
                 try:
-                    self._notice()
+                    if cause := self._bad_news():
+                        self._mend(cause)
                 except (FgaifError, ray.exceptions.RayError) as error:
                     log.warning("%s", error)  # whoever calls next is told too
                     return
 
-    def _notice(self) -> None:
-        """Bring everyone back if somebody has died (the lock is held)."""
+    def _bad_news(self) -> str:
+        """What became of a member without work that is dead or frozen (the lock is held)."""
         if not self._pings:
             self._pings = [member.actor.__ray_ready__.remote() for member in self.members]
-        done, waiting = ray.wait(self._pings, num_returns=len(self._pings), timeout=0)
+            self._pinged = time.monotonic()
+        done, _ = ray.wait(self._pings, num_returns=len(self._pings), timeout=0)
         for member, ping in zip(self.members, self._pings, strict=True):
             try:
                 if ping in done:
                     ray.get(ping)
+                else:
+                    self._look([member], self._pinged)
+            except _Gone as gone:
+                return str(gone)
             except ray.exceptions.RayError as error:
-                if is_gone(error) and not never_started(error):
-                    self._mend(str(translate(error, member.name, member.node())))
-                return
-        if not waiting:
+                if never_started(error):
+                    raise  # so would another
+                return str(translate(error, member.name, member.node())) if is_gone(error) else ""
+        if len(done) == len(self._pings):
             self._pings = []
+        return ""
 
     def _forget(self, call: _Call) -> None:
         self._journal = [other for other in self._journal if other is not call]

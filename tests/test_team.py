@@ -2,11 +2,13 @@
 
 import gc
 import itertools
+import os
 import time
 import weakref
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from signal import SIGSTOP
 from typing import Any
 
 import pytest
@@ -129,13 +131,20 @@ def test_a_team_that_is_tended_brings_back_its_dead_before_the_next_call(tmp_pat
     toy.tend()
     assert add(toy, 1).result() == [1]
     slay(toy)
-    end = time.monotonic() + 30
-    while not toy.recoveries:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until_recovered(toy)
     assert starts(tmp_path, "a") == 2
     assert add(toy, 2).result() == [12]
     assert len(toy.recoveries) == 1
+    toy.stop()
+
+
+def test_a_tended_team_replaces_the_frozen_too(tmp_path: Path) -> None:
+    toy = team(tmp_path, watch=Suspicion())
+    assert add(toy, 1).result() == [1]
+    os.kill(ray.get(toy.members[0].actor.__ray_call__.remote(lambda _: os.getpid())), SIGSTOP)
+    toy.tend()
+    until_recovered(toy)
+    assert add(toy, 2).result() == [12]
     toy.stop()
 
 
@@ -240,6 +249,13 @@ def test_the_time_for_a_call_is_the_last_resort(tmp_path: Path) -> None:
     with pytest.raises(ActorError, match=r"a did not answer within 1 s.*cluster.call_timeout_s"):
         add(toy, 1).result()
     toy.stop()
+
+
+def until_recovered(toy: Team) -> None:
+    end = time.monotonic() + 30
+    while not toy.recoveries:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def slay(toy: Team) -> None:
