@@ -45,7 +45,6 @@ from fgaif.errors import FgaifError  # noqa: E402
 STEPS = 20
 STEP_TOKENS = 360  # sampling, scoring and training of a light step, one after the other
 SLACK = 1.5  # time between kills, in plain starts
-PLAIN_STARTS = 3
 FIRST_KILL = 2  # steps in peace, in which plain starts are measured
 _PATIENCE_S = 90.0
 ROLES = ("rollout", "reward", "reference", "learner")
@@ -73,6 +72,7 @@ class Trial:
     peace: Path
     fire: Config
     train: Callable[[Cluster], None]
+    plain_starts: int
     pace: Callable[[float], None] = lambda _: None
     """Told the seconds of a plain start, it makes the run last long enough for the kills."""
 
@@ -89,7 +89,7 @@ class Killer(threading.Thread):
         self._progress = Progress(fire.run_dir)
         self._engines = fire.cluster.rollout.replicas
         self._resize = resize
-        self._pace = trial.pace
+        self._pace, self._plain_starts = trial.pace, trial.plain_starts
         self._over = threading.Event()
         self.plain: list[float] = []
         self.done: list[Kill] = []
@@ -98,7 +98,7 @@ class Killer(threading.Thread):
     def run(self) -> None:
         """Measure plain starts, then kill by plan until all is done or the run is over."""
         try:
-            for _ in range(PLAIN_STARTS):
+            for _ in range(self._plain_starts):
                 self.plain.append(self._plain_start())
             self._pace(statistics.median(self.plain))
             for moment, dice in self._plan:
@@ -205,7 +205,7 @@ def light(kills: int, seed: int, folder: Path) -> Trial:
     write_whole(fire.run_dir / "until", str(FIRST_KILL))
     os.environ["PYTHONPATH"] = str(TESTS)  # of the actors' processes
     nodes_job.stand_in()
-    return Trial(peace=peace.run_dir, fire=fire, train=train, pace=pace)
+    return Trial(peace=peace.run_dir, fire=fire, train=train, plain_starts=3, pace=pace)
 
 
 def real(run: Path, folder: Path) -> Trial:
@@ -215,7 +215,8 @@ def real(run: Path, folder: Path) -> Trial:
     tree = found.model_dump(mode="json") | {"dir": str(folder), "name": "fire"}
     fire = parse_config(tree)
     shutil.copytree(run, fire.run_dir, ignore=shutil.ignore_patterns("policy", "eval", "report"))
-    return Trial(peace=run, fire=fire, train=lambda cluster: Run(fire, cluster, console).train())
+    train = lambda cluster: Run(fire, cluster, console).train()  # noqa: E731
+    return Trial(peace=run, fire=fire, train=train, plain_starts=1)
 
 
 def run(trial: Trial, kills: int, seed: int) -> dict[str, Any]:
