@@ -47,7 +47,7 @@ STEP_TOKENS = 360  # sampling, scoring and training of a light step, one after t
 SLACK = 1.5  # time between kills, in plain starts
 FIRST_KILL = 2  # steps in peace, in which plain starts are measured
 _PATIENCE_S = 90.0
-ROLES = ("rollout", "reward", "reference", "learner")
+ROLES = nodes_job.ROLES
 CLASSES = {
     f"{prefix}{role.title()}{suffix}": role
     for role in ROLES
