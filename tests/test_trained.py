@@ -3,13 +3,11 @@
 Real DeepSpeed engines on a tiny LLaVA in Ray actors; dropout is on, so random state counts.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from doomed import DoomedLearner, DoomedReference, doom
 from ppo_world import make_responses, make_train_batch, questions, tiny_config
 
@@ -24,14 +22,7 @@ from fgaif.types import Evaluation, Response, TrainBatch, UpdateReport
 LIMITS = Limits(call_s=120, start_s=120, restarts=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import doomed
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=here
-    )
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 def config_of(model: Path, run_dir: Path, **ppo: Any) -> Config:
