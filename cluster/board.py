@@ -23,7 +23,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.pulse import count
-from cluster.status import RunStatus, SignSeen
+from cluster.status import RunStatus, SignSeen, driver_lives, read_live, read_status
 from fgaif.config import ClusterConfig, Config
 from fgaif.errors import ActorError
 
@@ -156,15 +156,26 @@ def start_board(config: Config) -> Any:
     )
     end = time.monotonic() + _NAME_FREE_WITHIN_S
     while True:
-        try:
-            return make.remote()
-        except ValueError as error:  # Ray's word for a name that is taken
-            if time.monotonic() > end:
-                raise ActorError(
-                    f"{config.run_dir}: another run works in this folder (actor {name!r}); wait "
-                    "for it or stop it, or give this one another name"
-                ) from error
-            time.sleep(0.5)
+        other, cause = _other_driver(config), None
+        if other is None:
+            try:
+                return make.remote()
+            except ValueError as error:  # Ray's word for a name that is taken
+                other, cause = f"actor {name!r}", error
+        if time.monotonic() > end:
+            raise ActorError(
+                f"{config.run_dir}: another run works in this folder ({other}); wait for it or "
+                "stop it, or give this one another name"
+            ) from cause
+        time.sleep(0.5)
+
+
+def _other_driver(config: Config) -> str | None:
+    """A driver on this machine that works in the folder, perhaps over a Ray of its own."""
+    live, status = read_live(config.run_dir), read_status(config.run_dir)
+    if live is None or live.pid == os.getpid() or (status and status.state != "running"):
+        return None
+    return f"process {live.pid}" if driver_lives(live) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

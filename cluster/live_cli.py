@@ -17,7 +17,7 @@ from rich.live import Live as LiveDisplay
 from rich.table import Table
 from rich.text import Text
 
-from cluster.status import AUTH_MODE, Live, RunStatus, read_live, read_status
+from cluster.status import AUTH_MODE, Live, RunStatus, driver_lives, read_live, read_status
 from fgaif.errors import ActorError, DataError
 
 Run = Annotated[str, typer.Argument(help="Folder of the run; with --address its name is enough.")]
@@ -62,16 +62,19 @@ def status(
     try:
         with _board(found, address) as board:
             if as_json or not (out.is_terminal if watch is None else watch):
-                _show_once(_ask(board), alive=True, as_json=as_json)
+                now = _ask(board)
+                _show_once(now, now.state, alive=True, as_json=as_json)
             else:
                 _watch(board)
     except _Gone as gone:
         last = found.folder and read_status(found.folder)
         if not last:
             raise ActorError(str(gone)) from gone
-        _show_once(last, alive=False, as_json=as_json)
+        state = _state(last, found.live, lost=isinstance(gone, _Lost))
+        _show_once(last, state, alive=False, as_json=as_json)
         if not as_json and last.state == "running":
-            out.print(f"{gone}; if it died: its command goes on from its last checkpoint")
+            if_it = "" if state == "died" else "if it died: "
+            out.print(f"{gone}; {if_it}its command goes on from its last checkpoint")
 
 
 def scale(
@@ -134,6 +137,10 @@ class _Gone(ActorError):
     """The run cannot be reached: it has ended, or died, or its cluster is gone."""
 
 
+class _Lost(_Gone):
+    """Its cluster answers, and runs it no more."""
+
+
 def _find(run: str, address: str | None) -> _Found:
     for folder in (Path(run), Path("runs") / run):
         live, last = read_live(folder), read_status(folder)
@@ -170,11 +177,11 @@ def _board(found: _Found, address: str | None) -> Iterator[Any]:
         try:
             board = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError as error:
-            raise _Gone(gone) from error
+            raise _Lost(gone) from error
         try:
             yield board
         except ray.exceptions.ActorDiedError as error:
-            raise _Gone(gone) from error
+            raise _Lost(gone) from error
     finally:
         if mine:
             ray.shutdown()
@@ -248,21 +255,21 @@ def _wait_for(board: Any, wanted: int, timeout: float) -> None:
         time.sleep(1)
 
 
-def _show_once(status: RunStatus, *, alive: bool, as_json: bool) -> None:
+def _show_once(status: RunStatus, state: str, *, alive: bool, as_json: bool) -> None:
     if as_json:
         tree = json.loads(status.model_dump_json())
-        out.print_json(data={"alive": alive} | tree)
+        out.print_json(data={"alive": alive} | tree | {"state": state})
         return
     now: dict[str, None] = {} if alive else {"tokens_per_second": None, "sign_age_s": None}
     actors = tuple(actor.model_copy(update=now) for actor in status.actors)
-    out.print(render(status.model_copy(update={"actors": actors})))
+    out.print(render(status.model_copy(update={"actors": actors}), state))
     if not alive:
         said = "last heard of" if status.state == "running" else status.state
         out.print(f"{said} {_when(status.updated_at)}", highlight=False)
 
 
-def render(status: RunStatus) -> Group:
-    """A run's status as lines and a table of its actors."""
+def render(status: RunStatus, state: str | None = None) -> Group:
+    """A run's status as lines and a table of its actors; ``state`` where more is known by now."""
     shown = status.metrics
     parts = [
         *([status.stage] if status.stage else []),
@@ -290,7 +297,7 @@ def render(status: RunStatus) -> Group:
             "" if actor.rss is None else f"{actor.rss / 2**30:.1f}",
             "" if actor.sign_age_s is None else f"{actor.sign_age_s:.0f} s ago",
         )
-    heading = Text.assemble((status.run, "bold"), f"  {status.state}")
+    heading = Text.assemble((status.run, "bold"), f"  {state or status.state}")
     return Group(heading, Text(", ".join(parts)), table)
 
 
@@ -310,18 +317,20 @@ def _line(folder: Path) -> tuple[str, str, str]:
     status = read_status(folder)
     if status is None:
         return "not trained", "", ""
-    state: str = status.state
-    if state == "running" and not _driver_lives(folder):
-        state = "died"
+    state = _state(status, read_live(folder), believed="running")
     return state, f"{status.step}/{status.steps}", _when(status.updated_at)
 
 
-def _driver_lives(folder: Path) -> bool:
-    """False if the driver ran on this machine and is gone; elsewhere it is believed."""
-    live = read_live(folder)
-    if live is None or live.host != socket.gethostname():
-        return True
-    return Path(f"/proc/{live.pid}").exists()
+def _state(
+    status: RunStatus, live: Live | None, *, lost: bool = False, believed: str = "out of reach"
+) -> str:
+    """The state by now of a run that is not asked itself.
+
+    ``lost``: its cluster runs it no more. ``believed``: what is said of one that may still run.
+    """
+    if status.state != "running":
+        return status.state
+    return "died" if lost or (live and driver_lives(live) is False) else believed
 
 
 def _when(moment: datetime) -> str:

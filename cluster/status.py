@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.pool import Member
@@ -255,6 +256,19 @@ def read_status(run_dir: Path) -> RunStatus | None:
 def read_live(run_dir: Path) -> Live | None:
     """Where the run's last driver could be found; None if none ever was. Raises DataError."""
     return _read(run_dir / LIVE, Live)
+
+
+def driver_lives(live: Live) -> bool | None:
+    """Whether the run's driver is still there; None where it was on another machine."""
+    if live.host != socket.gethostname():
+        return None
+    try:
+        driver = psutil.Process(live.pid)
+        # The number of a driver that is gone may be that of a younger process by now.
+        ours = driver.create_time() <= live.started_at.timestamp()
+        return ours and driver.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _read(path: Path, kind: type[M]) -> M | None:

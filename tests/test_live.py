@@ -152,6 +152,21 @@ def test_two_drivers_cannot_work_in_one_folder(
         start_board(config)
 
 
+def test_nor_can_one_on_a_ray_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.board, "_NAME_FREE_WITHIN_S", 0.6)
+    config = load_config(None, [f"dir={tmp_path}", "name=twice"])
+    config.run_dir.mkdir()
+    other = subprocess.Popen(["sleep", "60"])
+    write_live(config, address="gone:1", namespace=NAMESPACE, board="run:/twice", job="01")
+    live = config.run_dir / "live.json"
+    live.write_text(live.read_text().replace(f'"pid": {os.getpid()}', f'"pid": {other.pid}'))
+    with pytest.raises(ActorError, match=f"another run works in this folder .process {other.pid}"):
+        start_board(config)
+    other.kill()
+    ray.kill(start_board(config))  # it is none any more, even before anyone waits for it
+    other.wait()
+
+
 def fgaif(*arguments: object, fails: bool = False) -> Result:
     live_cli.out.width = 120  # whoever imported it first has fixed it
     result = CliRunner().invoke(app, list(map(str, arguments)))
@@ -243,6 +258,8 @@ def test_a_run_that_died_is_shown_as_it_was_last(tmp_path: Path) -> None:
     assert "last heard of" in text
     assert "3 h ago" in text
     assert "runs it no more" in text
+    assert "dead  died" in text
+    assert json.loads(fgaif("status", config.run_dir, "--json").stdout)["state"] == "died"
     error = fgaif("scale", config.run_dir, "--rollout", 2, fails=True).exception
     assert "runs it no more" in str(error)
     ended = status.model_copy(update={"state": "ended"})
