@@ -1,7 +1,6 @@
 """``fgaif logs``: what the driver and the actors of a run have logged, in the order of time."""
 
 import re
-import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import Annotated, NamedTuple
 import typer
 from rich.console import Console
 
-from cluster.status import read_live, read_status
+from cluster.status import driver_lives, read_live, read_status
 from fgaif.errors import DataError
 
 out = Console()
@@ -120,4 +119,4 @@ def _lives(folder: Path) -> bool:
     status, live = read_status(folder), read_live(folder)
     if live is None or (status is not None and status.state != "running"):
         return False
-    return live.host != socket.gethostname() or Path(f"/proc/{live.pid}").exists()
+    return driver_lives(live) is not False
