@@ -125,16 +125,16 @@ class PpoDriver:
         with self._timed("total"):
             with self._timed("rollout"):
                 responses, lost = self._sample()
+            with self._timed("score"):
+                references = roles.reference.evaluate(responses)
+                own = roles.learner.logprobs(responses)
+                # Segments are found while these work; only the reward models need them.
                 segments = [self._segmenter(response) for response in responses]
+                scoring = roles.rewards.score(responses, segments)
                 malformed = [
                     self._find_malformed(r, s) for r, s in zip(responses, segments, strict=True)
                 ]
-            with self._timed("score"):
-                scores, evaluations, old_logprobs = gather(
-                    roles.rewards.score(responses, segments),
-                    roles.reference.evaluate(responses),
-                    roles.learner.logprobs(responses),
-                )
+                scores, evaluations, old_logprobs = gather(scoring, references, own)
             rewards = dense_rewards(
                 responses, segments, scores, malformed, config.shape, state.centers
             )
