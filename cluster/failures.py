@@ -93,13 +93,16 @@ def _killer(here: bool) -> str:
     known, now = _known_kills, _memory_kills()
     if not here or known is None or now is None:
         return (
-            "killed from outside: by the kernel for lack of memory (`dmesg` on that node tells; if "
-            f"so, {_LESS_MEMORY}), or by somebody"
+            "killed by the kernel for lack of memory (`dmesg` on that node tells; if so, "
+            f"{_LESS_MEMORY}) or by somebody, or it ended itself without a word"
         )
     _known_kills = now
     if now > known:
         return f"the kernel has killed for lack of memory on this machine: {_LESS_MEMORY}"
-    return "killed from outside, not by the kernel for lack of memory: its count has not grown"
+    return (
+        "killed by somebody, or it ended itself without a word: the kernel has killed nothing here "
+        "for lack of memory"
+    )
 
 
 def _memory_kills() -> int | None:
