@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from mortal_engine import MortalEngine
 
 from cluster.launch import create_actor
@@ -20,20 +19,7 @@ from fgaif.config import ClusterConfig
 from fgaif.errors import ActorError, DataError, SyncError
 from fgaif.types import WeightsManifest
 
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import MortalEngine
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env=here,
-    )
-    yield
-    ray.shutdown()
-
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 Start = Callable[..., RolloutGroup]
 
