@@ -11,9 +11,8 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +46,13 @@ _ROWS_IN_FLIGHT = 256
 _POLL_S = 0.5
 
 
+@dataclass(eq=False)
+class _Fast:
+    """What segments need of a tokenizer; it can be referred to weakly, as by their caches."""
+
+    backend_tokenizer: Tokenizer
+
+
 class AnnotateChunk:
     """Ray Data's worker: reads a chunk of responses, returns them labelled, as JSON lines."""
 
@@ -62,7 +68,7 @@ class AnnotateChunk:
         self._models = _models(config, judges, judge_name, ReplyStore(folder / "replies.sqlite"))
         self._annotator = self._models.annotator()
         self._responses = response_store(config.run_dir / "responses" / "responses.jsonl")
-        self._tokenizer = SimpleNamespace(backend_tokenizer=Tokenizer.from_str(tokenizer))
+        self._tokenizer = _Fast(backend_tokenizer=Tokenizer.from_str(tokenizer))
         self._min_words = config.segment.min_words
         self._chunks = chunks
         self._rows_done = 0
