@@ -1,31 +1,44 @@
 """The whole job with the real parts, at small size: vLLM, Ray, Ray Train, DeepSpeed, PEFT."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from light_jobs import python_first
+from nodes import Nodes, lasting, steps, wait_for
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
+from cluster.cli import app
+from cluster.jobs import Jobs
+from cluster.status import read_status
 from fgaif.types import KINDS
 
+STEPS = 4
+BATCH = 8
 SMALL = [
     "data.feedback_prompts=96",
     "data.ppo_prompts=32",
     "data.eval_prompts=12",
     "reward.epochs=1",
     "reward.evals=2",
-    "ppo.steps=2",
-    "ppo.rollout_batch=8",
+    f"ppo.steps={STEPS}",
+    f"ppo.rollout_batch={BATCH}",
     "ppo.minibatch=4",
     "ppo.micro_batch=4",
     "ppo.checkpoint_every=1",
     "ppo.anchor.batch_size=4",
+    "cluster.rollout.chunk=2",
+    "tracking.rollouts=1",
 ]
 
 
@@ -83,10 +96,108 @@ def test_metrics_hold_one_line_per_step_with_the_mismatch(finished: tuple[Path, 
     run, _ = finished
     lines = (run / "policy" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert row["metrics"]["mismatch/mean"] < 0.005
         assert row["metrics"]["sync/max_abs_diff"] < 1e-3
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    python_first(monkeypatch)
+    cluster = Nodes()
+    yield cluster
+    cluster.stop()
+
+
+def fgaif(*arguments: object) -> str:
+    """Run a command in this process and return what it printed."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.exception
+    return result.stdout
+
+
+def engines(run: Path) -> dict[int, str]:
+    """States of the rollout engines by process, of those that have one."""
+    status = read_status(run)
+    assert status is not None
+    found = [actor for actor in status.actors if actor.role == "rollout"]
+    return {actor.pid: actor.state for actor in found if actor.pid is not None}
+
+
+def at_work(run: Path) -> list[int]:
+    return [pid for pid, state in engines(run).items() if state == "busy"]
+
+
+def rollouts(run: Path, step: int) -> list[Any]:
+    """What a step was trained on; images lie in the run's own folder."""
+    path = run / "policy" / "rollouts" / f"step_{step:06d}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[1:]:
+        del row["image"]["path"]
+    return rows
+
+
+@pytest.mark.slow
+def test_the_training_on_many_nodes_ends_the_same_after_scaling_and_the_loss_of_one(
+    finished: tuple[Path, str], nodes: Nodes, tmp_path: Path
+) -> None:
+    """Submitted as a job; two more engines come in mid-step, one goes with its node in another."""
+    alone, run = finished[0], tmp_path / "scenes"
+    shutil.copytree(alone, run, ignore=shutil.ignore_patterns("policy", "status.json", "live.json"))
+    stages = json.loads((run / "stages.json").read_text())
+    del stages["train"]
+    (run / "stages.json").write_text(json.dumps(stages))
+    nodes.add(cpus=2)  # one for an engine, the others share the other
+    job = fgaif(
+        *("submit", "train", "--no-follow", "--address", nodes.dashboard, f"dir={tmp_path}"),
+        *(*SMALL, "cluster.rollout.cpus=1", "cluster.heartbeat_s=1"),
+        "cluster.heartbeat_timeout_s=600",  # engines are stopped for a while
+    ).split()[-1]
+    jobs = Jobs(nodes.dashboard)
+
+    def reached(step: int) -> bool:
+        assert not jobs.status(job).status.is_terminal(), jobs.logs(job)
+        return len(steps(run)) >= step
+
+    wait_for("step 1", lambda: reached(1))
+    (first,) = engines(run)
+    os.kill(first, signal.SIGSTOP)  # step 2 waits for it, and the others do the rest of it
+    calm, doomed = nodes.add(cpus=1), nodes.add(cpus=1)
+    assert "3 rollout engines are ready" in fgaif("scale", run, "--rollout", 3, "--wait")
+    (victim,) = nodes.workers(doomed) & engines(run).keys()
+    assert nodes.workers(calm) & engines(run).keys()
+    os.kill(first, signal.SIGCONT)
+
+    wait_for("step 2", lambda: reached(2))
+    os.kill(victim, signal.SIGSTOP)
+    wait_for("it alone to be at work", lambda: at_work(run) == [victim])
+    nodes.kill(doomed)
+    fgaif("scale", run, "--rollout", 1)
+    said = "".join(jobs.follow(job))
+    assert jobs.status(job).status == "SUCCEEDED", said
+
+    assert len(engines(run)) == 1
+    assert re.search(r"rollout-[12] died", (run / "logs" / "driver.log").read_text())
+    found, expected = (
+        [lasting(row["metrics"]) for row in steps(folder)] for folder in (run, alone)
+    )
+    assert found == expected
+    for step in range(1, STEPS + 1):
+        assert rollouts(run, step) == rollouts(alone, step)
+        asked = {(row["prompt"]["id"], row["sample"]) for row in rollouts(run, step)[1:]}
+        assert len(asked) == BATCH
+    assert_bitwise(adapter_of(run), adapter_of(alone))
+
+
+def adapter_of(run: Path) -> dict[str, Any]:
+    return load_file(run / "policy" / "adapter" / "adapter_model.safetensors")
+
+
+def assert_bitwise(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] == value).all(), name
 
 
 @pytest.mark.slow
@@ -94,7 +205,7 @@ def test_killed_and_resumed_gives_the_same_parameters(finished: tuple[Path, str]
     """The run of the fixture went through; the same training is killed -9 and resumed here."""
     run, _ = finished
     adapter = run / "policy" / "adapter" / "adapter_model.safetensors"
-    expected = load_file(adapter)
+    expected = adapter_of(run)
     checkpoints = run / "policy" / "checkpoints"
     training = subprocess.Popen(command(run.parent, "train", "--force"))
     try:
@@ -111,10 +222,7 @@ def test_killed_and_resumed_gives_the_same_parameters(finished: tuple[Path, str]
         check=False,
     )
     assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
-    found = load_file(adapter)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (found[name] == value).all(), name
+    assert_bitwise(adapter_of(run), expected)
 
 
 @pytest.mark.slow
