@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.core.generated.gcs_pb2 import ActorTableData
 
 from fgaif.errors import ActorError, FgaifError
 
@@ -34,6 +36,14 @@ def is_gone(error: BaseException) -> bool:
     """Whether an actor, its node or the answer it gave is lost, so that another one may help."""
     by_itself = isinstance(error, ray.exceptions.RayTaskError)  # also carries the type it raised
     return isinstance(error, _GONE | TimeoutError) and not by_itself
+
+
+def is_dead(actor: Any) -> bool:
+    """Whether this process has heard of the death of an actor that it has called; asks nobody.
+
+    Ray has no public way to this; its own Ray Data goes the same.
+    """
+    return bool(actor._get_local_state() == ActorTableData.DEAD)
 
 
 def never_started(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from actors.pool import ElasticPool, Member, Task
-from cluster.failures import CREATION, is_gone, translate
+from cluster.failures import CREATION, is_dead, is_gone, translate
 from cluster.member import node_of
 from cluster.team import Watcher
 from cluster.weight_sync import Probe, check_version
@@ -38,6 +38,7 @@ Method = Callable[[Any], Any]
 """Picks the remote method of an actor that answers a chunk."""
 
 _TICK_S = 1.0
+_GLANCE_S = 0.1
 _KEPT_WEIGHTS = 4  # versions in the object store: the newest and what asynchronous chunks may want
 _QUESTIONS = 8  # chunks of yes/no questions are this much larger: each answer is one token
 
@@ -177,13 +178,17 @@ class RolloutGroup:
 
     def _run(self) -> None:
         """Handle events until told to stop; whatever goes wrong reaches those who wait."""
-        last = time.monotonic()
+        last = glanced = time.monotonic()
         while True:
             try:
-                if (now := time.monotonic()) - last >= _TICK_S:
+                now = time.monotonic()
+                if now - glanced >= _GLANCE_S:
+                    glanced = now
+                    self._transport.look_for_dead()
+                if now - last >= _TICK_S:
                     last = now
                     self._tick(now)
-                event = self._events.get(timeout=_TICK_S)
+                event = self._events.get(timeout=_GLANCE_S)
                 if event is None:
                     return
                 event()
@@ -218,7 +223,6 @@ class _RayTransport:
         self._since: dict[str, float] = {}
         self._weights: dict[int, _Weights] = {}
         self._differences: dict[int, list[float]] = {}
-        self._pinged: set[tuple[str, int]] = set()
         self._loading: dict[str, list[ray.ObjectRef]] = {}
         self._placed: dict[str, float] = {}
         self.pool: ElasticPool
@@ -270,7 +274,7 @@ class _RayTransport:
             self.stop(name, 0)
 
     def look(self, now: float) -> None:
-        """Kill those that hang, and see whether those without work still live.
+        """Replace those that hang.
 
         Raises:
             ActorError: no engine became ready in time.
@@ -294,8 +298,6 @@ class _RayTransport:
             if problem:
                 log.warning("%s %s and is replaced", member.name, problem)
                 self.pool.died(member.name, member.life, ActorError(f"{member.name} {problem}"))
-            elif member.state == "idle" and (member.name, member.life) not in self._pinged:
-                self._ping(member.name, member.life)
 
     def _look_at_start(self, member: Member, now: float) -> None:
         """Replace one that has room but does not get ready; who waits for room may do so."""
@@ -311,16 +313,15 @@ class _RayTransport:
             log.warning("%s and is replaced", late)
             self.pool.died(member.name, member.life, ActorError(late))
 
-    def _ping(self, name: str, life: int) -> None:
-        """Nobody waits for an idle engine's answer, so its death would only show with its work."""
-        self._pinged.add((name, life))
-        ping = self._actors[name][0].__ray_ready__.remote()
-        self._when_done(ping, partial(self._answered, name, life))
-
-    def _answered(self, name: str, life: int, done: "Future[Any]") -> None:
-        self._pinged.discard((name, life))
-        if error := done.exception():
-            self._failed(name, life, error)
+    def look_for_dead(self) -> None:
+        """Notice the deaths of idle engines, whose answers nobody waits for."""
+        for member in list(self.pool.members.values()):
+            actor = self._actors[member.name][0]
+            if member.state == "idle" and is_dead(actor):
+                try:
+                    ray.get(actor.__ray_ready__.remote())
+                except ray.exceptions.RayError as error:  # says why
+                    self._failed(member.name, member.life, error)
 
     def _when_done(self, reference: ray.ObjectRef, event: Callable[[Any], None]) -> None:
         # The callback runs in a thread of Ray's: it hands over and returns.

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import ray
 
-from cluster.failures import is_gone, never_started, translate
+from cluster.failures import is_dead, is_gone, never_started, translate
 from cluster.member import Member
 from fgaif.errors import ActorError, FgaifError
 from fgaif.pending import Pending, Then
@@ -29,6 +29,7 @@ Submit = Callable[[Sequence[Any]], list[ray.ObjectRef]]
 """Starts one call on each of the actors given; made again on fresh actors after a death."""
 
 _SLICE_S = 1.0
+_TEND_S = 0.2
 _SYMPTOM_S = 30.0
 """A member whose fellow dies in a collective may raise before Ray knows of the death."""
 
@@ -94,8 +95,6 @@ class Team:
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._tender: threading.Thread | None = None
-        self._pings: list[ray.ObjectRef] = []
-        self._pinged = 0.0
         self._life = 0
         self._failures = 0
         self._torn: FgaifError | None = None
@@ -204,8 +203,8 @@ class Team:
                         self._forget(call)
 
     def _tend(self) -> None:
-        """Ask members that have nothing to do for a sign of life, until the team is stopped."""
-        while not self._stopped.wait(_SLICE_S):
+        """Look after members that have nothing to do, until the team is stopped."""
+        while not self._stopped.wait(_TEND_S):
             with self._lock:
                 if self._lost is not None:
                     return
@@ -220,24 +219,17 @@ class Team:
 
     def _bad_news(self) -> str:
         """What became of a member without work that is dead or frozen (the lock is held)."""
-        if not self._pings:
-            self._pings = [member.actor.__ray_ready__.remote() for member in self.members]
-            self._pinged = time.monotonic()
-        done, _ = ray.wait(self._pings, num_returns=len(self._pings), timeout=0)
-        for member, ping in zip(self.members, self._pings, strict=True):
+        for member in self.members:
             try:
-                if ping in done:
-                    ray.get(ping)
-                else:
-                    self._look([member], self._pinged)
+                if is_dead(member.actor):
+                    ray.get(member.actor.__ray_ready__.remote())  # raises why
+                self._look([member], time.monotonic())
             except _Gone as gone:
                 return str(gone)
             except ray.exceptions.RayError as error:
                 if never_started(error):
                     raise  # so would another
-                return str(translate(error, member.name, member.node())) if is_gone(error) else ""
-        if len(done) == len(self._pings):
-            self._pings = []
+                return str(translate(error, member.name, member.node()))
         return ""
 
     def _forget(self, call: _Call) -> None:
@@ -271,7 +263,6 @@ class Team:
         log.warning("%s", reason)
         begun = time.monotonic()
         self._life += 1
-        self._pings = []
         self._kill()
         try:
             self.members = self._start()
