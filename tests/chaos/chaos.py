@@ -44,7 +44,7 @@ from fgaif.errors import FgaifError  # noqa: E402
 
 STEPS = 20
 STEP_TOKENS = 360  # sampling, scoring and training of a light step, one after the other
-SLACK = 1.5  # time between kills, in plain starts
+SLACK = 2.5  # time between kills, in plain starts
 FIRST_KILL = 2  # steps in peace, in which plain starts are measured
 _PATIENCE_S = 90.0
 ROLES = nodes_job.ROLES
@@ -83,7 +83,7 @@ class Killer(threading.Thread):
     def __init__(self, kills: int, seed: int, trial: Trial, resize: Callable[[int], None]) -> None:
         super().__init__(name="killer", daemon=True)
         rng, fire = random.Random(seed), trial.fire
-        last = fire.ppo.steps - 0.5
+        last = fire.ppo.steps - 1  # so that the last victim is back before the end
         moments = sorted(rng.uniform(min(FIRST_KILL, last / 2), last) for _ in range(kills))
         self._plan = [(moment, rng.random()) for moment in moments]
         self._progress = Progress(fire.run_dir)
