@@ -1,5 +1,6 @@
 # make demo    install what is missing, then run the whole job on the embedded world
 # make test    the same, then the tests (PYTEST_ARGS="-k segment" narrows them)
+# make test-all  the same with the tests that take minutes each
 # make lint    ruff and mypy
 #
 # PYTHON=python3.12 chooses the interpreter of a new .venv; FGAIF_DEVICE=cpu|gpu overrides the
@@ -9,13 +10,16 @@ export PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test test-all lint format install clean
 
 demo: install
 	$(BIN)/fgaif demo
 
 test: install
 	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-all: PYTEST_ARGS += -m ""
+test-all: test
 
 lint: install
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.pulse import count
 from cluster.status import RunStatus, SignSeen, driver_lives, read_live, read_status
 from fgaif.config import ClusterConfig, Config
-from fgaif.errors import ActorError
+from fgaif.errors import ActorError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,10 @@ def start_board(config: Config) -> Any:
 
 def _other_driver(config: Config) -> str | None:
     """A driver on this machine that works in the folder, perhaps over a Ray of its own."""
-    live, status = read_live(config.run_dir), read_status(config.run_dir)
+    try:
+        live, status = read_live(config.run_dir), read_status(config.run_dir)
+    except DataError:  # of another version, or damaged; both will be written anew
+        return None
     if live is None or live.pid == os.getpid() or (status and status.state != "running"):
         return None
     return f"process {live.pid}" if driver_lives(live) else None

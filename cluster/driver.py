@@ -252,7 +252,7 @@ class PpoDriver:
         step, path = self._kept
         if path is None:
             return type(error)(f"{error}\nNo step is kept yet in {self._checkpoints}")
-        how = "latest" if path.parent == self._checkpoints else path
+        how = "latest" if latest_checkpoint(self._checkpoints) == path else path
         return type(error)(f"{error}\nStep {step} is kept in {path}: go on with ppo.resume={how}")
 
     def _checkpoint(self) -> None:

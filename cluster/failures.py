@@ -99,16 +99,17 @@ def _death(text: str, node: str) -> str:
 
 def _killer(here: bool) -> str:
     """Who may have killed a process that left no word: Ray says the same of all."""
-    global _known_kills
-    known, now = _known_kills, _memory_kills()
-    if not here or known is None or now is None:
+    kills = _memory_kills()
+    if not here or kills is None or _kills_before is None:
         return (
             "killed by the kernel for lack of memory (`dmesg` on that node tells; if so, "
             f"{_LESS_MEMORY}) or by somebody, or it ended itself without a word"
         )
-    _known_kills = now
-    if now > known:
-        return f"the kernel has killed for lack of memory on this machine: {_LESS_MEMORY}"
+    if kills > _kills_before:
+        return (
+            "the kernel has killed for lack of memory on this machine since the run began: "
+            f"{_LESS_MEMORY}"
+        )
     return (
         "killed by somebody, or it ended itself without a word: the kernel has killed nothing here "
         "for lack of memory"
@@ -125,7 +126,7 @@ def _memory_kills() -> int | None:
 
 
 _COUNTERS = Path("/proc/vmstat")
-_known_kills = _memory_kills()  # as the run began, or as was told last
+_kills_before = _memory_kills()  # as the run began
 
 
 def _exit(text: str) -> str:

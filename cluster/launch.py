@@ -1,6 +1,8 @@
 """From the plan to running actors: the only place where a class is made remote."""
 
 import os
+import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,6 +30,8 @@ from fgaif.errors import ActorError, ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.types import KINDS, Kind
 
+_SLICE_S = 1.0
+
 
 class Cluster:
     """Connects to Ray, starts roles when they are first asked for, stops them at the end.
@@ -47,6 +51,7 @@ class Cluster:
         self._teams: dict[str, Team] = {}
         self._rollouts: RolloutGroup | None = None
         self._open = ExitStack()
+        self._closing = threading.Event()
         self._live = live
         self.live: LiveRun | None = None
 
@@ -63,6 +68,7 @@ class Cluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._closing.set()
         with self._open as stack:  # each is done whatever those before it raise
             if self.live:
                 stack.callback(self.live.close, kind)
@@ -132,10 +138,11 @@ class Cluster:
 
         def start(bundles: Sequence[Bundle]) -> list[Member]:
             with ExitStack() as undo:  # a group takes along the actors in it
-                groups = [reserve(bundle) for bundle in bundles]
-                for group in groups:
-                    undo.callback(remove_placement_group, group)
-                meeting = meeting_point(groups, self._cluster.start_timeout_s)
+                groups = []
+                for bundle in bundles:
+                    groups.append(reserve(bundle))
+                    undo.callback(remove_placement_group, groups[-1])
+                meeting = meeting_point(groups, self._cluster.start_timeout_s, self._closing)
                 facts = [(self._config, rank, len(groups), *meeting) for rank in range(len(groups))]
                 members = [
                     self._member(bundle, LearnerActor, arguments, group)
@@ -253,23 +260,28 @@ def reserve(bundle: Bundle) -> PlacementGroup:
     return placement_group([resources], name=group_name(bundle.name))
 
 
-def meeting_point(groups: Sequence[PlacementGroup], timeout_s: float) -> tuple[str, int]:
+def meeting_point(
+    groups: Sequence[PlacementGroup], timeout_s: float, closing: threading.Event
+) -> tuple[str, int]:
     """Address of the first group's node, and a port that is free there; one alone needs neither.
 
     Raises:
-        ActorError: no node has had room for the first group for so long.
+        ActorError: no node has had room for the first group for so long, or before ``closing``.
     """
     if len(groups) == 1:
         return "", 0
     place = PlacementGroupSchedulingStrategy(placement_group=groups[0])
-    ask = ray.remote(_address).options(num_cpus=0, scheduling_strategy=place)
-    try:
-        found: tuple[str, int] = ray.get(ask.remote(), timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
-        raise ActorError(
-            "learner-0: no node had room for it within cluster.start_timeout_s = "
-            f"{timeout_s:g}; see `ray status`"
-        ) from error
+    asked = ray.remote(_address).options(num_cpus=0, scheduling_strategy=place).remote()
+    end = time.monotonic() + timeout_s
+    while not ray.wait([asked], timeout=_SLICE_S)[0]:
+        if closing.is_set():
+            raise ActorError("learner-0 was stopped before it had room")
+        if time.monotonic() > end:
+            raise ActorError(
+                "learner-0: no node had room for it within cluster.start_timeout_s = "
+                f"{timeout_s:g}; see `ray status`"
+            )
+    found: tuple[str, int] = ray.get(asked)
     return found
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +33,7 @@ out = Console()
 _REACH_S = 5.0
 _ANSWER_S = 30.0
 _REFRESH_S = 2.0
+_SILENT = timedelta(minutes=1)  # a driver publishes about once a second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,11 +327,14 @@ def _state(
 ) -> str:
     """The state by now of a run that is not asked itself.
 
-    ``lost``: its cluster runs it no more. ``believed``: what is said of one that may still run.
+    ``lost``: its cluster has no board of it. ``believed``: what is said of one that may still run,
+    as a driver does that has lost its board.
     """
     if status.state != "running":
         return status.state
-    return "died" if lost or (live and driver_lives(live) is False) else believed
+    lives = driver_lives(live) if live else None
+    silent = datetime.now(UTC) - status.updated_at > _SILENT
+    return "died" if lives is False or (lives is None and lost and silent) else believed
 
 
 def _when(moment: datetime) -> str:

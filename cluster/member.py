@@ -55,7 +55,8 @@ class Member:
         """Kill it and free its resources, also those reserved on a node that is lost.
 
         So are those of an actor that another process of this job has started in its place: it dies
-        with that process, but what is reserved for it would stay until the job ends.
+        with that process, but what is reserved for it would stay until the job ends. So no more
+        than one other process at a time may replace actors of a name.
         """
         ray.kill(self.actor)
         remove_placement_group(self._group)

@@ -93,6 +93,7 @@ class Team:
         self._limits = limits
         self._watch = watch
         self._lock = threading.RLock()
+        self._saving = False
         self._stopped = threading.Event()
         self._tender: threading.Thread | None = None
         self._life = 0
@@ -134,6 +135,7 @@ class Team:
         with self._lock:
             before = [call for call in self._journal if call.keep]
             call = self.call(submit)
+            self._saving = True
 
         def finish() -> list[Any]:
             answers = call.result()
@@ -148,12 +150,12 @@ class Team:
         with self._lock:
             assert all(call.answers is not None for call in self._saved), "settled too early"
             self._journal = [call for call in self._journal if call not in self._saved]
-            self._saved, self._base = [], base
+            self._saved, self._base, self._saving = [], base, False
 
     def restore(self, base: Submit) -> Pending[list[Any]]:
         """Give up the present state for what ``base`` reads."""
         with self._lock:
-            self._journal, self._saved, self._base = [], [], base
+            self._journal, self._saved, self._base, self._saving = [], [], base, False
             return self.call(base)
 
     def tend(self) -> None:
@@ -204,17 +206,19 @@ class Team:
 
     def _tend(self) -> None:
         """Look after members that have nothing to do, until the team is stopped."""
+        said = ""
         while not self._stopped.wait(_TEND_S):
             with self._lock:
-                if self._lost is not None:
-                    return
-                if any(call.answers is None for call in self._journal):
-                    continue  # who waits finds it out
+                waited_for = any(call.answers is None for call in self._journal)
+                if waited_for or self._saving:  # who waits finds it out; the base is about to go
+                    continue
                 try:
                     if cause := self._bad_news():
                         self._mend(cause)
                 except (FgaifError, ray.exceptions.RayError) as error:
-                    log.warning("%s", error)  # whoever calls next is told too
+                    if str(error) != said:  # whoever calls next is told too
+                        log.warning("%s", said := str(error))
+                if self._lost is not None:
                     return
 
     def _bad_news(self) -> str:
@@ -228,7 +232,7 @@ class Team:
                 return str(gone)
             except ray.exceptions.RayError as error:
                 if never_started(error):
-                    raise  # so would another
+                    raise translate(error, member.name) from error  # so would another
                 return str(translate(error, member.name, member.node()))
         return ""
 

@@ -41,9 +41,9 @@ def write_checkpoint(
 
     Args:
         root: folder of all checkpoints of a run.
-        name: must sort after the names of older checkpoints (``step-000010``).
+        name: sorts after the names of those it continues (``step-000010``).
         writer: fills the directory it is given; its files may come from other processes.
-        keep: newest checkpoints to leave.
+        keep: checkpoints to leave, this one and the newest others.
         state: JSON-able state of the caller, read back by ``read_state``.
 
     Raises:
@@ -77,7 +77,9 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for old in _names(root)[keep:]:
+    # After a resume from an older one there are some with later names, which are older in time.
+    others = [other for other in _names(root) if other != name]
+    for old in others[keep - 1 :]:
         shutil.rmtree(root / old, ignore_errors=True)
     return target
 

@@ -59,6 +59,14 @@ def test_old_ones_are_pruned_and_the_same_step_is_replaced(tmp_path):
     assert (latest / "learner" / "a.bin").read_text() == "again 3"
 
 
+def test_one_that_goes_on_from_an_older_one_is_kept_and_is_the_latest(tmp_path):
+    for step in (2, 4, 6):
+        write(tmp_path, step, keep=3)
+    written = write(tmp_path, 3, keep=2)
+    assert latest_checkpoint(tmp_path) == written
+    assert sorted(path.name for path in tmp_path.glob("step*")) == ["step-000003", "step-000006"]
+
+
 def tear_content(path: Path) -> None:
     (path / "learner" / "a.bin").write_text("torn")
 

@@ -226,6 +226,17 @@ def test_a_run_that_must_stop_keeps_its_last_finished_step_where_the_learner_is_
         assert versions_sampled_with(resumed) == versions_sampled_with(whole)[3 + depth :]
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_says_which_it_kept(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    list(driver(World(), settings).run())
+    older = settings.run_dir / "policy" / "checkpoints" / "step_000004"
+    world = World()
+    steps = driver(world, with_overrides(settings, [f"ppo.resume={older}"])).run()
+    world.broken = "update"
+    with pytest.raises(ActorError, match=f"Step 4 is kept in .*: go on with ppo.resume={older}"):
+        next(steps)
+
+
 @pytest.mark.parametrize(("attempts", "kept"), [(1, 4), (9, 2)])
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_says_what_is_kept(
     tmp_path: Path, attempts: int, kept: int

@@ -152,7 +152,8 @@ def undisturbed(
 ) -> tuple[Config, FaultServer]:
     """A run in which nothing went wrong, and what its server saw."""
     with FaultServer(world.answer) as server:
-        config = settings(tmp_path_factory.mktemp("quiet"), server.base_url)
+        # Nothing hangs here, and a machine that is busy must not make it look so.
+        config = settings(tmp_path_factory.mktemp("quiet"), server.base_url, timeout_s=60)
         prepare(config, world)
         seen: list[tuple[int, int, Usage | None]] = []
         run(config, seen)

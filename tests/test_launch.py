@@ -53,12 +53,14 @@ def test_ranks_without_room_are_given_up_and_leave_nothing(
         "cluster.start_timeout_s=1",
     )  # fmt: skip
     full = placement_group([{"CPU": 2}])
-    assert full.wait(30)
-    with Cluster(settings, {"learner"}) as cluster:
-        with pytest.raises(ActorError, match=r"no node had room .* cluster\.start_timeout_s = 1"):
-            cluster.learner()
-        until(lambda: len(held()) == 1)
-    remove_placement_group(full)
+    try:
+        assert full.wait(30)
+        with Cluster(settings, {"learner"}) as cluster:
+            with pytest.raises(ActorError, match=r"no node had room .*start_timeout_s = 1"):
+                cluster.learner()
+            until(lambda: len(held()) == 1)
+    finally:
+        remove_placement_group(full)
 
 
 class Judge:

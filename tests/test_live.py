@@ -253,6 +253,13 @@ def test_a_run_that_died_is_shown_as_it_was_last(tmp_path: Path) -> None:
     write_live(config, address=_address(), namespace=NAMESPACE, board="run:/dead", job="01")
     status = RunStatus(run="dead", step=4, steps=9, updated_at=past)
     (config.run_dir / "status.json").write_text(status.model_dump_json())
+    assert "out of reach" in fgaif("status", config.run_dir).stdout  # its driver, this test, lives
+    live = json.loads((config.run_dir / "live.json").read_text())
+    (config.run_dir / "live.json").write_text(json.dumps(live | {"host": "elsewhere"}))
+    fresh = status.model_copy(update={"updated_at": datetime.now(UTC)})
+    (config.run_dir / "status.json").write_text(fresh.model_dump_json())
+    assert "out of reach" in fgaif("status", config.run_dir).stdout  # only its board may be lost
+    (config.run_dir / "status.json").write_text(status.model_dump_json())
     text = fgaif("status", config.run_dir).stdout
     assert "step 4/9" in text
     assert "last heard of" in text

@@ -45,14 +45,14 @@ def test_a_run_whose_head_is_lost_goes_on_from_its_checkpoint(first: Nodes, tmp_
     write_whole(run / "until", "3")  # one step more than the last checkpoint has
     jobs = Jobs(first.dashboard)
     job = submit(jobs, config, tmp_path / "job")
-    wait_for("step 3", lambda: jobs.status(job).status.is_terminal() or len(steps(run)) == 3, 90)
+    wait_for("step 3", lambda: jobs.status(job).status.is_terminal() or len(steps(run)) == 3)
     driver = json.loads((run / "live.json").read_text())["pid"]
     everything = [psutil.Process(pid) for pid in (driver, *(a["pid"] for a in living(run, "*")))]
     assert len(everything) == 1 + ROLES
     kept = (run / "trained" / "2.json").stat().st_mtime_ns
 
     first.kill_head()
-    wait_for("an end", lambda: not any(map(runs, everything)), LOST_AFTER_S + 30)
+    wait_for("an end", lambda: not any(map(runs, everything)), LOST_AFTER_S + 90)
     text = " ".join(fgaif("status", run).split())
     assert "light died step 3/5" in text
     assert "no Ray cluster answers" in text

@@ -138,7 +138,7 @@ def rollouts(run: Path, step: int) -> list[Any]:
     return rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_training_on_many_nodes_ends_the_same_after_scaling_and_the_loss_of_one(
     finished: tuple[Path, str], nodes: Nodes, tmp_path: Path
 ) -> None:

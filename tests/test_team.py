@@ -138,6 +138,21 @@ def test_a_team_that_is_tended_brings_back_its_dead_before_the_next_call(tmp_pat
     toy.stop()
 
 
+def test_nobody_is_brought_back_to_a_base_that_is_about_to_go(tmp_path: Path) -> None:
+    """Between a checkpoint's writing and ``settle`` older ones are removed."""
+    toy = team(tmp_path)
+    toy.tend()
+    add(toy, 1).result()
+    toy.save(every("save", tmp_path / "saved")).result()
+    slay(toy)
+    time.sleep(1)
+    assert not toy.recoveries
+    toy.settle(every("restore", tmp_path / "saved"))
+    until_recovered(toy)
+    assert add(toy, 2).result() == [12]
+    toy.stop()
+
+
 class NoSign(Suspicion):
     """A watch that has no sign of life of the first actor."""
 
@@ -163,6 +178,7 @@ def test_a_tended_team_gives_up_after_as_many_deaths_and_tells_the_next_caller(
     slay(toy)
     assert toy._tender is not None
     toy._tender.join(30)
+    assert not toy._tender.is_alive()
     with pytest.raises(ActorError, match="a died"):
         read(toy).result()
     assert starts(tmp_path, "a") == 1

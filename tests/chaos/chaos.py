@@ -45,8 +45,9 @@ from fgaif.errors import FgaifError  # noqa: E402
 STEPS = 20
 STEP_TOKENS = 360  # sampling, scoring and training of a light step, one after the other
 SLACK = 2.5  # time between kills, in plain starts
+FEW_KILLS = 20  # for these, one plain start is enough
 FIRST_KILL = 2  # steps in peace, in which plain starts are measured
-_PATIENCE_S = 90.0
+_PATIENCE_S = 300.0
 ROLES = nodes_job.ROLES
 CLASSES = {
     f"{prefix}{role.title()}{suffix}": role
@@ -205,7 +206,8 @@ def light(kills: int, seed: int, folder: Path) -> Trial:
     write_whole(fire.run_dir / "until", str(FIRST_KILL))
     os.environ["PYTHONPATH"] = str(TESTS)  # of the actors' processes
     nodes_job.stand_in()
-    return Trial(peace=peace.run_dir, fire=fire, train=train, plain_starts=3, pace=pace)
+    starts = 3 if kills > FEW_KILLS else 1
+    return Trial(peace=peace.run_dir, fire=fire, train=train, plain_starts=starts, pace=pace)
 
 
 def real(run: Path, folder: Path) -> Trial:

@@ -15,7 +15,7 @@ def test_ten_random_deaths_change_no_bit_of_the_policy(tmp_path: Path) -> None:
         [sys.executable, script, "--kills", "10", "--seed", "0", "--folder", tmp_path],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
