@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/fgaif demo
 
 test: install
-	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-all: PYTEST_ARGS += -m ""
 test-all: test

@@ -19,7 +19,8 @@ import torch
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` where there is no CUDA device; files with slow tests come first.
 
-    With a file per worker at a time, a long one begun last would be waited for alone.
+    With a file per worker at a time, a long one begun last would be waited for alone; so
+    ``make test`` also tells xdist to leave the order as it is.
     """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
