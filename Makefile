@@ -1,6 +1,6 @@
 # make demo    install what is missing, then run the whole job on the embedded world
 # make test    the same, then the tests (PYTEST_ARGS="-k segment" narrows them)
-# make test-all  the same with the tests that take minutes each
+# make test-all  the same with the tests that take a minute or more
 # make lint    ruff and mypy
 #
 # PYTHON=python3.12 chooses the interpreter of a new .venv; FGAIF_DEVICE=cpu|gpu overrides the

@@ -67,7 +67,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Nodes]:
     cluster.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_engines_without_room_get_nodes_and_idle_nodes_go(nodes: Nodes, tmp_path: Path) -> None:
     config = settings(tmp_path / "runs")
     run = config.run_dir

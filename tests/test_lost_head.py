@@ -37,7 +37,7 @@ def fgaif(*arguments: object) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_head_is_lost_goes_on_from_its_checkpoint(first: Nodes, tmp_path: Path) -> None:
     config = settings(tmp_path / "runs", "ppo.steps=5")
     run = config.run_dir
