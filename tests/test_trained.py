@@ -3,6 +3,7 @@
 Real DeepSpeed engines on a tiny LLaVA in Ray actors; dropout is on, so random state counts.
 """
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def learners(config: Config, world: int) -> LearnerGroup:
     def start() -> list[Member]:
         bundles = [bundle(f"learner-{rank}") for rank in range(world)]
         groups = [reserve(item) for item in bundles]
-        meeting = meeting_point(groups, 60)
+        meeting = meeting_point(groups, 60, threading.Event())
         return [
             Member(b.name, *create_actor(b, DoomedLearner, (config, rank, world, *meeting), "1", g))
             for rank, (b, g) in enumerate(zip(bundles, groups, strict=True))

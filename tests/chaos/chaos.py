@@ -44,7 +44,7 @@ from fgaif.errors import FgaifError  # noqa: E402
 
 STEPS = 20
 STEP_TOKENS = 360  # sampling, scoring and training of a light step, one after the other
-SLACK = 2.5  # time between kills, in plain starts
+SLACK = 2.0  # time between kills, in plain starts
 FEW_KILLS = 20  # for these, one plain start is enough
 FIRST_KILL = 2  # steps in peace, in which plain starts are measured
 _PATIENCE_S = 300.0
