@@ -38,12 +38,18 @@ def is_gone(error: BaseException) -> bool:
     return isinstance(error, _GONE | TimeoutError) and not by_itself
 
 
-def is_dead(actor: Any) -> bool:
-    """Whether this process has heard of the death of an actor that it has called; asks nobody.
+def cause_of_death(actor: Any) -> ray.exceptions.RayError | None:
+    """Why an actor is dead that this process has called, as far as it has heard; asks nobody.
 
     Ray has no public way to this; its own Ray Data goes the same.
     """
-    return bool(actor._get_local_state() == ActorTableData.DEAD)
+    if actor._get_local_state() != ActorTableData.DEAD:
+        return None
+    try:
+        ray.get(actor.__ray_ready__.remote())  # of a dead actor this fails at once
+    except ray.exceptions.RayError as error:
+        return error
+    return None
 
 
 def never_started(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from actors.pool import ElasticPool, Member, Task
-from cluster.failures import CREATION, is_dead, is_gone, translate
+from cluster.failures import CREATION, cause_of_death, is_gone, translate
 from cluster.member import node_of
 from cluster.team import Watcher
 from cluster.weight_sync import Probe, check_version
@@ -316,12 +316,10 @@ class _RayTransport:
     def look_for_dead(self) -> None:
         """Notice the deaths of idle engines, whose answers nobody waits for."""
         for member in list(self.pool.members.values()):
-            actor = self._actors[member.name][0]
-            if member.state == "idle" and is_dead(actor):
-                try:
-                    ray.get(actor.__ray_ready__.remote())
-                except ray.exceptions.RayError as error:  # says why
-                    self._failed(member.name, member.life, error)
+            if member.state != "idle":
+                continue
+            if error := cause_of_death(self._actors[member.name][0]):
+                self._failed(member.name, member.life, error)
 
     def _when_done(self, reference: ray.ObjectRef, event: Callable[[Any], None]) -> None:
         # The callback runs in a thread of Ray's: it hands over and returns.

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import ray
 
-from cluster.failures import is_dead, is_gone, never_started, translate
+from cluster.failures import cause_of_death, is_gone, never_started, translate
 from cluster.member import Member
 from fgaif.errors import ActorError, FgaifError
 from fgaif.pending import Pending, Then
@@ -224,16 +224,15 @@ class Team:
     def _bad_news(self) -> str:
         """What became of a member without work that is dead or frozen (the lock is held)."""
         for member in self.members:
+            if error := cause_of_death(member.actor):
+                cause = translate(error, member.name, member.node())
+                if never_started(error):
+                    raise cause from error  # so would another
+                return str(cause)
             try:
-                if is_dead(member.actor):
-                    ray.get(member.actor.__ray_ready__.remote())  # raises why
                 self._look([member], time.monotonic())
             except _Gone as gone:
                 return str(gone)
-            except ray.exceptions.RayError as error:
-                if never_started(error):
-                    raise translate(error, member.name) from error  # so would another
-                return str(translate(error, member.name, member.node()))
         return ""
 
     def _forget(self, call: _Call) -> None:
