@@ -121,3 +121,7 @@ class SharedRewardActor(_Scorer):
     ) -> list[SegmentScores]:
         """Class probabilities (S, K, C) of each response's segments, in order."""
         return [SegmentScores(probs=probs) for probs in self._probs(responses, segments)]
+
+    def score_pairs(self, pairs: Sequence[tuple[Response, Sequence[Segment]]]) -> list[FloatArray]:
+        """Class probabilities (S, K, C) of responses paired with their segments."""
+        return self._probs([response for response, _ in pairs], [pieces for _, pieces in pairs])

@@ -114,6 +114,11 @@ class Cluster:
 
     def rewards(self, directory: Path) -> RewardGroup:
         """The scorers of the trained reward models in ``directory/KIND``."""
+        if self._cluster.reward.shared:
+            from actors.reward import SharedRewardActor
+
+            arguments = (directory, self._config)
+            return RewardGroup([self._start("reward", "reward", SharedRewardActor, arguments)])
         from actors.reward import RewardActor
 
         def start(kind: Kind) -> list[Handle]:

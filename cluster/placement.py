@@ -78,8 +78,10 @@ def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle,
     wanted: list[tuple[Role, RoleConfig, tuple[str, ...]]] = [
         ("rollout", cluster.rollout, _names("rollout", cluster.rollout.replicas)),
         *(
-            ("reward", cluster.reward, _names(f"reward-{kind}", cluster.reward.replicas))
-            for kind in KINDS
+            ("reward", cluster.reward, _names(prefix, cluster.reward.replicas))
+            for prefix in (
+                ("reward",) if cluster.reward.shared else [f"reward-{kind}" for kind in KINDS]
+            )
         ),
         ("reference", cluster.reference, _names("reference", cluster.reference.replicas)),
         ("learner", cluster.learner, _names("learner", cluster.learner.replicas)),
@@ -107,7 +109,8 @@ def _memory_gib(config: Config, role: Role) -> float:
     if role in ("rollout", "judge"):
         extra = config.cluster.engine.kv_cache_mib / 1024
     elif role == "reward":
-        parameters += model.lora_parameters(config.reward.lora)
+        adapters = len(KINDS) if config.cluster.reward.shared else 1
+        parameters += adapters * model.lora_parameters(config.reward.lora)
     elif role == "reference":
         extra = model.lora_parameters(config.ppo.value_lora) * _TRAINED_BYTES / _GIB
     else:

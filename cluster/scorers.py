@@ -20,9 +20,10 @@ class JudgeGroup(Pool):
 
 
 class RewardGroup:
-    """One actor (or several) per kind; scores of the kinds are stacked to (S, K, C)."""
+    """One actor (or several) per kind, whose scores are stacked to (S, K, C), or for all kinds."""
 
     def __init__(self, handles: Sequence[Sequence[Handle]]) -> None:
+        """``handles``: the actors of each kind in order, or those that score all kinds."""
         self._kinds = [Pool(replicas) for replicas in handles]
 
     def score(
@@ -37,6 +38,8 @@ class RewardGroup:
 
         def finish() -> list[SegmentScores]:
             kinds = [call.result() for call in calls]
+            if len(kinds) == 1:
+                return [SegmentScores(probs=probs) for probs in kinds[0]]
             return [
                 SegmentScores(probs=np.stack(rows, axis=1)) for rows in zip(*kinds, strict=True)
             ]

@@ -4,9 +4,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from mortal import Mortal
@@ -98,6 +99,29 @@ def test_what_another_process_started_in_a_judge_s_place_goes_with_it(
         assert [name.startswith("judge-0-") for name in held()] == [True]
         cluster.stop("judge")
         until(lambda: not held())
+
+
+class AllKinds:
+    """Scores nothing; knows its folder."""
+
+    def __init__(self, rewards: Path, settings: Config) -> None:
+        self._rewards = rewards
+
+    def score_pairs(self, pairs: list[Any]) -> list[np.ndarray]:
+        return [np.full((1, 3, 3), len(self._rewards.name), np.float32) for _ in pairs]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_shared_scorers_are_one_actor_for_all_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, "actors.reward", "SharedRewardActor", AllKinds)
+    settings = config(tmp_path, "cluster.reward={shared: true, cpus: 0.5}")
+    response = SimpleNamespace(token_ids=[1])
+    with Cluster(settings, {"reward"}) as cluster:
+        scores = cluster.rewards(tmp_path / "rewards").score([response], [[0]]).result()  # type: ignore[list-item]
+        assert len(held()) == 1
+    assert scores[0].probs.tolist() == np.full((1, 3, 3), 7.0).tolist()
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str, cls: type) -> None:

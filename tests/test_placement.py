@@ -38,6 +38,12 @@ def test_replicas_multiply_bundles(config: Config) -> None:
     assert sum(bundle.role == "rollout" for bundle in plan_roles(more)) == 3
 
 
+def test_a_shared_scorer_is_one_actor_per_replica(config: Config) -> None:
+    cluster = load_config(None, ["cluster.reward={shared: true, replicas: 2}"]).cluster
+    bundles = plan_roles(config.model_copy(update={"cluster": cluster}), ["reward"])
+    assert [bundle.name for bundle in bundles] == ["reward-0", "reward-1"]
+
+
 def test_lora_parameters_are_r_times_rows_plus_columns(tiny_llava_dir: Path) -> None:
     size = model_size(tiny_llava_dir)
     sides = sum(rows + columns for rows, columns in size.linear_shapes)

@@ -106,7 +106,10 @@ def test_shared_actor_equals_the_three_actors(
     trained: tuple[Path, dict[Kind, dict[str, float]], Told],
 ) -> None:
     responses, segments = [r.response for r in rows[:10]], [r.segments for r in rows[:10]]
-    together = SharedRewardActor(trained[0], config).score(responses, segments)
+    shared = SharedRewardActor(trained[0], config)
+    together = shared.score(responses, segments)
+    paired = shared.score_pairs(list(zip(responses, segments, strict=True)))
+    assert all(np.array_equal(a.probs, b) for a, b in zip(together, paired, strict=True))
     for k, kind in enumerate(KINDS):
         alone = RewardActor(trained[0] / kind, config).score(responses, segments)
         for scores, probs in zip(together, alone, strict=True):
