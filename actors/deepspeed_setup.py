@@ -35,17 +35,21 @@ def join_process_group(
 
     Ranks meet at ``addr`` and ``port``; one alone needs neither. A group that exists already (Ray
     Train makes one) is used as it is. DeepSpeed reads rank and world size from the environment in
-    places, so they are put there too. On GPUs each rank sees its own device alone, as Ray arranges,
-    so the local rank is 0.
+    places, so they are put there too.
+
+    ``device`` is the one this rank was given, among those it sees: ``"cuda"``, the first, where Ray
+    shows an actor its own alone; ``"cuda:1"`` and so on where it shows all of a node's, as Ray
+    Train does. DeepSpeed's "local rank" is that number and nothing else.
     """
+    place = torch.device(device)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
-        LOCAL_RANK="0",
+        LOCAL_RANK=str(place.index or 0),
         MASTER_ADDR=addr,
         MASTER_PORT=str(port),
     )
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = "nccl" if place.type == "cuda" else "gloo"
     if world_size == 1 and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -65,6 +65,5 @@ def server_environment() -> dict[str, str]:
     """Environment of the server process; what is set already stays."""
     ours = dict(ENVIRONMENT)
     if not torch.cuda.is_available():
-        # Bound threads would all sit on core 0, beside everything else.
-        ours |= CPU_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        ours |= CPU_ENVIRONMENT
     return ours | dict(os.environ)

@@ -37,6 +37,8 @@ CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCHDYNAMO_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
+    # Where the model runs in processes of its own: bound threads would all sit on core 0.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 RETRY_TEMPERATURE = 0.7
 _SYNC: Json = {
@@ -317,18 +319,25 @@ def engine_settings(config: Config, max_model_len: int, on_gpu: bool) -> Json:
         if on_gpu
         else {"kv_cache_memory_bytes": engine.kv_cache_mib * 2**20, "block_size": _CPU_BLOCK}
     )
-    return device | {
-        "dtype": config.policy.dtype,
-        "seed": config.seed % 2**32,
-        "max_model_len": max_model_len,
-        "max_num_seqs": engine.max_num_seqs,
-        "tensor_parallel_size": engine.tensor_parallel,
-        "enforce_eager": engine.enforce_eager,
-        "limit_mm_per_prompt": {"image": 1},
-        "mm_processor_cache_gb": 0,
-        "skip_mm_profiling": not on_gpu,
-        "logprobs_mode": "processed_logprobs",
-        "max_logprobs": -1,
-        # Free white space is where small models get lost in JSON.
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-    }
+    # By itself vLLM takes Ray's executor inside a placement group, and looks there for a bundle of
+    # one GPU per rank. Processes beside the actor use the GPUs that the actor was given.
+    ranks: Json = {"distributed_executor_backend": "mp"} if engine.tensor_parallel > 1 else {}
+    return (
+        device
+        | ranks
+        | {
+            "dtype": config.policy.dtype,
+            "seed": config.seed % 2**32,
+            "max_model_len": max_model_len,
+            "max_num_seqs": engine.max_num_seqs,
+            "tensor_parallel_size": engine.tensor_parallel,
+            "enforce_eager": engine.enforce_eager,
+            "limit_mm_per_prompt": {"image": 1},
+            "mm_processor_cache_gb": 0,
+            "skip_mm_profiling": not on_gpu,
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": -1,
+            # Free white space is where small models get lost in JSON.
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        }
+    )

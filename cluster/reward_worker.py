@@ -127,7 +127,7 @@ class _ZeroEngine:
         self._deepspeed = import_deepspeed(device.type)
         join_process_group(
             self._deepspeed,
-            device=device.type,
+            device=str(device),
             rank=self.rank,
             world_size=self.world_size,
             addr=os.environ["MASTER_ADDR"],

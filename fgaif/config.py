@@ -227,6 +227,24 @@ class NoiseConfig(_Section):
         return self.flip or self.hallu_to_ok
 
 
+def _check_single_gpu(key: str, gpus: float, more: str) -> None:
+    """Refuse several GPUs for a process that computes on one."""
+    if gpus > 1:
+        raise ValueError(
+            f"{key} = {gpus:g}: one process uses one GPU: set {key}=1, or a fraction of 1 to share "
+            f"a GPU; to use more GPUs raise {more}"
+        )
+
+
+def _check_ranks_apart(key: str, gpus: float, count_key: str, count: int) -> None:
+    """Refuse ranks of one process group on the same GPU."""
+    if count > 1 and 0 < gpus <= 0.5:
+        raise ValueError(
+            f"{key} = {gpus:g} with {count_key} = {count}: ranks would share a GPU, which NCCL "
+            f"refuses: set {key}=1, or {count_key}=1"
+        )
+
+
 class RewardConfig(_Section):
     """Step 2: one reward model per kind."""
 
@@ -273,6 +291,14 @@ class RewardConfig(_Section):
                 f"reward.batch_size = {self.batch_size} is not a multiple of reward.workers = "
                 f"{self.workers}: a rank without work would hang the others; raise the first"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_fit_gpus(self) -> Self:
+        _check_single_gpu("reward.gpus_per_worker", self.gpus_per_worker, "reward.workers")
+        _check_ranks_apart(
+            "reward.gpus_per_worker", self.gpus_per_worker, "reward.workers", self.workers
+        )
         return self
 
 
@@ -494,6 +520,26 @@ class ClusterConfig(_Section):
     """An actor at work that makes no progress for so long hangs, and is replaced."""
     start_timeout_s: float = Field(600.0, gt=0)
     call_timeout_s: float = Field(3600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _actors_fit_gpus(self) -> Self:
+        for name in ("reward", "reference", "learner"):
+            key = f"cluster.{name}"
+            _check_single_gpu(f"{key}.gpus", getattr(self, name).gpus, f"{key}.replicas")
+        learner, width = self.learner, self.engine.tensor_parallel
+        _check_ranks_apart(
+            "cluster.learner.gpus", learner.gpus, "cluster.learner.replicas", learner.replicas
+        )
+        for name in ("rollout", "judge"):
+            gpus = getattr(self, name).gpus
+            if gpus > 0 and (gpus != width if width > 1 else gpus > 1):
+                raise ValueError(
+                    f"cluster.{name}.gpus = {gpus:g} with cluster.engine.tensor_parallel = {width}:"
+                    f" an engine takes as many GPUs: set cluster.{name}.gpus={width}"
+                    + (" (or a fraction, to share one)" if width == 1 else "")
+                    + f" or another tensor_parallel; more engines are cluster.{name}.replicas"
+                )
+        return self
 
 
 class TrackingConfig(_Section):
