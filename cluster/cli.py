@@ -62,13 +62,25 @@ Overrides = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print configuration, plan and stages; start nothing.")
 ]
+Assume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COUNTxGB",
+        help="With --dry-run: compare memory with such GPUs, e.g. 4x80, instead of those found.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Redo stages that are up to date.")]
 
 
 @app.command()
-def demo(overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+def demo(
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    assume: Assume = None,
+) -> None:
     """Align the embedded policy end to end, on two CPU cores, in a few minutes."""
-    _run(None, overrides, dry_run, force)
+    _run(None, overrides, dry_run, force, assume)
 
 
 @app.command()
@@ -77,9 +89,10 @@ def run(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     force: Force = False,
+    assume: Assume = None,
 ) -> None:
     """Run all stages: sample, annotate, train-reward, eval, train, eval, report."""
-    _run(config, overrides, dry_run, force)
+    _run(config, overrides, dry_run, force, assume)
 
 
 @app.command()
@@ -88,9 +101,10 @@ def sample(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     force: Force = False,
+    assume: Assume = None,
 ) -> None:
     """Step 1a: sample responses from the policy -> RUN/responses."""
-    _run(config, overrides, dry_run, force, "sample")
+    _run(config, overrides, dry_run, force, assume, "sample")
 
 
 @app.command()
@@ -98,6 +112,7 @@ def annotate(
     config: ConfigFile = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    assume: Assume = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -130,7 +145,7 @@ def annotate(
         raise ConfigError("--answers goes with --audit, and --second with --answers")
     extra = [f"feedback.max_cost={max_cost}"] if max_cost is not None else []
     if not audit:
-        _run(config, [*(overrides or []), *extra], dry_run, force, "annotate")
+        _run(config, [*(overrides or []), *extra], dry_run, force, assume, "annotate")
         return
     from cluster.audit import prepare_audit, report_audit
 
@@ -147,9 +162,10 @@ def train_reward(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     force: Force = False,
+    assume: Assume = None,
 ) -> None:
     """Step 2: train one reward model per kind -> RUN/rewards/KIND."""
-    _run(config, overrides, dry_run, force, "train-reward")
+    _run(config, overrides, dry_run, force, assume, "train-reward")
 
 
 @app.command()
@@ -158,13 +174,14 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     force: Force = False,
+    assume: Assume = None,
     resume: Annotated[
         str | None, typer.Option(help="'latest' or a checkpoint directory: go on from there.")
     ] = None,
 ) -> None:
     """Step 3: PPO with per-token rewards -> RUN/policy."""
     extra = [f"ppo.resume={resume}"] if resume else []
-    _run(config, [*(overrides or []), *extra], dry_run, force, "train")
+    _run(config, [*(overrides or []), *extra], dry_run, force, assume, "train")
 
 
 @eval_app.command("run")
@@ -173,9 +190,10 @@ def evaluate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     force: Force = False,
+    assume: Assume = None,
 ) -> None:
     """The run's policy before and after training, on held-out images -> RUN/eval."""
-    _run(config, overrides, dry_run, force, "eval-before", "eval-after")
+    _run(config, overrides, dry_run, force, assume, "eval-before", "eval-after")
 
 
 @app.command()
@@ -279,11 +297,23 @@ def serve_rewards(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Also whether this run fits the memory.")
+    ] = None,
+    overrides: Overrides = None,
+    assume: Annotated[
+        str | None,
+        typer.Option(metavar="COUNTxGB", help="With --config: such GPUs, e.g. 4x80."),
+    ] = None,
+) -> None:
     """Check versions, devices, memory, disk and ports, and say what to do."""
     from cluster.doctor import run as examine
 
-    raise typer.Exit(examine(out))
+    if config is None and (overrides or assume):
+        raise ConfigError("overrides and --assume go with --config")
+    settings = None if config is None else load_config(config, overrides or [])
+    raise typer.Exit(examine(out, settings, assume))
 
 
 @app.command()
@@ -334,14 +364,25 @@ def _load(config: Path | None, overrides: list[str] | None) -> Config:
 
 
 def _run(
-    config: Path | None, overrides: list[str] | None, dry_run: bool, force: bool, *stages: Stage
+    config: Path | None,
+    overrides: list[str] | None,
+    dry_run: bool,
+    force: bool,
+    assume: str | None,
+    *stages: Stage,
 ) -> None:
-    from cluster.plan import print_plan
+    from cluster.devices import devices_of
+    from cluster.memory import show_memory
+    from cluster.plan import print_plan, stage_roles
     from cluster.stages import run_stages  # torch and Ray: not for --help
 
     settings = _load(config, overrides)
+    if assume is not None and not dry_run:
+        raise ConfigError("--assume goes with --dry-run: a run uses the devices that there are")
     if dry_run:
         out.print(dump_config(settings), highlight=False)
         print_plan(settings, stages or ORDER, force, out)
+        roles = stage_roles(settings, stages or ORDER)
+        show_memory(settings, roles, devices_of(settings, assume), out)
     else:
         run_stages(settings, stages or ORDER, force, out)

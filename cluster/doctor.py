@@ -20,6 +20,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import fgaif
+from cluster.devices import devices_of
+from cluster.memory import MemoryPlan, advise, memory_table, plan_memory
+from fgaif.config import Config
 
 Level = Literal["ok", "warn", "error"]
 
@@ -48,9 +51,16 @@ class Finding:
     advice: str = ""
 
 
-def run(console: Console) -> int:
-    """Print every finding and return the exit code: 1 if one is an error, else 0."""
+def run(console: Console, config: Config | None = None, assumed: str | None = None) -> int:
+    """Print every finding and return the exit code: 1 if one is an error, else 0.
+
+    With ``config`` also whether its run fits the memory of the devices (see `cluster.devices`).
+    """
     found = findings()
+    if config is not None:
+        plan = plan_memory(config, devices=devices_of(config, assumed))
+        console.print(memory_table(plan))
+        found.append(check_plan(plan, config))
     console.print(main_table(found))
     counts = {level: sum(item.level == level for item in found) for level in _STYLES}
     console.print(f"{counts['ok']} ok, {counts['warn']} warnings, {counts['error']} errors")
@@ -292,6 +302,21 @@ def check_model(path: Path) -> Finding:
         found=f"{path} lacks {' and '.join(missing)}",
         advice="get a complete checkout, or rebuild: python -m fgaif.data.scenes.build",
     )
+
+
+def check_plan(plan: MemoryPlan, config: Config) -> Finding:
+    """Whether a run fits the memory, and what would."""
+    subject = f"memory of {config.name}"
+    if plan.problems:
+        return Finding(
+            level="error",
+            subject=subject,
+            found="\n".join(plan.problems),
+            advice=advise(plan, config),
+        )
+    if plan.unknown:
+        return Finding(level="warn", subject=subject, found="not compared", advice=plan.unknown)
+    return Finding(level="ok", subject=subject, found=f"fits ({plan.devices.found})")
 
 
 def _torch_cuda() -> str | None:

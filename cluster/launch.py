@@ -16,9 +16,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.deepspeed_setup import free_port
 from cluster.board import Watch, make_pulse, with_pulse
+from cluster.devices import cluster_devices
 from cluster.handles import Handle
 from cluster.live import LiveRun
 from cluster.member import Member, group_name
+from cluster.memory import check_memory
 from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
 from cluster.rollouts import RolloutGroup
 from cluster.scorers import JudgeGroup, RewardGroup
@@ -61,7 +63,8 @@ class Cluster:
                 stack.callback(ray.shutdown)
                 connect(self._config)
             self._bundles = plan_roles(self._config, self._roles)
-            check_fits(self._bundles, ray.cluster_resources())
+            check_fits(self._bundles, ray.cluster_resources(), workers=self._config.reward.workers)
+            check_memory(self._config, self._roles, cluster_devices())
             if self._live:
                 self.live = LiveRun(self._config, self._others)
             self._open = stack.pop_all()

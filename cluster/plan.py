@@ -37,6 +37,7 @@ def stage_roles(config: Config, stages: Sequence[Stage]) -> set[Role]:
     roles: dict[Stage, set[Role]] = {
         "sample": set() if config.data.responses else {"rollout"},
         "annotate": {"judge"},
+        "train-reward": {"trainer"},
         "eval-before": {"rollout", "reward"},
         "train": {"rollout", "reward", "reference", "learner"},
         "eval-after": {"rollout", "reward"},

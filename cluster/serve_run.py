@@ -13,11 +13,11 @@ from ray import serve
 from rich.console import Console
 from rich.table import Table
 
-from cluster.placement import model_size
 from cluster.serve import API, APP, ServeArgs, deploy, deployment_options, scorer_kinds
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.lvlm.sizes import read_facts
 from fgaif.reward.checkpoint import checked_card, common_min_words, rewards_version
 from fgaif.serving.access import read_serve_key
 from fgaif.types import KINDS
@@ -180,8 +180,8 @@ def _weights_gib(config: Config, args: ServeArgs, name: str) -> float:
     if name == API:
         return 0.0
     if name == "generator":
-        return model_size(resolve_checkpoint(str(args.policy))).parameters * width / _GIB
-    size = model_size(resolve_checkpoint(config.reward_backbone))
+        return read_facts(resolve_checkpoint(str(args.policy))).parameters * width / _GIB
+    size = read_facts(resolve_checkpoint(config.reward_backbone))
     adapters = len(KINDS) if config.serve.placement == "shared" else 0
     lora = adapters * size.lora_parameters(config.reward.lora)
     return (size.parameters + lora) * width / _GIB

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.placement import check_fits, model_size, plan_roles, plan_table
+from cluster.placement import check_fits, plan_roles, plan_table
 from cluster.plan import stage_roles
 from fgaif.config import Config, LoraConfig, load_config
 from fgaif.errors import CheckpointError, ConfigError
+from fgaif.lvlm.sizes import read_facts
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def test_every_role_of_the_method_has_its_actor(config: Config) -> None:
         "reference-0",
         "learner-0",
         "judge-0",
+        "trainer-0",
     ]
 
 
@@ -45,10 +47,10 @@ def test_a_shared_scorer_is_one_actor_per_replica(config: Config) -> None:
 
 
 def test_lora_parameters_are_r_times_rows_plus_columns(tiny_llava_dir: Path) -> None:
-    size = model_size(tiny_llava_dir)
-    sides = sum(rows + columns for rows, columns in size.linear_shapes)
+    size = read_facts(tiny_llava_dir)
+    sides = sum(rows + columns for rows, columns in size.linears)
     assert size.lora_parameters(LoraConfig(r=3)) == 3 * sides
-    assert len(size.linear_shapes) % 7 == 0  # q k v o gate up down per layer, no CLIP among them
+    assert len(size.linears) % 7 == 0  # q k v o gate up down per layer, no CLIP among them
 
 
 def test_a_plan_that_fits_passes(config: Config) -> None:
@@ -74,6 +76,16 @@ def test_stages_ask_for_room_for_their_own_actors_alone(config: Config) -> None:
     assert stage_roles(config, ["sample", "eval-after"]) == {"rollout", "reward"}
 
 
+def test_workers_of_one_reward_model_must_fit_and_others_may_wait(config: Config) -> None:
+    given = ["reward.parallel=3", "reward.workers=2", "reward.gpus_per_worker=1"]
+    reward = load_config(None, given).reward
+    bundles = plan_roles(config.model_copy(update={"reward": reward}), {"trainer"})
+    assert [bundle.name for bundle in bundles] == [f"trainer-{i}" for i in range(6)]
+    check_fits(bundles, {"CPU": 2.0, "GPU": 2.0}, workers=2)
+    with pytest.raises(ConfigError, match=r"needs 2 GPUs but the cluster has 1: .*reward\.workers"):
+        check_fits(bundles, {"CPU": 2.0, "GPU": 1.0}, workers=2)
+
+
 def test_gpus_are_counted_across_roles(config: Config) -> None:
     cluster = load_config(None, ["cluster.reference.gpus=1", "cluster.learner.gpus=1"]).cluster
     bundles = plan_roles(config.model_copy(update={"cluster": cluster}))
@@ -91,4 +103,4 @@ def test_the_table_names_every_actor(config: Config) -> None:
 
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="pickled weights are not loaded"):
-        model_size(tmp_path)
+        read_facts(tmp_path)

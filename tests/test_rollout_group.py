@@ -34,7 +34,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         )
 
         def create(name: str) -> Any:
-            bundle = Bundle(role="rollout", name=name, cpus=0.1, gpus=0, memory_gib=0)
+            bundle = Bundle(role="rollout", name=name, cpus=0.1, gpus=0)
             return create_actor(bundle, MortalEngine, (tmp_path, name), "1")
 
         group = RolloutGroup(create, cluster, **how)

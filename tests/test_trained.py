@@ -41,7 +41,7 @@ def config_of(model: Path, run_dir: Path, **ppo: Any) -> Config:
 
 
 def bundle(name: str) -> Bundle:
-    return Bundle(role="learner", name=name, cpus=0.5, gpus=0, memory_gib=0)
+    return Bundle(role="learner", name=name, cpus=0.5, gpus=0)
 
 
 def learners(config: Config, world: int) -> LearnerGroup:

@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 from fgaif.lvlm.inputs import EncodedBatch
 from fgaif.lvlm.model import base_of, image_features, last_hidden
 
-_CHUNK = 2048
+CHUNK = 2048
+"""Rows of logits that exist at a time."""
 
 
 def gather_hidden(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def gather_hidden(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def chunked_logprobs(
-    hidden: Tensor, head: nn.Module, targets: Tensor, *, temperature: float, chunk: int = _CHUNK
+    hidden: Tensor, head: nn.Module, targets: Tensor, *, temperature: float, chunk: int = CHUNK
 ) -> Tensor:
     """log softmax(head(hidden) / temperature)[target], (N, D) and (N,) -> (N,) in float32.
 

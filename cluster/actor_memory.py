@@ -1,0 +1,508 @@
+"""What one actor keeps in memory at its peak, by part: pure arithmetic on sizes and configuration.
+
+All figures are bytes. P is the number of trained parameters, w the bytes of the model's dtype, H
+the hidden size, I that of the MLP, Q and K the widths of queries and of keys (or values), V the
+vocabulary, N the ranks. `tests/test_actor_memory.py` counts what autograd and DeepSpeed really keep
+against these formulas, `tests/bench/bench_memory.py` measures whole processes; see docs/memory.md.
+
+Assumptions that no CPU can check are the constants named ``_GPU_...``.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+
+from cluster.placement import Role
+from fgaif.config import Config, LoraConfig
+from fgaif.lvlm.logprobs import CHUNK
+from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.lvlm.sizes import ModelFacts, read_facts
+from fgaif.types import KINDS
+
+GIB = 2**30
+MIB = 2**20
+
+PROMPT_TEXT = 64
+"""Tokens of a prompt beside its image."""
+_FEATURE_CACHE = 2**30
+_PIXEL_CACHE = 256 * MIB
+_PROCESS: Mapping[Role, int] = {
+    "rollout": 900 * MIB,
+    "judge": 900 * MIB,
+    "reward": 600 * MIB,
+    "reference": 600 * MIB,
+    "learner": 800 * MIB,
+    "trainer": 800 * MIB,
+}
+"""Resident memory on the host before the model is loaded: interpreter and libraries."""
+_GPU_CONTEXT = 512 * MIB
+"""CUDA context with torch's kernels, per process and device: 0.4 to 0.6 GiB on A100 and H100, what
+nvidia-smi shows of a process beside torch.cuda.memory_reserved; not measured here."""
+_GPU_HOST = 1024 * MIB
+"""What a process with CUDA libraries keeps on the host beside ``_PROCESS``; not measured here."""
+_GPU_FRAGMENTS = 0.1
+"""Share of the activations that torch's caching allocator holds beyond them; not measured here."""
+_ZERO_BUCKET = 500_000_000
+"""Parameters for which ZeRO sets a reduction bucket aside, at DeepSpeed's default. On a GPU it is
+taken whole; on the CPU only what is touched counts."""
+_ZERO3_LIVE = 1_000_000_000
+"""Parameters that ZeRO-3 may hold gathered at a time, at DeepSpeed's default."""
+_LARGE_GPU = 70 * GIB  # vLLM's own limit between its two defaults
+_CPU_BATCHED_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorMemory:
+    """Bytes on an actor's device by part, and bytes on the host.
+
+    Of an actor without a GPU the host is the device: ``host`` is then the total. ``shortage`` says
+    what an engine lacks inside its own share of the device, empty if nothing.
+    """
+
+    weights: int = 0
+    adapters: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    caches: int = 0
+    process: int = 0
+    host: int = 0
+    shortage: str = ""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(getattr(self, name) for name in PARTS)
+
+
+PARTS = tuple(f.name for f in fields(ActorMemory) if f.name not in ("host", "shortage"))
+
+
+Models = Mapping[str, ModelFacts]
+"""Facts of checkpoints by their names in the configuration (``config.policy.model``, ...)."""
+
+
+def read_models(config: Config, roles: Collection[Role]) -> Models:
+    """Facts of the checkpoints that these roles load; raises CheckpointError if one is missing."""
+    wanted = {
+        "rollout": config.policy.model,
+        "learner": config.policy.model,
+        "reference": config.policy.model,
+        "reward": config.reward_backbone,
+        "trainer": config.reward_backbone,
+        "judge": config.feedback.local_verifier,
+    }
+    names = [wanted[role] for role in roles]
+    if "reference" in roles and config.ppo.value_init != "policy":
+        names.append(config.reward_backbone)
+    return {name: read_facts(resolve_checkpoint(name)) for name in set(names) if name is not None}
+
+
+def actor_memory(
+    role: Role, config: Config, models: Models, *, gpu: int | None, on_gpu: bool
+) -> ActorMemory:
+    """Peak memory of one actor. ``gpu`` is its device's memory in bytes, None where unknown."""
+    if role in ("rollout", "judge"):
+        return _engine(role, config, models, gpu, on_gpu=on_gpu)
+    build = {
+        "reward": _scorer,
+        "trainer": _trainer,
+        "reference": _reference,
+        "learner": _learner,
+    }[role]
+    return _settle(build(config, models, on_gpu), role, config, models, on_gpu=on_gpu)
+
+
+def _settle(
+    found: ActorMemory, role: Role, config: Config, models: Models, *, on_gpu: bool
+) -> ActorMemory:
+    """Add the process, and put each part where it is kept."""
+    process, caches = _PROCESS[role], _host_caches(role, config, models)
+    if not on_gpu:
+        whole = replace(found, caches=found.caches + caches, process=process)
+        return replace(whole, host=whole.total)
+    # from_pretrained reads the weights on the host, then moves them.
+    host = process + _GPU_HOST + caches + found.weights
+    activations = round(found.activations * (1 + _GPU_FRAGMENTS))
+    return replace(found, activations=activations, process=_GPU_CONTEXT, host=host)
+
+
+def _host_caches(role: Role, config: Config, models: Models) -> int:
+    """Image features and pixels that a role has kept when it has seen all its images."""
+    data = config.data
+    model = models[_main_model(role, config)]
+    images = {
+        "trainer": data.feedback_prompts,
+        "rollout": data.feedback_prompts + data.ppo_prompts,
+        "judge": data.feedback_prompts,
+    }.get(role, data.ppo_prompts)
+    pixels = min(_PIXEL_CACHE, images * 3 * model.image_size**2 * 4)
+    if role in ("rollout", "judge"):
+        return pixels
+    projected = not (role == "learner" and config.policy.train_projector)
+    width = model.hidden if projected else model.vision_hidden
+    features = images * model.image_tokens * width * _width(config)
+    return pixels + min(_FEATURE_CACHE, features)
+
+
+def _main_model(role: Role, config: Config) -> str:
+    if role in ("reward", "trainer"):
+        return config.reward_backbone
+    if role == "judge":
+        return config.feedback.local_verifier or ""
+    return config.policy.model
+
+
+def _width(config: Config) -> int:
+    return 2 if config.policy.dtype == "bfloat16" else 4
+
+
+# --- the language model ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One forward pass: ``rows`` sequences of ``length`` tokens, and how it is computed.
+
+    ``adapter_width`` is the bytes of LoRA's dtype: where it is not the model's, PEFT converts the
+    input of every adapted layer.
+    """
+
+    rows: int
+    length: int
+    width: int
+    adapter_width: int
+    lora: LoraConfig
+    checkpointing: bool = False
+    attention: str = "sdpa"
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, padding included."""
+        return self.rows * self.length
+
+
+def layer_saved(model: ModelFacts, run: Pass) -> int:
+    """What autograd keeps of one decoder layer with LoRA on its seven linears, the base frozen.
+
+    Per token: float32 inputs of both norms (2 H), the four tensors of the MLP (4 I), queries, keys,
+    values and the result of attention (2 Q + 2 K), LoRA's inner states (7 r) and, as LoRA's inputs,
+    both normed states (2 H). A LoRA of another dtype keeps its own copy of each of its inputs.
+    Attention by the flash kernels (sdpa, on CPU and GPU alike) keeps one float32 per head and
+    token, eager attention the (L, L) probabilities of every head.
+    """
+    w, a, q = run.width, run.adapter_width, model.heads * model.head_dim
+    k, r = model.kv_heads * model.head_dim, run.lora.r
+    per_token = 2 * 4 * model.hidden + 2 * 4 + (3 * model.ffn + 2 * q + 2 * k) * w + 7 * r * a
+    if a == w:
+        per_token += (2 * model.hidden + model.ffn) * w
+    else:
+        per_token += (5 * model.hidden + q + model.ffn) * a
+    if run.lora.dropout > 0:  # its result and its mask, for each of the seven
+        per_token += (5 * model.hidden + q + model.ffn) * (a + 1)
+    saved = run.tokens * per_token
+    if run.attention == "eager":
+        square = run.rows * model.heads * run.length**2
+        return saved + square * (4 if w == 4 else 4 + w)
+    return saved + run.tokens * model.heads * 4
+
+
+def body_saved(model: ModelFacts, run: Pass) -> int:
+    """What autograd keeps of the language model without its head.
+
+    With gradient checkpointing: the input of every layer. The first layer's norm keeps nothing,
+    because embeddings and image features have no gradient.
+    """
+    ends = run.tokens * model.hidden * (4 + run.width)  # input of the last norm, and its output
+    if run.checkpointing:
+        return ends + run.tokens * model.layers * model.hidden * run.width
+    return ends + model.layers * layer_saved(model, run) - run.tokens * 4 * model.hidden
+
+
+def training_peak(model: ModelFacts, run: Pass, scored: int) -> int:
+    """Activations of a training pass at their peak, ``scored`` tokens going through the head.
+
+    Either where the backward pass begins, with (scored, V) logits, their gradient and two more such
+    tensors in float32, in chunks; or in a layer, which checkpointing has computed again, with the
+    gradients of an MLP tensor and two hidden states.
+    """
+    head = 4 * 4 * min(scored, CHUNK) * model.vocabulary
+    layer = run.tokens * (model.ffn + 2 * model.hidden) * max(run.width, run.adapter_width)
+    if run.checkpointing:
+        layer += layer_saved(model, run)
+    return body_saved(model, run) + max(head, layer)
+
+
+def inference_peak(model: ModelFacts, run: Pass, scored: int = 0, *, adapted: bool) -> int:
+    """Activations of a pass without gradients at their peak: in an MLP, or in the head.
+
+    The MLP: three of its tensors, four hidden states, one more of each adapted layer.
+    """
+    hidden = run.tokens * model.hidden * run.width
+    mlp = run.tokens * (3 * model.ffn + 4 * model.hidden) * run.width
+    if adapted:
+        mlp += run.tokens * (model.ffn + run.lora.r) * run.adapter_width
+    square = 0
+    if run.attention == "eager":
+        square = run.rows * model.heads * run.length**2 * (2 * run.width + 4)
+    return max(mlp, square + hidden, hidden + 2 * 4 * min(scored, CHUNK) * model.vocabulary)
+
+
+def vision_peak(model: ModelFacts, images: int, width: int) -> int:
+    """Activations of the vision tower and projector: all hidden states, one MLP, the projector."""
+    tokens = images * model.vision_tokens
+    kept = (model.vision_layers + 1) * model.vision_hidden
+    mlp = 4 * (model.vision_ffn + model.vision_hidden)
+    return tokens * width * (kept + max(mlp, 3 * model.hidden)) + images * 3 * (
+        model.image_size**2 * (4 + width)
+    )
+
+
+def _sequence(config: Config, model: ModelFacts) -> int:
+    return model.image_tokens + PROMPT_TEXT + config.policy.max_new_tokens
+
+
+def _reward_sequence(config: Config, model: ModelFacts) -> int:
+    """Each sub-sentence ends with a separator; one has ``segment.min_words`` tokens or more."""
+    return _sequence(config, model) + config.policy.max_new_tokens // config.segment.min_words
+
+
+# --- training states ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """Bytes of an adapter in training. ``backward`` is held beside activations, ``step`` is not."""
+
+    adapters: int
+    kept: int
+    backward: int
+    step: int
+
+
+def deepspeed_state(
+    trained: int, *, stage: int, ranks: int, width: int, on_gpu: bool
+) -> TrainingState:
+    """What DeepSpeed 0.19 allocates for torch's AdamW over P trained parameters, on each rank.
+
+    ====== ======== ================================== ======================= ===================
+    stage  dtype    kept: master, moments, gradients   in the backward pass    in the step
+    ====== ======== ================================== ======================= ===================
+    0      float32  8 P                                4 P gradients           8 P
+    1      float32  12 P / N                           4 P gradients + bucket  12 P / N
+    1      bfloat16 12 P / N + 4 P                     2 P gradients           8 P / N + 2 P
+    2      both     12 P / N                           4 P / N + bucket        12 P / N
+    3      both     16 P / N + bucket                  w P                     12 P / N
+    ====== ======== ================================== ======================= ===================
+
+    The adapter itself is w P, with stage 3 w P / N. The bucket has room for P parameters, on a GPU
+    for ``_ZERO_BUCKET``; a step holds the gradient and two temporaries of AdamW.
+    """
+    share = -(-trained // ranks)
+    bucket = width * (max(_ZERO_BUCKET, trained) if on_gpu else trained)
+    adapters = width * (share if stage == 3 else trained)
+    if stage == 0:
+        return TrainingState(
+            adapters=adapters, kept=8 * trained, backward=4 * trained, step=8 * trained
+        )
+    kept, step = 12 * share, 12 * share
+    if stage == 3:
+        return TrainingState(
+            adapters=adapters, kept=kept + 4 * share + bucket, backward=width * trained, step=step
+        )
+    if stage == 2:
+        return TrainingState(adapters=adapters, kept=kept, backward=4 * share + bucket, step=step)
+    if width == 4:
+        return TrainingState(adapters=adapters, kept=kept, backward=4 * trained + bucket, step=step)
+    return TrainingState(
+        adapters=adapters,
+        kept=kept + 4 * trained,
+        backward=2 * trained,
+        step=8 * share + 2 * trained,
+    )
+
+
+def _with_state(weights: int, state: TrainingState, activations: int) -> ActorMemory:
+    """Activations and the step do not meet: what the step needs beyond them counts as optimiser."""
+    beyond = max(0, state.step - state.backward - activations)
+    return ActorMemory(
+        weights=weights,
+        adapters=state.adapters,
+        optimizer=state.kept + state.backward + beyond,
+        activations=activations,
+    )
+
+
+# --- actors ---------------------------------------------------------------------------------------
+
+
+def _learner(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
+    model, policy, ppo, w = models[config.policy.model], config.policy, config.ppo, _width(config)
+    trained = model.lora_parameters(policy.lora)
+    weights, projector = model.parameters * w, 0
+    rows = min(ppo.micro_batch, -(-ppo.minibatch // config.cluster.learner.replicas))
+    run = Pass(
+        rows=rows,
+        length=_sequence(config, model),
+        width=w,
+        adapter_width=w,
+        lora=policy.lora,
+        checkpointing=policy.gradient_checkpointing,
+        attention=policy.attention,
+    )
+    if policy.train_projector:  # the frozen one stays beside it
+        trained += model.projector
+        tokens = rows * model.image_tokens
+        projector = tokens * (model.vision_hidden + 3 * model.hidden) * w
+    ranks = config.cluster.learner.replicas
+    if ppo.zero_stage == 3:
+        whole = min(model.parameters, _ZERO3_LIVE) * w
+        weights = min(weights, weights // ranks + (whole if ranks > 1 else 0))
+    state = deepspeed_state(trained, stage=ppo.zero_stage, ranks=ranks, width=w, on_gpu=on_gpu)
+    scored = rows * policy.max_new_tokens
+    activations = max(
+        training_peak(model, run, scored) + projector,
+        inference_peak(model, run, scored, adapted=True),
+        vision_peak(model, rows, w),
+    )
+    return _with_state(weights, state, activations)
+
+
+def _reference(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
+    """One backbone, or two where the value model starts from another checkpoint.
+
+    Not under DeepSpeed: PEFT keeps the value adapter in float32, so weight, gradient and moments
+    take 4 + 4 + 8 bytes, and AdamW on GPUs two more sets of temporaries.
+    """
+    ppo, policy, w = config.ppo, config.policy, _width(config)
+    from_policy = ppo.value_init == "policy"
+    base = models[policy.model]
+    model = base if from_policy else models[config.reward_backbone]
+    lora = ppo.value_lora if from_policy else config.reward.lora
+    two = not from_policy and config.reward_backbone != policy.model
+    weights = (model.parameters + (base.parameters if two else 0)) * w
+    trained = model.lora_parameters(lora) + model.hidden + 1
+    rows = min(ppo.micro_batch, ppo.minibatch)
+    run = Pass(
+        rows=rows,
+        length=_sequence(config, model),
+        width=w,
+        adapter_width=4,
+        lora=lora,
+        checkpointing=policy.gradient_checkpointing,
+        attention=policy.attention,
+    )
+    scored = rows * policy.max_new_tokens
+    reads = replace(run, length=_sequence(config, base))
+    activations = max(
+        training_peak(model, run, 0),
+        inference_peak(model, run, adapted=True),
+        inference_peak(base, reads, scored, adapted=False),
+        vision_peak(model, rows, w),
+    )
+    state = TrainingState(
+        adapters=4 * trained,
+        kept=8 * trained,
+        backward=4 * trained,
+        step=(12 if on_gpu else 4) * trained,
+    )
+    return _with_state(weights, state, activations)
+
+
+def _scorer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
+    """A backbone with one kind's adapter merged, or with all kinds' beside it."""
+    del on_gpu
+    shared = config.cluster.reward.shared
+    model, w = models[config.reward_backbone], _width(config)
+    run = Pass(
+        rows=config.reward.micro_batch,
+        length=_reward_sequence(config, model),
+        width=w,
+        adapter_width=4 if shared else w,
+        lora=config.reward.lora,
+        attention=config.policy.attention,
+    )
+    return ActorMemory(
+        weights=model.parameters * w,
+        adapters=len(KINDS) * model.lora_parameters(run.lora) * 4 if shared else 0,
+        activations=max(
+            inference_peak(model, run, adapted=shared), vision_peak(model, run.rows, w)
+        ),
+    )
+
+
+def _trainer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
+    model, reward, w = models[config.reward_backbone], config.reward, _width(config)
+    head = (model.hidden + 1) * 3 + (model.hidden**2 if reward.head == "mlp" else 0)
+    share = reward.batch_size // reward.workers
+    run = Pass(
+        rows=min(reward.micro_batch, share),
+        length=_reward_sequence(config, model),
+        width=w,
+        adapter_width=w,
+        lora=reward.lora,
+        checkpointing=config.policy.gradient_checkpointing,
+        attention=config.policy.attention,
+    )
+    trained = model.lora_parameters(reward.lora) + head
+    weights = model.parameters * w
+    if reward.zero_stage == 3 and reward.workers > 1:
+        whole = min(model.parameters, _ZERO3_LIVE) * w
+        weights = min(weights, weights // reward.workers + whole)
+    state = deepspeed_state(
+        trained, stage=reward.zero_stage, ranks=reward.workers, width=w, on_gpu=on_gpu
+    )
+    activations = max(
+        training_peak(model, run, 0),
+        inference_peak(model, replace(run, rows=reward.micro_batch), adapted=True),
+        vision_peak(model, reward.micro_batch, w),
+    )
+    return _with_state(weights, state, activations)
+
+
+def _engine(
+    role: Role, config: Config, models: Models, gpu: int | None, *, on_gpu: bool
+) -> ActorMemory:
+    """A vLLM engine. On a GPU it takes its share of the device, whatever the model needs."""
+    model = models[_main_model(role, config)]
+    engine, w = config.cluster.engine, _width(config)
+    context = min(engine.max_model_len, model.max_length)
+    default = _CPU_BATCHED_TOKENS
+    if on_gpu:
+        default = 16384 if (gpu or 0) >= _LARGE_GPU else 8192
+    batched = min(engine.max_num_seqs * context, default)
+    weights = model.parameters * w // engine.tensor_parallel
+    adapters = 0
+    run = Pass(rows=1, length=batched, width=w, adapter_width=w, lora=config.policy.lora)
+    images = max(1, min(engine.max_num_seqs, batched // model.image_tokens))
+    logits = engine.max_num_seqs * model.vocabulary * (w + 3 * 4)
+    probe = min(batched, context) * model.vocabulary * (w + 8) if role == "rollout" else 0
+    body = inference_peak(model, run, adapted=adapters > 0)
+    activations = max(body, logits, probe)
+    if not on_gpu:
+        found = ActorMemory(
+            weights=weights,
+            adapters=adapters,
+            activations=activations,
+            caches=engine.kv_cache_mib * MIB,
+        )
+        return _settle(found, role, config, models, on_gpu=False)
+    activations = max(activations, vision_peak(model, images, w))
+    activations += images * model.image_tokens * model.hidden * w  # vLLM's cache of features
+    token = 2 * model.layers * model.kv_heads * model.head_dim * w // engine.tensor_parallel
+    found = ActorMemory(
+        weights=weights, adapters=adapters, activations=activations, process=_GPU_CONTEXT
+    )
+    need = weights + adapters + activations
+    host = _PROCESS[role] + _GPU_HOST + _host_caches(role, config, models) + weights
+    least = token * context
+    if gpu is None:
+        return replace(found, caches=least, host=host)
+    share = int(gpu * engine.gpu_memory_utilization)
+    shortage = ""
+    if share < need + least:
+        shortage = (
+            f"cluster.engine.gpu_memory_utilization = {engine.gpu_memory_utilization:g} gives it "
+            f"{share / GIB:.1f} GiB, but weights ({weights / GIB:.1f}), activations "
+            f"({(activations + adapters) / GIB:.1f}) and one sequence of {context} tokens "
+            f"({least / GIB:.1f}) need {(need + least) / GIB:.1f}"
+        )
+    return replace(found, caches=max(least, share - need), host=host, shortage=shortage)
