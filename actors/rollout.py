@@ -13,6 +13,7 @@ from fgaif.errors import SyncError
 from fgaif.types import (
     FloatArray,
     GenerationRequest,
+    LoadedWeights,
     Prompt,
     Response,
     WeightsManifest,
@@ -28,7 +29,7 @@ class RolloutActor:
     """One replica of the policy under sampling."""
 
     def __init__(self, model_dir: Path, config: Config) -> None:
-        self._engine = VllmEngine(model_dir, config)
+        self._engine = VllmEngine(model_dir, config, adapters=True)
         self._temperature = config.policy.temperature
         self._version = 0
 
@@ -62,8 +63,10 @@ class RolloutActor:
         """Probability of answering yes rather than no, per prompt."""
         return self._engine.p_yes(prompts)
 
-    def load_weights(self, manifest: WeightsManifest) -> int:
-        """Load a published version into the engine and return the version now loaded.
+    def load_weights(
+        self, manifest: WeightsManifest, probe: Sequence[Response] = ()
+    ) -> LoadedWeights:
+        """Load a published version into the engine; say what is loaded, and how it scores a probe.
 
         Raises:
             SyncError: damaged on the way, or it names weights that the engine does not have; the
@@ -74,6 +77,7 @@ class RolloutActor:
                 f"weights version {manifest.version}: the digest does not match the tensors; "
                 "publish the version again"
             )
+        base = self._probe_base(probe)
         problems = self._engine.load_weights(manifest)
         if problems:
             raise SyncError(
@@ -81,16 +85,35 @@ class RolloutActor:
                 f"({len(problems)} problems): {'; '.join(problems[:3])}"
             )
         self._version = manifest.version
-        return self._version
+        return LoadedWeights(
+            version=self._version,
+            arrived=self._engine.arrived(),
+            logprobs=tuple(self.probe_logprobs(probe)),
+            base_logprobs=base,
+        )
 
-    def probe_logprobs(self, responses: Sequence[Response]) -> list[FloatArray]:
-        """Teacher-forced log-probs (T,) of responses under the loaded weights."""
+    def _probe_base(self, probe: Sequence[Response]) -> tuple[FloatArray, ...] | None:
+        """Log-probs under the checkpoint itself, as long as the engine still has it."""
+        if not self._engine.answers_as_base:
+            return None
+        return tuple(self.probe_logprobs(probe, base=True))
+
+    def probe_logprobs(
+        self, responses: Sequence[Response], *, base: bool = False
+    ) -> list[FloatArray]:
+        """Teacher-forced log-probs (T,) of responses under the loaded weights.
+
+        ``base``: without the adapter, on an engine that serves it unmerged.
+        """
         # vLLM scores prompts at temperature 1; another one needs the whole vocabulary's scores.
         scores = 0 if self._temperature == 1.0 else -1
         parameters = sampling_parameters(temperature=0.0, max_tokens=1, prompt_logprobs=scores)
         outputs = self._engine.run(
-            (self._engine.encode(response.prompt, response.token_ids.tolist()), parameters)
-            for response in responses
+            (
+                (self._engine.encode(response.prompt, response.token_ids.tolist()), parameters)
+                for response in responses
+            ),
+            base=base,
         )
         return [
             _forced(output, len(response.token_ids), self._temperature)

@@ -7,8 +7,9 @@ per-request text and image processing, which costs as much as a tiny model's for
 
 import math
 import os
+import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,16 +20,19 @@ from safetensors.numpy import save
 from transformers import LlavaConfig
 
 from actors.pulse import beat
+from actors.served_adapter import lora_settings, write_adapter
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError, DataError, SyncError
+from fgaif.lvlm.arrival import add_sums, arrived
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.model import load_processor
-from fgaif.lvlm.weights import parts
-from fgaif.types import Json, Prompt, WeightsManifest
+from fgaif.lvlm.weights import parts, split_tensors
+from fgaif.types import Arrived, FloatArray, Json, Prompt, WeightsManifest
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 # The engine runs in the actor's process: three processes would import vllm one after the other.
@@ -58,10 +62,19 @@ class EngineStats:
     ready_seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Adapter:
+    """The adapter that requests are answered with, and the folder that it was read from."""
+
+    request: "LoRARequest"
+    folder: Path
+
+
 class VllmEngine:
     """vLLM with prompts as token ids and images as preprocessed pixels."""
 
-    def __init__(self, model_dir: Path, config: Config) -> None:
+    def __init__(self, model_dir: Path, config: Config, *, adapters: bool = False) -> None:
+        """``adapters``: LoRA adapters are to be loaded, and are served as configured."""
         start = time.perf_counter()
         engine, on_gpu = config.cluster.engine, torch.cuda.is_available()
         for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT | CPU_ENVIRONMENT).items():
@@ -71,10 +84,12 @@ class VllmEngine:
         processor = load_processor(model_dir)
         model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
         self.max_model_len = context_length(model_dir, config)
+        self._unmerged = adapters and not config.merges_adapters
+        settings = engine_settings(config, self.max_model_len, on_gpu)
+        if self._unmerged:
+            settings |= lora_settings(config.policy.lora.r)
         try:
-            llm = LLM(
-                str(model_dir), **engine_settings(config, self.max_model_len, on_gpu), **_SYNC
-            )
+            llm = LLM(str(model_dir), **settings, **_SYNC)
         except ValueError as error:
             raise ConfigError(
                 f"vLLM refuses {model_dir} with cluster.engine = {engine.model_dump()}: {error}"
@@ -88,6 +103,9 @@ class VllmEngine:
             image_tokens=self._image_tokens,
             max_image_pixels=config.data.max_image_pixels,
         )
+        self._adapter: _Adapter | None = None
+        self._adapters = 0
+        self._pristine = True
         self._served = self._tokens = 0
         self._seconds = 0.0
         self._ready_seconds = time.perf_counter() - start
@@ -127,19 +145,22 @@ class VllmEngine:
                 "prompt, lower policy.max_new_tokens or raise cluster.engine.max_model_len"
             )
 
-    def run(self, requests: Iterable[tuple[Json, "SamplingParams"]]) -> "list[RequestOutput]":
-        """Complete the requests and return the outputs in order.
+    def run(
+        self, requests: Iterable[tuple[Json, "SamplingParams"]], *, base: bool = False
+    ) -> "list[RequestOutput]":
+        """Complete the requests and return the outputs in order; ``base`` leaves out the adapter.
 
         Requests are drawn when the engine has room, so that only a few images are held at a time.
         """
         start, engine = time.perf_counter(), self._llm
+        adapter = None if base or self._adapter is None else self._adapter.request
         first = self._served
         waiting = enumerate(requests, first)
         outputs: dict[int, RequestOutput] = {}
         while True:
             free = max(0, self._room - engine.get_num_unfinished_requests())
             for number, (item, parameters) in islice(waiting, free):
-                engine.add_request(str(number), item, parameters)
+                engine.add_request(str(number), item, parameters, lora_request=adapter)
                 self._served = number + 1
             if not engine.has_unfinished_requests():
                 break
@@ -229,19 +250,66 @@ class VllmEngine:
 
         Returns the problems that kept the version from being loaded: then nothing has changed.
         """
-        call = self._llm.collective_rpc
         shapes = {name: list(array.shape) for name, array in manifest.tensors.items()}
-        problems: list[str] = call("weights_problems", args=(shapes,))[0]
+        check = self._llm.collective_rpc("weights_problems", args=(shapes, self._unmerged))
+        problems: list[str] = check[0]
         if problems:
             return problems
-        call("start_weight_update")
-        for part in parts(manifest.tensors):
-            # As bytes: between processes vLLM would turn arrays into lists.
-            update = {"tensors": save(part), "scaling": manifest.scaling}
-            call("update_weights", args=(update,))
-        call("finish_weight_update")
+        whole, _ = split_tensors(manifest.tensors)
+        if not self._unmerged:
+            self._transfer(manifest.tensors, manifest.scaling)
+        elif whole or not self._pristine:
+            self._transfer(whole, 1.0)
+        if self._unmerged:
+            self._serve(manifest)
+        self._pristine = self._unmerged and self._pristine and not whole
         self.forget()
         return []
+
+    def _transfer(self, tensors: Mapping[str, FloatArray], scaling: float) -> None:
+        """Load whole weights, and factors merged into theirs, over the checkpoint's."""
+        call = self._llm.collective_rpc
+        call("start_weight_update")
+        for part in parts(tensors):
+            # As bytes: between processes vLLM would turn arrays into lists.
+            call("update_weights", args=({"tensors": save(part), "scaling": scaling},))
+        call("finish_weight_update")
+
+    def _serve(self, manifest: WeightsManifest) -> None:
+        """Load the version's factors as a vLLM adapter, and drop the one before.
+
+        Each version is an adapter of its own name: vLLM salts cached prefixes with it.
+        """
+        from vllm.lora.request import LoRARequest
+
+        before, self._adapter = self._adapter, None
+        if before is not None:
+            self._llm.remove_lora(before.request.lora_int_id)
+            shutil.rmtree(before.folder)
+        folder = write_adapter(manifest)
+        if folder is None:
+            return
+        self._adapters += 1
+        request = LoRARequest(f"v{manifest.version}-{self._adapters}", self._adapters, str(folder))
+        self._llm.add_lora(request)
+        self._adapter = _Adapter(request=request, folder=folder)
+
+    def arrived(self) -> Arrived:
+        """How much of the version loaded last is in the weights that requests are answered with."""
+        call = self._llm.collective_rpc
+        if self._unmerged:
+            if self._adapter is None:
+                return Arrived()
+            held = self._adapter
+            sums = call("served_sums", args=(str(held.folder), held.request.lora_int_id))
+        else:
+            sums = call("merged_sums")
+        return arrived(add_sums(sums))
+
+    @property
+    def answers_as_base(self) -> bool:
+        """Whether ``run(..., base=True)`` answers with the checkpoint that it was started from."""
+        return self._pristine
 
     def forget(self) -> None:
         """Drop cached image features and prefixes: what follows depends on its requests alone.

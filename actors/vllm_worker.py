@@ -10,6 +10,9 @@ from: whole weights, LoRA factors, or both. A layer is always computed from the 
 ``W0 + scaling * B @ A``, so that nothing drifts, and a layer that a version does not name gets its
 checkpoint's weights back. vLLM fuses projections (q, k, v; gate and up), so all members of a
 touched layer are loaded together; names, shards and packed kernels are then vLLM's business.
+
+Engines that serve adapters unmerged take only the whole weights this way; see
+``actors/served_adapter.py`` for the factors.
 """
 
 import json
@@ -30,8 +33,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.arrival import factor_sums, lora_update, merged_sums
 from fgaif.lvlm.export import public_name
-from fgaif.lvlm.weights import split_tensors
+from fgaif.lvlm.weights import split_tensors, tensor_name
 
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -46,11 +50,83 @@ class WeightsCheck:
     """Mixed into vLLM's worker, whose ``weight_transfer_engine`` it asks."""
 
     weight_transfer_engine: Any
+    model_runner: Any
 
-    def weights_problems(self, shapes: dict[str, list[int]]) -> list[str]:
+    def weights_problems(self, shapes: dict[str, list[int]], unmerged: bool) -> list[str]:
         """What keeps tensors of these shapes, by manifest name, from being loaded."""
         problems: list[str] = self.weight_transfer_engine.problems(shapes)
+        if unmerged:
+            whole, factors = split_tensors(shapes)
+            problems += [
+                f"{name}: an engine that serves adapters unmerged takes no whole weights of the "
+                "language model"
+                for name in whole
+                if public_name(name).startswith("language_model.")
+            ]
+            slot = self._lora.lora_config.max_lora_rank
+            problems += [
+                f"{module}: rank {pair['lora_A'][0]}, the engine has room for {slot}; set "
+                "policy.lora.r to the adapter's"
+                for module, pair in factors.items()
+                if pair.get("lora_A", [0])[0] > slot
+            ]
         return problems
+
+    def merged_sums(self) -> dict[str, tuple[float, float]]:
+        """Per layer how much of the update that was last merged survived the rounding."""
+        sums: dict[str, tuple[float, float]] = self.weight_transfer_engine.sums
+        return sums
+
+    @torch.no_grad()
+    def served_sums(self, folder: str, adapter: int) -> dict[str, tuple[float, float]]:
+        """Per layer how much of the adapter in ``folder`` lies in the slot of request ``adapter``.
+
+        Read from the tensors that the forward pass multiplies with, so a layer that vLLM left out
+        counts as nothing. A sharded engine's workers each compare their own part.
+        """
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        scaling = config["lora_alpha"] / config["r"]
+        slot = self._lora.lora_index_to_id.index(adapter)
+        sums = {}
+        with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+            tensors = {tensor_name(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for module, pair in split_tensors(tensors)[1].items():
+            a, b = pair["lora_A"], pair["lora_B"]
+            sums[module] = self._served(public_name(module), a, b, slot, scaling)
+        return sums
+
+    def _served(
+        self, name: str, a: Tensor, b: Tensor, slot: int, scaling: float
+    ) -> tuple[float, float]:
+        layer = self._lora.modules.get(_layer_of(f"{name}.weight"))
+        if layer is None:
+            zero = torch.zeros(())
+            return factor_sums(a, b, zero.expand(a.shape), zero.expand(b.shape), scaling)
+        leaf = name.rpartition(".")[2]
+        members = [key for key, fused in _FUSED.items() if fused == _FUSED.get(leaf)]
+        part = members.index(leaf) if members else 0
+        if layer.tp_size > 1:
+            a, b = (
+                _slice(cut, value, part, len(members))
+                for cut, value in ((layer.slice_lora_a, a), (layer.slice_lora_b, b))
+            )
+        held_a = layer.lora_a_stacked[part][slot, 0, :, : a.shape[1]]
+        held_b = layer.lora_b_stacked[part][slot, 0, : b.shape[0]]
+        return factor_sums(a.to(held_a.device), b.to(held_b.device), held_a, held_b, scaling)
+
+    @property
+    def _lora(self) -> Any:
+        """vLLM's manager of the adapters in this worker."""
+        return self.model_runner.lora_manager._adapter_manager
+
+
+def _slice(cut: Any, value: Tensor, part: int, members: int) -> Tensor:
+    """This worker's part of a factor, cut as vLLM cuts it."""
+    if not members:
+        return cut(value)
+    whole: list[Tensor | None] = [None] * members
+    whole[part] = value
+    return cut(whole)[part]
 
 
 @dataclass
@@ -78,6 +154,8 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
         self._incoming: dict[str, Tensor] = {}
         self._scaling = 1.0
         self._changed: set[str] = set()
+        self.sums: dict[str, tuple[float, float]] = {}
+        """Per layer ``<held - W0, D>`` and ``<D, D>`` of the update D last merged."""
 
     def init_transfer_engine(self, init_info: Nothing) -> None:
         """Do nothing: tensors come with the calls."""
@@ -99,6 +177,7 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
         updates = {f"{public_name(module)}.weight": pair for module, pair in factors.items()}
         named = {_layer_of(name) for name in [*whole, *updates]}
         layers = sorted(named | self._changed)
+        self.sums = {}
         modules = dict(self.model.named_modules())
         # The engine leaves out layers that it has no use for, such as the vision tower's last.
         reloaded = [modules[layer] for layer in layers if layer in modules]
@@ -132,7 +211,9 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
             value = value.to(self.device, dtype)
             if name in updates:
                 a, b = (updates[name][key].to(self.device) for key in ("lora_A", "lora_B"))
-                value = (value.float() + self._scaling * (b @ a)).to(dtype)
+                update, base = lora_update(a, b, self._scaling), value
+                value = (base.float() + update).to(dtype)
+                self.sums[name] = merged_sums(base, value, update)
             yield name, value
 
     def _check(self, name: str, shape: tuple[int, ...]) -> str | None:

@@ -404,8 +404,6 @@ class PpoConfig(_Section):
     """Cap of the importance weight learner/sampler per token, used where `async_depth` > 0."""
     max_staleness: int = Field(2, ge=0)
     """Responses sampled with weights older than so many steps are dropped and counted."""
-    probe_tolerance: float = Field(1e-3, gt=0)
-    """Largest |log-prob difference| of the probe prompt between learner and engine after a sync."""
 
     @model_validator(mode="after")
     def _batches_nest(self) -> Self:
@@ -490,6 +488,10 @@ class EngineConfig(_Section):
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     tensor_parallel: int = Field(1, ge=1)
     enforce_eager: bool = True
+    adapters: Literal["auto", "merged", "unmerged"] = "auto"
+    """How engines hold the policy's LoRA adapter: `merged` adds it to the weights, which is faster,
+    and in bfloat16 rounds small updates away; `unmerged` serves it beside them, as vLLM does with
+    LoRA requests, and loses nothing. `auto` merges in float32 only."""
 
 
 class ClusterConfig(_Section):
@@ -664,6 +666,12 @@ class Config(_Section):
     def run_dir(self) -> Path:
         """Folder of everything this run writes."""
         return self.dir / self.name
+
+    @property
+    def merges_adapters(self) -> bool:
+        """Whether engines add the policy's adapter to their weights (`cluster.engine.adapters`)."""
+        wanted = self.cluster.engine.adapters
+        return wanted == "merged" or (wanted == "auto" and self.policy.dtype == "float32")
 
     @property
     def reward_backbone(self) -> str:

@@ -221,6 +221,31 @@ class WeightsManifest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """Share of the policy's update that an engine holds, over all layers and of the extreme ones.
+
+    1 is all of it, 0 none; see ``fgaif/lvlm/arrival.py``.
+    """
+
+    share: float = 1.0
+    weakest: float = 1.0
+    weakest_layer: str = ""
+    strongest: float = 1.0
+    strongest_layer: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedWeights:
+    """What an engine found after loading a version: the version, the share of it that arrived, and
+    log-probs (T,) of the probe's responses, with the version and without (where it can)."""
+
+    version: int
+    arrived: Arrived = Arrived()
+    logprobs: tuple[FloatArray, ...] = ()
+    base_logprobs: tuple[FloatArray, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
     """What an update of the policy or of the value model did; scalars by metric name."""
 

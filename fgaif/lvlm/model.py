@@ -14,7 +14,8 @@ from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
 
 # Anchored: short names such as "q_proj" also match CLIP, where vLLM would silently ignore them.
-LORA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LORA_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = rf".*language_model\..*\.({'|'.join(LORA_LEAVES)})"
 _SCENES = "scenes:"
 
 

@@ -1,19 +1,21 @@
 """Versions of the policy as they travel: LoRA factors and whole weights by Hugging Face name."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from peft import PeftConfig
-from safetensors.numpy import load_file
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from fgaif.checkpoint import arrays_digest
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.export import public_name
 from fgaif.types import FloatArray, WeightsManifest
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _TRAINED_COPY = ".modules_to_save.default."
 _FACTORS = ("lora_A", "lora_B")
 _PART_BYTES = 2**30
@@ -32,7 +34,7 @@ def tensor_name(parameter: str) -> str:
     Raises:
         CheckpointError: neither a LoRA factor nor a weight of a LLaVA model.
     """
-    name = parameter.removeprefix(_PEFT_PREFIX).replace(_TRAINED_COPY, ".")
+    name = parameter.removeprefix(PEFT_PREFIX).replace(_TRAINED_COPY, ".")
     module, dot, rest = name.rpartition(".lora_")
     if dot:
         return f"{module}.lora_{rest[0]}"
@@ -56,15 +58,47 @@ def manifest_from_adapter(directory: Path, *, version: int) -> WeightsManifest:
     """Read a saved PEFT adapter directory as a numbered version.
 
     Raises:
-        CheckpointError: the directory holds no LoRA adapter.
+        CheckpointError: the directory holds no LoRA adapter, or one of a kind that engines would
+            read as another.
+    """
+    config = read_adapter_config(directory)
+    try:
+        # With torch: numpy has no bfloat16, which is what an adapter is trained in on GPUs.
+        trained = load_file(directory / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: not an adapter directory: {error}") from error
+    return make_manifest(
+        {name: value.float().numpy() for name, value in trained.items()},
+        scaling=adapter_scaling(config),
+        version=version,
+    )
+
+
+def read_adapter_config(directory: Path) -> LoraConfig:
+    """Read what PEFT wrote beside an adapter.
+
+    Raises:
+        CheckpointError: no LoRA adapter, or one with options under which ``scaling * B @ A`` is not
+            the update of every layer.
     """
     try:
         config = PeftConfig.from_pretrained(str(directory))
-        trained = load_file(directory / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{directory}: not an adapter directory: {error}") from error
-    scaling = config.lora_alpha / config.r
-    return make_manifest(trained, scaling=scaling, version=version)
+    if not isinstance(config, LoraConfig):
+        raise CheckpointError(f"{directory}: a {config.peft_type} adapter; only LoRA is supported")
+    other = [key for key in ("use_dora", "alpha_pattern", "rank_pattern") if getattr(config, key)]
+    if other:
+        raise CheckpointError(
+            f"{directory}/adapter_config.json: {', '.join(other)} is set; only adapters with one "
+            "rank and one alpha are supported"
+        )
+    return config
+
+
+def adapter_scaling(config: LoraConfig) -> float:
+    """Factor on ``B @ A``: alpha / r, or alpha / sqrt(r) for rank-stabilised adapters."""
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def split_tensors(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
