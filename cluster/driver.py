@@ -15,12 +15,12 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cluster.ledger import stage_digest
 from cluster.roles import Roles
-from cluster.weight_sync import SyncReport, sync
+from cluster.weight_sync import PROBE_RESPONSES, SyncReport, sync
 from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint
 from fgaif.config import Config
 from fgaif.data.order import batch_indexes, draw, request_seed
@@ -86,6 +86,7 @@ class PpoDriver:
         self._syncing: Pending[SyncReport] | None = None
         self._updating = False
         self._seconds: dict[str, float] = {}
+        self._began = self._tokens = 0.0
 
     @property
     def step(self) -> int:
@@ -101,62 +102,66 @@ class PpoDriver:
         """
         config = self._config.ppo
         self._resume()
-        self._sync(self._first_response(), self._state.step)
+        self._sync(self._first_responses(), self._state.step)
         while self._state.step < config.steps:
             try:
-                report = self._step()
+                report, probe = self._step()
+            except FgaifError as error:
+                raise self._stopped(error) from error
+            try:
+                report = self._synced(report, probe)
                 done = self._state.step
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     self._checkpoint()
             except FgaifError as error:
+                yield report  # the step is trained and can be kept, and so are its figures
                 raise self._stopped(error) from error
             yield report
 
-    def _first_response(self) -> list[Response]:
-        """The probe of the first sync: a response to the first prompt that gets one."""
-        for request in self._requests(self._state.step):
-            if found := _answered(self._roles.rollouts.generate([request]).result()):
+    def _first_responses(self) -> list[Response]:
+        """The probe of the first sync: responses to the first prompts that get any."""
+        requests = self._requests(self._state.step)
+        for start in range(0, len(requests), PROBE_RESPONSES):
+            part = requests[start : start + PROBE_RESPONSES]
+            if found := _answered(self._roles.rollouts.generate(part).result()):
                 return found
         raise ActorError("every prompt of the first batch was set aside because it kills engines")
 
-    def _step(self) -> StepReport:
+    def _step(self) -> tuple[StepReport, list[Response]]:
+        """Sample, score and train; returns the report and the probe of the sync that is due."""
         config, roles, state = self._config.ppo, self._roles, self._state
-        self._seconds = {}
-        with self._timed("total"):
-            with self._timed("rollout"):
-                responses, lost = self._sample()
-            with self._timed("score"):
-                references = roles.reference.evaluate(responses)
-                own = roles.learner.logprobs(responses)
-                # Segments are found while these work; only the reward models need them.
-                segments = [self._segmenter(response) for response in responses]
-                scoring = roles.rewards.score(responses, segments)
-                malformed = [
-                    self._find_malformed(r, s) for r, s in zip(responses, segments, strict=True)
-                ]
-                scores, evaluations, old_logprobs = gather(scoring, references, own)
-            rewards = dense_rewards(
-                responses, segments, scores, malformed, config.shape, state.centers
-            )
-            batch = make_batch(
-                responses, old_logprobs, evaluations, rewards.tokens,
-                kl_coef=state.kl.coef, gamma=config.gamma, lam=config.lam,
-                tis_cap=config.tis_cap if config.async_depth else None,
-            )  # fmt: skip
-            keep_rollouts(
-                self._root / "rollouts", self._config, step=state.step + 1,
-                kl_coef=state.kl.coef, centers=state.centers, batch=batch, segments=segments,
-                scores=scores, rewards=rewards, malformed=malformed,
-            )  # fmt: skip
-            self._updating = True
-            del self._ahead[state.step]
-            with self._timed("update"):
-                update = roles.learner.update(batch, self._anchors(state.step))
-                value_report = roles.reference.update_values(batch).result()
-                policy_report = update.result()
-            version = state.step + 1
-            with self._timed("sync"):
-                sync_report = self._sync(responses[:1], version)
+        self._seconds, self._began = {}, time.perf_counter()
+        with self._timed("rollout"):
+            responses, lost = self._sample()
+        with self._timed("score"):
+            references = roles.reference.evaluate(responses)
+            own = roles.learner.logprobs(responses)
+            # Segments are found while these work; only the reward models need them.
+            segments = [self._segmenter(response) for response in responses]
+            scoring = roles.rewards.score(responses, segments)
+            malformed = [
+                self._find_malformed(r, s) for r, s in zip(responses, segments, strict=True)
+            ]
+            scores, evaluations, old_logprobs = gather(scoring, references, own)
+        rewards = dense_rewards(responses, segments, scores, malformed, config.shape, state.centers)
+        batch = make_batch(
+            responses, old_logprobs, evaluations, rewards.tokens,
+            kl_coef=state.kl.coef, gamma=config.gamma, lam=config.lam,
+            tis_cap=config.tis_cap if config.async_depth else None,
+        )  # fmt: skip
+        keep_rollouts(
+            self._root / "rollouts", self._config, step=state.step + 1,
+            kl_coef=state.kl.coef, centers=state.centers, batch=batch, segments=segments,
+            scores=scores, rewards=rewards, malformed=malformed,
+        )  # fmt: skip
+        self._tokens = float(batch.mask.sum())
+        self._updating = True
+        del self._ahead[state.step]
+        with self._timed("update"):
+            update = roles.learner.update(batch, self._anchors(state.step))
+            value_report = roles.reference.update_values(batch).result()
+            policy_report = update.result()
+        version = state.step + 1
         metrics = rollout_metrics(batch, segments, scores, rewards, state.kl.coef)
         self._state = LoopState(
             step=version,
@@ -164,7 +169,7 @@ class PpoDriver:
             centers=rewards.centers,
         )
         self._updating = False
-        return StepReport(
+        report = StepReport(
             step=version,
             version=version,
             metrics=metrics
@@ -172,9 +177,15 @@ class PpoDriver:
             | off_policy_metrics(batch, step=state.step, tis_cap=config.tis_cap)
             | policy_report.metrics
             | value_report.metrics
-            | sync_report.metrics()
-            | self._timings(float(batch.mask.sum())),
+            | self._timings(),
         )
+        return report, responses[:PROBE_RESPONSES]
+
+    def _synced(self, report: StepReport, probe: Sequence[Response]) -> StepReport:
+        """Bring the step's version to the engines; the report with what that showed and took."""
+        with self._timed("sync"):
+            sync_report = self._sync(probe, report.version)
+        return replace(report, metrics=report.metrics | sync_report.metrics() | self._timings())
 
     def _sample(self) -> tuple[list[Response], dict[str, float]]:
         """Take this step's responses, after asking for those of the steps ahead.
@@ -230,10 +241,10 @@ class PpoDriver:
         last = self._syncing if self._ahead else None
         self._syncing = sync(
             self._roles.learner,
+            self._roles.reference,
             self._roles.rollouts,
             probe,
             version=version,
-            tolerance=self._config.ppo.probe_tolerance,
         )
         return (last or self._syncing).result()
 
@@ -322,9 +333,10 @@ class PpoDriver:
         yield
         self._seconds[stage] = time.perf_counter() - start
 
-    def _timings(self, tokens: float) -> dict[str, float]:
+    def _timings(self) -> dict[str, float]:
         seconds = {f"seconds/{stage}": value for stage, value in self._seconds.items()}
-        return seconds | {"tokens_per_second": tokens / self._seconds["total"]}
+        total = time.perf_counter() - self._began
+        return seconds | {"seconds/total": total, "tokens_per_second": self._tokens / total}
 
 
 _AHEAD = "ahead/step_{:06d}.jsonl"

@@ -20,7 +20,7 @@ from fgaif.types import (
 )
 
 if TYPE_CHECKING:
-    from cluster.weight_sync import Probe
+    from cluster.weight_sync import Probe, SyncCheck
 
 
 class Rollouts(Protocol):
@@ -39,11 +39,14 @@ class Rollouts(Protocol):
         """Probability of answering yes rather than no, per prompt."""
         ...
 
-    def load_weights(self, manifest: WeightsManifest, probe: "Probe") -> Pending[list[float]]:
-        """Load a version on every engine and hold it against the probe; the differences found.
+    def load_weights(
+        self, manifest: WeightsManifest, probe: "Probe"
+    ) -> Pending[Sequence["SyncCheck"]]:
+        """Load a version on every engine and check what each holds of it; what they showed.
 
         Raises (from the result):
-            SyncError: an engine confirms another version or scores the probe differently.
+            SyncError: an engine holds another version, too little of it, or scores the probe
+                differently.
         """
         ...
 

@@ -21,7 +21,7 @@ from actors.pool import ElasticPool, Member, Task
 from cluster.failures import CREATION, cause_of_death, is_gone, translate
 from cluster.member import node_of
 from cluster.team import Watcher
-from cluster.weight_sync import Probe, check_version
+from cluster.weight_sync import Probe, SyncCheck, check_load
 from fgaif.config import ClusterConfig
 from fgaif.errors import ActorError, FgaifError, SyncError
 from fgaif.pending import Pending, Then
@@ -126,11 +126,11 @@ class RolloutGroup:
 
     def load_weights(
         self, manifest: WeightsManifest, probe: Probe | None = None
-    ) -> Pending[list[float]]:
-        """Make a version the newest; done when every engine at work has it and passed the probe.
+    ) -> Pending[list[SyncCheck]]:
+        """Make a version the newest; done when every engine at work has it and passed its checks.
 
-        One copy goes to the object store. Returns the engines' largest differences on the probe (0
-        without one). Engines that come later load it before they are given work.
+        One copy goes to the object store. Returns what each engine showed; without a probe that is
+        how much of the version arrived. Engines that come later load it before they are given work.
         """
         self._serial += 1
         stored = ray.put(manifest)
@@ -146,9 +146,9 @@ class RolloutGroup:
 
         self._put(begin)
 
-        def finish() -> list[float]:
+        def finish() -> list[SyncCheck]:
             future.result()
-            return self._transport.differences(serial)
+            return self._transport.checks(serial)
 
         return Then(finish)
 
@@ -222,22 +222,23 @@ class _RayTransport:
         self._actors: dict[str, tuple[Any, PlacementGroup]] = {}
         self._since: dict[str, float] = {}
         self._weights: dict[int, _Weights] = {}
-        self._differences: dict[int, list[float]] = {}
-        self._loading: dict[str, list[ray.ObjectRef]] = {}
+        self._checks: dict[int, list[SyncCheck]] = {}
+        self._noise: dict[str, float] = {}
+        self._loading: dict[str, ray.ObjectRef] = {}
         self._placed: dict[str, float] = {}
         self.pool: ElasticPool
 
     def offer(self, serial: int, weights: _Weights, oldest: int) -> None:
         """Keep weights for those that load them; let go of what nobody wants any more."""
         self._weights[serial] = weights
-        self._differences[serial] = []
+        self._checks[serial] = []
         for old in [key for key in self._weights if key < min(oldest, serial - _KEPT_WEIGHTS + 1)]:
-            del self._weights[old], self._differences[old]
+            del self._weights[old], self._checks[old]
 
-    def differences(self, serial: int) -> list[float]:
-        """What engines found with these weights, or newer ones that they went on to at once."""
-        found = [pair for pair in list(self._differences.items()) if pair[0] >= serial]
-        return [difference for _, differences in found for difference in differences]
+    def checks(self, serial: int) -> list[SyncCheck]:
+        """What engines showed with these weights, or newer ones that they went on to at once."""
+        found = [pair for pair in list(self._checks.items()) if pair[0] >= serial]
+        return [check for _, checks in found for check in checks]
 
     def start(self, name: str, life: int) -> None:
         self._since[name] = time.monotonic()
@@ -250,18 +251,16 @@ class _RayTransport:
         actor = self._actors[name][0]
         if load:
             weights = self._weights[task.weights]
-            calls = [actor.load_weights.remote(weights.stored)]
-            if weights.probe is not None:
-                calls.append(actor.probe_logprobs.remote(weights.probe.responses))
-            self._loading[name] = calls
-            # An actor does its calls in order: when the last is done, all are.
-            self._when_done(calls[-1], partial(self._loaded, name, life, task))
+            probe = () if weights.probe is None else weights.probe.responses
+            self._loading[name] = actor.load_weights.remote(weights.stored, probe)
+            self._when_done(self._loading[name], partial(self._loaded, name, life, task))
         if task.job is not None:
             answers = task.job.method(actor).remote(task.items)
             self._when_done(answers, partial(self._finished, name, life, task))
 
     def stop(self, name: str, life: int) -> None:
         self._loading.pop(name, None)
+        self._noise.pop(name, None)
         self._placed.pop(name, None)
         actor, group = self._actors.pop(name)
         ray.kill(actor)
@@ -364,15 +363,14 @@ class _RayTransport:
 
     def _confirm(self, name: str, task: Task) -> None:
         """Check once what loading the task's weights gave, if it was to load them."""
-        calls = self._loading.pop(name, None)
-        if calls is None:
+        call = self._loading.pop(name, None)
+        if call is None:
             return
         weights = self._weights[task.weights]
-        difference = 0.0
-        check_version(name, weights.version, ray.get(calls[0]))
-        if weights.probe is not None:
-            difference = weights.probe.check(name, weights.version, ray.get(calls[1]))
-        self._differences[task.weights].append(difference)
+        noise = self._noise.get(name, 0.0)
+        check = check_load(name, weights.version, ray.get(call), weights.probe, noise)
+        self._noise[name] = check.noise
+        self._checks[task.weights].append(check)
 
     def _failed(self, name: str, life: int, error: BaseException) -> None:
         """Tell a death, which is mended, from an error in the work, which is not."""

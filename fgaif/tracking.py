@@ -83,9 +83,19 @@ GLOSSARY: dict[str, Metric] = {
         meaning="mean importance weight of the tokens, learner against sampler", low=0.8, high=1.2
     ),
     "tis/capped_frac": Metric(meaning="share of the weights that were cut at the cap", high=0.05),
-    "sync/max_abs_diff": Metric(
-        meaning="largest log-prob difference of the probe after the sync, learner against engine"
+    "sync/arrived": Metric(
+        meaning="share of the policy's update that the engines hold; less than 0.9 stops the run",
+        low=0.99,
     ),
+    "sync/mean_abs_diff": Metric(
+        meaning="mean log-prob difference of the probe after the sync, learner against engine"
+    ),
+    "sync/max_abs_diff": Metric(meaning="the same, of the token that differs most"),
+    "sync/noise": Metric(
+        meaning="mean log-prob difference of the probe under the checkpoint, reference against "
+        "engine"
+    ),
+    "sync/effect": Metric(meaning="mean log-prob difference that the update makes on the probe"),
     "sync/bytes": Metric(meaning="bytes of the published weights"),
     "sync/seconds": Metric(meaning="seconds of the sync, probe included"),
     "seconds/total": Metric(meaning="seconds per step"),

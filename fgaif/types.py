@@ -240,7 +240,7 @@ class LoadedWeights:
     log-probs (T,) of the probe's responses, with the version and without (where it can)."""
 
     version: int
-    arrived: Arrived = Arrived()
+    arrived: Arrived = field(default_factory=Arrived)
     logprobs: tuple[FloatArray, ...] = ()
     base_logprobs: tuple[FloatArray, ...] | None = None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.roles import Roles
-from cluster.weight_sync import Probe, check_version
+from cluster.weight_sync import Probe, SyncCheck, check_load
 from fgaif.errors import ActorError
 from fgaif.pending import Ready, Then
 from fgaif.types import (
@@ -16,6 +16,7 @@ from fgaif.types import (
     FloatArray,
     GenerationRequest,
     ImageRef,
+    LoadedWeights,
     Prompt,
     Response,
     Segment,
@@ -98,15 +99,17 @@ class World:
     def p_yes(self, asked: Sequence[Prompt]) -> Ready[list[float]]:
         return Ready([0.5] * len(asked))
 
-    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Ready[list[float]]:
+    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Ready[list[SyncCheck]]:
         self.events.append(f"load v{manifest.version}")
         if not self.stale:
             self.engine_version = manifest.version
             self.engine_parameter = float(manifest.tensors["w"][0])
         self.events.append("probe")
-        check_version("rollout-0", manifest.version, self.engine_version)
-        found = [np.full(4, self.engine_parameter, np.float32) for _ in probe.responses]
-        return Ready([probe.check("rollout-0", manifest.version, found)])
+        loaded = LoadedWeights(
+            version=self.engine_version,
+            logprobs=tuple(np.full(4, self.engine_parameter, np.float32) for _ in probe.responses),
+        )
+        return Ready([check_load("rollout-0", manifest.version, loaded, probe)])
 
     def score(
         self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]

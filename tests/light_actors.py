@@ -23,6 +23,7 @@ import ray
 
 from actors.pulse import beat
 from cluster.roles import Roles
+from cluster.weight_sync import SyncCheck
 from fgaif.config import Config
 from fgaif.pending import Ready
 from fgaif.types import (
@@ -30,6 +31,7 @@ from fgaif.types import (
     Evaluation,
     FloatArray,
     GenerationRequest,
+    LoadedWeights,
     Prompt,
     Response,
     Segment,
@@ -108,16 +110,16 @@ class LightRollout(_Light):
     def p_yes(self, prompts: Sequence[Prompt]) -> list[float]:
         return [0.5] * len(prompts)
 
-    def load_weights(self, manifest: WeightsManifest) -> int:
+    def load_weights(
+        self, manifest: WeightsManifest, probe: Sequence[Response] = ()
+    ) -> LoadedWeights:
         octets = manifest.tensors["policy.lora_A"].astype(np.uint8).tobytes()
         assert hashlib.sha256(octets).hexdigest() == manifest.digest
         self._policy = int.from_bytes(octets, "little")
         self._version = manifest.version
         self.ready()
-        return self._version
-
-    def probe_logprobs(self, responses: Sequence[Response]) -> list[FloatArray]:
-        return [_logprobs(response.token_ids, self._policy) for response in responses]
+        scores = tuple(_logprobs(response.token_ids, self._policy) for response in probe)
+        return LoadedWeights(version=self._version, logprobs=scores)
 
     def version(self) -> int:
         return self._version
@@ -324,10 +326,10 @@ class Here:
             self._rollout.load_weights(self._manifests[version])
         return Ready(self._rollout.generate(requests))
 
-    def load_weights(self, manifest: WeightsManifest, probe: object) -> Ready[list[float]]:
+    def load_weights(self, manifest: WeightsManifest, probe: object) -> Ready[list[SyncCheck]]:
         self._manifests[manifest.version] = manifest
         self._rollout.load_weights(manifest)
-        return Ready([0.0])
+        return Ready([SyncCheck(arrived=1.0)])
 
     def score(
         self, responses: Sequence[Response], parts: Sequence[Sequence[Segment]]

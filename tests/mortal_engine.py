@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fgaif.errors import DataError
-from fgaif.types import FloatArray, Response, WeightsManifest
+from fgaif.types import LoadedWeights, Response, WeightsManifest
 
 
 class MortalEngine:
@@ -36,14 +36,14 @@ class MortalEngine:
         time.sleep(0.05)
         return [(2 * item, self._version) for item in items]
 
-    def load_weights(self, manifest: WeightsManifest) -> int:
+    def load_weights(
+        self, manifest: WeightsManifest, probe: Sequence[Response] = ()
+    ) -> LoadedWeights:
         if self._told("die-loading"):
             os._exit(1)
         self._version = manifest.version
-        return self._version - self._told("stale")
-
-    def probe_logprobs(self, responses: Sequence[Response]) -> list[FloatArray]:
-        return [np.full(2, float(self._version + self._told("differ")), np.float32)]
+        scores = np.full(2, float(self._version + self._told("differ")), np.float32)
+        return LoadedWeights(version=self._version - self._told("stale"), logprobs=(scores,))
 
     def _told(self, what: str) -> bool:
         path = self._folder / f"{self._name}.{what}"

@@ -23,6 +23,7 @@ import numpy as np
 from actors.pool import ElasticPool, Task
 from cluster.driver import PpoData, PpoDriver
 from cluster.roles import Roles
+from cluster.weight_sync import PROBE_RESPONSES, SyncCheck
 from fgaif.config import Config
 from fgaif.data.scenes.tokenizer import build_tokenizer
 from fgaif.errors import ActorError
@@ -197,11 +198,11 @@ class Engines:
     def p_yes(self, prompts: Sequence[Prompt]) -> Pending[list[float]]:
         raise NotImplementedError
 
-    def load_weights(self, manifest: WeightsManifest, probe: object) -> Pending[list[float]]:
+    def load_weights(self, manifest: WeightsManifest, probe: object) -> Pending[list[SyncCheck]]:
         future: Future[None] = Future()
         with self._clock.world(), self._clock.meter.on("pool"):
             self.pool.load(manifest.version + 1, future)
-        return self._answer(future, lambda: [0.0])
+        return self._answer(future, lambda: [SyncCheck(arrived=1.0)])
 
     def start(self, name: str, life: int) -> None:
         self._clock.after(self._seconds.start, partial(self._tell, "started", name, life))
@@ -270,7 +271,8 @@ class Trained:
         with self._clock.world():
             rows = self._rows(responses)
             found = [Evaluation(reference_logprobs=row, values=row) for row in rows]
-            return self._reference.call(self._seconds.evaluate.of(responses), found)
+            taken = _unless_probe(self._seconds.evaluate, responses)
+            return self._reference.call(taken, found)
 
     def update_values(self, batch: TrainBatch) -> Pending[UpdateReport]:
         with self._clock.world():
@@ -279,7 +281,7 @@ class Trained:
 
     def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
         with self._clock.world():
-            taken = self._seconds.logprobs.of(responses) if len(responses) > 1 else 0.0
+            taken = _unless_probe(self._seconds.logprobs, responses)
             return self._learner.call(taken, self._rows(responses))
 
     def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Pending[UpdateReport]:
@@ -341,6 +343,11 @@ class Sampler:
             finish="stop" if ends else "length",
             policy_version=0,
         )
+
+
+def _unless_probe(stage: Affine, responses: Sequence[Response]) -> float:
+    """A stage's time for a batch; the few responses of a sync's probe take none."""
+    return stage.of(responses) if len(responses) > PROBE_RESPONSES else 0.0
 
 
 def make_prompt(index: int) -> Prompt:

@@ -36,14 +36,14 @@ def test_a_step_samples_with_the_version_that_was_synced_last(tmp_path: Path) ->
     steps = driver(world, config(tmp_path)).run()
     next(steps)
     # The first sync proves that the engine starts from the learner's weights.
-    assert world.events[:5] == [
-        "generate v0", "publish v0", "learner logprobs", "load v0", "probe",
+    assert world.events[:6] == [
+        "generate v0", "publish v0", "learner logprobs", "evaluate", "load v0", "probe",
     ]  # fmt: skip
-    step = world.events[5:]
+    step = world.events[6:]
     assert step[0] == "generate v0"
     assert sorted(step[1:4]) == ["evaluate", "learner logprobs", "score"]
     assert sorted(step[4:6]) == ["update policy", "update values"]
-    assert step[6:] == ["publish v1", "learner logprobs", "load v1", "probe"]
+    assert step[6:] == ["publish v1", "learner logprobs", "evaluate", "load v1", "probe"]
     world.events.clear()
     next(steps)
     assert world.events[0] == "generate v1"
@@ -75,8 +75,27 @@ def test_an_engine_that_keeps_old_weights_stops_the_run(tmp_path: Path) -> None:
     steps = driver(world, config(tmp_path)).run()
     next(steps)
     world.stale = True
+    assert next(steps).step == 2
     with pytest.raises(SyncError, match=r"version 2.*rollout-0 confirmed version 1"):
         next(steps)
+
+
+def test_a_step_whose_sync_fails_is_kept(tmp_path: Path) -> None:
+    """It is trained: only the engines have to be brought up to it."""
+    settings = config(tmp_path / "cut", "ppo.checkpoint_every=100")
+    world, whole = World(), World()
+    steps = driver(world, settings).run()
+    next(steps)
+    world.stale = True
+    failed = next(steps)
+    with pytest.raises(SyncError, match=r"Step 2 is kept in .*: go on with ppo\.resume=latest"):
+        next(steps)
+    resumed = World()
+    rest = list(driver(resumed, with_overrides(settings, ["ppo.resume=latest"])).run())
+    reports = list(driver(whole, config(tmp_path / "whole")).run())
+    assert [report.step for report in rest] == [3, 4, 5, 6]
+    assert resumed.parameter == whole.parameter
+    assert failed.metrics["reward/task"] == reports[1].metrics["reward/task"]
 
 
 def test_a_run_cut_off_and_resumed_equals_the_run_that_was_not(tmp_path: Path) -> None:
@@ -247,6 +266,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_says_what_is_kept
     for _ in range(3):
         next(steps)
     world.full = attempts
+    assert next(steps).step == 4  # trained, so that its figures are not lost
     with pytest.raises(CheckpointError) as stopped:
         next(steps)
     folder = settings.run_dir / "policy" / "checkpoints"

@@ -20,6 +20,7 @@ from cluster.evaluation.generate import (
     pending_answers,
     policy_engines,
 )
+from cluster.weight_sync import SyncCheck
 from fgaif.data.scenes.files import MODELS
 from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.eval.answers import read_answers
@@ -49,9 +50,9 @@ class Pool:
         self.calls.append(requests)
         return Then(died) if fails else Ready(self._generate(requests))
 
-    def load_weights(self, manifest: Any) -> Ready[list[int]]:
+    def load_weights(self, manifest: Any) -> Ready[list[SyncCheck]]:
         self.loaded.append(manifest)
-        return Ready([manifest.version])
+        return Ready([SyncCheck(arrived=1.0)])
 
 
 def died() -> list[Response]:

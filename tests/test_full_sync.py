@@ -109,7 +109,7 @@ def test_engine_and_learner_agree_before_and_after(actor: RolloutActor, trained:
     assert {name for name in manifest.tensors if "lora_" not in name} == {
         f"{PROJECTOR}.linear_{layer}.{part}" for layer in (1, 2) for part in ("weight", "bias")
     }
-    assert actor.load_weights(manifest) == actor.version() == 2
+    assert actor.load_weights(manifest).version == actor.version() == 2
     np.testing.assert_allclose(scores(actor, trained.responses), trained.after, atol=1e-4)
     assert np.abs(trained.after - trained.before).max() > 0.1
     lora = {name: value for name, value in manifest.tensors.items() if "lora_" in name}

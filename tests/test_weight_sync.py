@@ -12,7 +12,7 @@ from engines import photo_prompts, requests, response_to, rollout_actor
 from peft import PeftModel
 
 from actors.rollout import RolloutActor
-from cluster.weight_sync import Probe, check_version, sync
+from cluster.weight_sync import Probe, SyncCheck, check_load, sync
 from fgaif.config import LoraConfig
 from fgaif.errors import SyncError
 from fgaif.lvlm.inputs import Encoder, image_token_count
@@ -20,7 +20,16 @@ from fgaif.lvlm.logprobs import response_logprobs
 from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor
 from fgaif.lvlm.weights import make_manifest
 from fgaif.pending import Pending, Ready, Then
-from fgaif.types import FloatArray, ImageRef, Prompt, Response, WeightsManifest
+from fgaif.types import (
+    Arrived,
+    Evaluation,
+    FloatArray,
+    ImageRef,
+    LoadedWeights,
+    Prompt,
+    Response,
+    WeightsManifest,
+)
 
 LORA = LoraConfig(r=4, alpha=8.0)
 PROBE = response_to(Prompt(id="p", image=ImageRef(path="-", sha256="0"), text="?"), [1, 2, 3])
@@ -32,6 +41,9 @@ class FakeRoles:
 
     versions: Sequence[int] = (7, 7)
     offsets: Sequence[float] = (0.0, 0.0)
+    noise: float = 0.0
+    effect: float = 0.0
+    arrived: Arrived = field(default_factory=Arrived)
     events: list[str] = field(default_factory=list)
     probed: list[int] = field(default_factory=list)
 
@@ -40,21 +52,28 @@ class FakeRoles:
         factors = {"m.lora_A.weight": np.ones((2, 3)), "m.lora_B.weight": np.ones((4, 2))}
         return Ready(make_manifest(factors, scaling=1.0, version=version))
 
-    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Pending[list[float]]:
+    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Pending[list[SyncCheck]]:
         self.events.append(f"load {manifest.version}")
         self.probed = [len(response.token_ids) for response in probe.responses]
         return Then(lambda: [self._one(n, manifest, probe) for n in range(len(self.versions))])
 
-    def _one(self, number: int, manifest: WeightsManifest, probe: Probe) -> float:
-        engine = f"rollout-{number}"
-        check_version(engine, manifest.version, self.versions[number])
-        self.events.append(f"probe {engine}")
-        found = [self._scores(r) + self.offsets[number] for r in probe.responses]
-        return probe.check(engine, manifest.version, found)
+    def _one(self, number: int, manifest: WeightsManifest, probe: Probe) -> SyncCheck:
+        loaded = LoadedWeights(
+            version=self.versions[number],
+            arrived=self.arrived,
+            logprobs=tuple(self._scores(r) + self.offsets[number] for r in probe.responses),
+            base_logprobs=tuple(self._scores(r) + self.noise for r in probe.responses),
+        )
+        return check_load(f"rollout-{number}", manifest.version, loaded, probe)
 
     def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
         self.events.append("probe learner")
-        return Ready([self._scores(response) for response in responses])
+        return Ready([self._scores(response) + self.effect for response in responses])
+
+    def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
+        self.events.append("probe reference")
+        rows = [self._scores(response) for response in responses]
+        return Ready([Evaluation(reference_logprobs=row, values=row) for row in rows])
 
     @staticmethod
     def _scores(response: Response) -> FloatArray:
@@ -62,44 +81,71 @@ class FakeRoles:
 
 
 def test_publishes_loads_confirms_and_then_probes() -> None:
-    roles = FakeRoles(offsets=(0.0, 5e-4))
-    report = sync(roles, roles, [PROBE], version=7, tolerance=1e-3).result()
-    assert roles.events == [
-        "publish", "probe learner", "load 7", "probe rollout-0", "probe rollout-1",
-    ]  # fmt: skip
+    roles = FakeRoles(offsets=(0.0, 5e-5))
+    report = sync(roles, roles, roles, [PROBE], version=7).result()
+    assert roles.events == ["publish", "probe learner", "probe reference", "load 7"]
     assert report.version == 7
     assert report.bytes == (2 * 3 + 4 * 2) * 4
-    assert report.max_abs_diff == pytest.approx(5e-4, rel=1e-3)
+    metrics = report.metrics()
+    assert metrics["sync/max_abs_diff"] == pytest.approx(5e-5, rel=1e-2)
+    assert metrics["sync/arrived"] == 1.0
 
 
-def test_a_replica_with_another_version_stops_the_run_before_the_probe() -> None:
+def test_a_replica_with_another_version_stops_the_run() -> None:
     roles = FakeRoles(versions=(7, 6))
     with pytest.raises(SyncError, match="version 7: rollout-1 confirmed version 6"):
-        sync(roles, roles, [PROBE], version=7, tolerance=1e-3).result()
-    assert "probe rollout-1" not in roles.events
+        sync(roles, roles, roles, [PROBE], version=7).result()
 
 
 @pytest.mark.parametrize("offset", [0.02, float("nan")])
 def test_a_replica_that_disagrees_is_named_with_the_difference(offset: float) -> None:
     roles = FakeRoles(offsets=(0.0, offset))
     with pytest.raises(SyncError, match=r"version 7: .* differ by (0\.02|nan) .* rollout-1"):
-        sync(roles, roles, [PROBE], version=7, tolerance=1e-3).result()
+        sync(roles, roles, roles, [PROBE], version=7).result()
+
+
+def test_the_probe_is_held_against_the_noise_of_the_base_and_the_effect() -> None:
+    """The same difference is a fault between quiet engines, and nothing between noisy ones."""
+    quiet = FakeRoles(offsets=(0.008, 0.008), noise=0.001, effect=0.3)
+    with pytest.raises(SyncError, match=r"checkpoint's own differ by 0\.001 .* by 0\.3"):
+        sync(quiet, quiet, quiet, [PROBE], version=7).result()
+    noisy = FakeRoles(offsets=(0.308, 0.308), noise=0.003, effect=0.3)
+    metrics = sync(noisy, noisy, noisy, [PROBE], version=7).result().metrics()
+    assert metrics["sync/mean_abs_diff"] == pytest.approx(0.008, rel=1e-3)
+    assert metrics["sync/noise"] == pytest.approx(0.003, rel=1e-3)
+    assert metrics["sync/effect"] == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arrived",
+    [
+        Arrived(share=0.06, weakest=0.01, weakest_layer="q"),  # rounded away
+        Arrived(share=4.0, strongest=4.0, strongest_layer="q"),  # scaling forgotten
+        Arrived(share=0.96, weakest=0.0, weakest_layer="q"),  # one layer left out
+        Arrived(share=float("nan")),
+    ],
+)
+def test_an_engine_that_does_not_hold_the_update_is_refused(arrived: Arrived) -> None:
+    roles = FakeRoles(arrived=arrived)
+    with pytest.raises(SyncError, match=r"of the update is in rollout-0's weights.*unmerged"):
+        sync(roles, roles, roles, [PROBE], version=7).result()
 
 
 def test_only_the_head_of_a_long_probe_is_scored() -> None:
     roles = FakeRoles()
-    sync(roles, roles, [response_to(PROBE.prompt, [1] * 500)], version=7, tolerance=1e-3)
+    sync(roles, roles, roles, [response_to(PROBE.prompt, [1] * 500)], version=7)
     assert roles.probed == [64]
 
 
 class HfLearner:
-    """The learner's part of a sync, on a PEFT model without DeepSpeed."""
+    """The learner's and the reference's part of a sync, on a PEFT model without DeepSpeed."""
 
-    def __init__(self, path: Path) -> None:
-        model = load_lvlm(path, dtype="float32")
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        model = load_lvlm(path, dtype=dtype)
         count = image_token_count(model.config)
         self.encoder = Encoder(load_processor(path), image_tokens=count)
-        self.model: PeftModel = attach_lora(model, LORA, seed=0)
+        # PEFT keeps adapters of a bfloat16 base in float32; DeepSpeed casts them.
+        self.model: PeftModel = attach_lora(model, LORA, seed=0).to(model.dtype)
 
     def randomise(self, seed: int, scale: float = 0.2) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -108,7 +154,9 @@ class HfLearner:
                 parameter.data.normal_(0, scale, generator=generator)
 
     def publish(self, version: int) -> Pending[WeightsManifest]:
-        lora = {n: p.detach().numpy() for n, p in self.model.named_parameters() if "lora_" in n}
+        lora = {
+            n: p.detach().float().numpy() for n, p in self.model.named_parameters() if "lora_" in n
+        }
         return Ready(make_manifest(lora, scaling=LORA.scaling, version=version))
 
     @torch.no_grad()
@@ -117,6 +165,11 @@ class HfLearner:
         rows = response_logprobs(self.model, batch, temperature=1.0).numpy()
         return Ready([row[: len(r.token_ids)] for row, r in zip(rows, responses, strict=True)])
 
+    def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
+        with self.model.disable_adapter():
+            rows = self.logprobs(responses).result()
+        return Ready([Evaluation(reference_logprobs=row, values=row) for row in rows])
+
 
 class OneReplica:
     """A single engine behind the rollouts' protocol."""
@@ -124,10 +177,9 @@ class OneReplica:
     def __init__(self, actor: RolloutActor) -> None:
         self.actor = actor
 
-    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Pending[list[float]]:
-        check_version("rollout-0", manifest.version, self.actor.load_weights(manifest))
-        found = self.actor.probe_logprobs(probe.responses)
-        return Ready([probe.check("rollout-0", manifest.version, found)])
+    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Pending[list[SyncCheck]]:
+        loaded = self.actor.load_weights(manifest, probe.responses)
+        return Ready([check_load("rollout-0", manifest.version, loaded, probe)])
 
 
 @pytest.fixture
@@ -153,8 +205,7 @@ def test_engine_and_learner_agree_after_each_of_many_syncs(
     memory = []
     for version in range(1, 21):
         learner.randomise(version)
-        synced = sync(learner, OneReplica(actor), probe, version=version, tolerance=1e-3)
-        report = synced.result()
+        report = sync(learner, learner, OneReplica(actor), probe, version=version).result()
         assert report.version == actor.version() == version
         memory.append(psutil.Process().memory_info().rss)
     moved = np.abs(np.concatenate(actor.probe_logprobs(probe)) - base).max()
@@ -162,7 +213,7 @@ def test_engine_and_learner_agree_after_each_of_many_syncs(
     assert memory[-1] - memory[4] < 8 * 2**20
     assert actor.generate(requests(prompts))[0].policy_version == 20
     learner.randomise(0, scale=0.0)
-    sync(learner, OneReplica(actor), probe, version=21, tolerance=1e-3).result()
+    sync(learner, learner, OneReplica(actor), probe, version=21).result()
     np.testing.assert_allclose(np.concatenate(actor.probe_logprobs(probe)), base, atol=1e-5)
 
 
