@@ -107,7 +107,7 @@ def probe(served: RolloutActor, photos: Path) -> list[Response]:
 
 
 def trained_to(learner: HfLearner, lr: float, version: int) -> WeightsManifest:
-    """An adapter of the size that ``STEPS`` steps of Adam at ``lr`` leave: an eighth of their sum."""
+    """An adapter as large as ``STEPS`` steps of Adam leave it: an eighth of their sum."""
     learner.randomise(version, scale=lr * STEPS / 8)
     for name, parameter in learner.model.named_parameters():
         if "lora_A" in name:
