@@ -1,8 +1,9 @@
 """The ``fgaif`` command."""
 
+import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -220,17 +221,43 @@ def export(
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter directory; default: RUN/policy/adapter.")
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Precision of the written weights; default: policy.dtype."),
+    ] = None,
+    allow_loss: Annotated[
+        bool,
+        typer.Option("--allow-loss", help="Write even where rounding loses over 5 % of it."),
+    ] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the PEFT adapter alone, unmerged.")
+    ] = False,
 ) -> None:
-    """Merge the adapter into the policy: a checkpoint that transformers and vLLM load."""
-    from fgaif.lvlm.export import export_merged
+    """Merge the adapter into the policy: a checkpoint that transformers and vLLM load.
+
+    Merging is done in float32 and rounded once; what survives of the update is printed.
+    """
+    from fgaif.lvlm.export import LEAST_SURVIVING, export_adapter, export_merged
     from fgaif.lvlm.model import resolve_checkpoint
 
     settings = _load(config, overrides)
     source = adapter or settings.run_dir / "policy" / "adapter"
-    export_merged(
-        resolve_checkpoint(settings.policy.model), source, output, dtype=settings.policy.dtype
+    if adapter_only:
+        export_adapter(source, output)
+        out.print(f"wrote {output}: the adapter, to be loaded on {settings.policy.model}")
+        return
+    written = dtype or settings.policy.dtype
+    kept = export_merged(
+        resolve_checkpoint(settings.policy.model),
+        source,
+        output,
+        dtype=written,
+        least=-math.inf if allow_loss else LEAST_SURVIVING,
     )
-    out.print(f"wrote {output}")
+    out.print(
+        f"wrote {output}: {kept.share:.1%} of the update survive in {written} "
+        f"({kept.weakest:.1%} in the weakest layer); the adapter itself is in {output}/adapter"
+    )
 
 
 @app.command("openai-server")

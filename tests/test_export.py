@@ -1,6 +1,7 @@
 """Exported checkpoints: public names, both loaders, the same log-probs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from safetensors import safe_open
 
 from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
-from fgaif.lvlm.export import export_merged, public_name
+from fgaif.lvlm.adapters import ADAPTER_FILES
+from fgaif.lvlm.export import export_adapter, export_merged, public_name, save_llava
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.logprobs import response_logprobs
 from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor
+from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.types import FloatArray, Response
 
 
@@ -99,3 +102,81 @@ def test_an_export_does_not_overwrite(
 def test_a_weight_of_no_part_of_llava_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"'model\.audio_tower\.weight'"):
         public_name("model.audio_tower.weight")
+
+
+def small_update(tiny_llava_dir: Path, folder: Path, scale: float) -> Path:
+    model = attach_lora(load_lvlm(tiny_llava_dir, dtype="float32"), LoraConfig(r=4), seed=0)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, scale)
+    # As a learner in bfloat16 saves it.
+    adapter = {n: p.bfloat16() for n, p in model.named_parameters() if "lora_" in n}
+    model.save_pretrained(folder, state_dict=adapter)
+    return folder
+
+
+def test_an_export_that_would_be_the_base_is_refused(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    """The tiny model keeps its weights in float32, so its rounding is not that of a small update:
+    a base that is in bfloat16 already shows it."""
+    base = tmp_path / "base"
+    save_llava(
+        load_lvlm(tiny_llava_dir, dtype="float32"),
+        load_processor(tiny_llava_dir),
+        base,
+        dtype=torch.bfloat16,
+    )
+    adapter = small_update(base, tmp_path / "adapter", 1e-5)
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=r"rounding to bfloat16 keeps \d\.\d% of the update"):
+        export_merged(base, adapter, out, dtype="bfloat16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    kept = export_merged(base, adapter, out, dtype="bfloat16", least=0.0)
+    assert kept.share < 0.1
+    assert f"{kept.share:.1%} of the adapter" in (out / "README.md").read_text(encoding="utf-8")
+    whole = export_merged(base, adapter, tmp_path / "whole", dtype="float32")
+    assert whole.share == pytest.approx(1, abs=1e-3)
+    assert whole.weakest == pytest.approx(1, abs=1e-2)
+
+
+def test_the_adapter_is_offered_beside_the_export_and_alone(
+    exported: Path, adapted: tuple[Path, FloatArray], tmp_path: Path
+) -> None:
+    export_adapter(adapted[0], tmp_path / "alone")
+    for name in ADAPTER_FILES:
+        for copy in (exported / "adapter", tmp_path / "alone"):
+            assert (copy / name).read_bytes() == (adapted[0] / name).read_bytes()
+    with pytest.raises(CheckpointError, match="not empty"):
+        export_adapter(adapted[0], tmp_path / "alone")
+
+
+def test_an_adapter_in_bfloat16_is_read(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    adapter = small_update(tiny_llava_dir, tmp_path / "adapter", 0.1)
+    manifest = manifest_from_adapter(adapter, version=1)
+    assert manifest.scaling == LoraConfig(r=4).scaling
+    assert all(array.dtype == np.float32 for array in manifest.tensors.values())
+    name = "model.language_model.layers.0.self_attn.q_proj.lora_B"
+    assert 0.05 < np.abs(manifest.tensors[name]).mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("use_dora", True), ("alpha_pattern", {"q_proj": 64})]
+)
+def test_an_adapter_with_options_that_engines_ignore_is_refused(
+    option: str, value: object, adapted: tuple[Path, FloatArray], tmp_path: Path
+) -> None:
+    shutil.copytree(adapted[0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
+    with pytest.raises(CheckpointError, match=f"{option} is set"):
+        manifest_from_adapter(tmp_path / "adapter", version=1)
+
+
+def test_a_rank_stabilised_adapter_has_its_own_scaling(
+    adapted: tuple[Path, FloatArray], tmp_path: Path
+) -> None:
+    shutil.copytree(adapted[0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
+    manifest = manifest_from_adapter(tmp_path / "adapter", version=1)
+    assert manifest.scaling == pytest.approx(16 / 2)

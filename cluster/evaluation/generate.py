@@ -14,6 +14,7 @@ from fgaif.config import Config, with_overrides
 from fgaif.errors import ActorError, CheckpointError
 from fgaif.feedback.store import JsonlStore
 from fgaif.files import write_whole
+from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.pending import Pending
@@ -27,7 +28,6 @@ from cluster.rollouts import RolloutGroup
 REQUESTS = 512
 _PER_ENGINE = 256  # of a chunk, given to one engine at a time
 """Requests per call and replica."""
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 Progress = Callable[[int, int], None]
 Engines = Callable[[], "RolloutGroup"]
@@ -50,7 +50,7 @@ class ModelSpec:
         whole = Path(text).expanduser().is_dir() or "+" not in text
         name, _, adapter = (text, "", "") if whole else text.rpartition("+")
         spec = cls(resolve_checkpoint(name), Path(adapter).expanduser() if adapter else None)
-        for file in _ADAPTER_FILES if spec.adapter else ():
+        for file in ADAPTER_FILES if spec.adapter else ():
             if not (spec.adapter / file).is_file():  # type: ignore[operator]
                 raise CheckpointError(
                     f"--model {text}: {spec.adapter}/{file} does not exist; give a LoRA adapter's "
@@ -63,7 +63,7 @@ class ModelSpec:
         """SHA-256 over checkpoint and adapter, in short."""
         parts = [checkpoint_digest(self.checkpoint)]
         if self.adapter is not None:
-            parts += [_sha256(self.adapter / file) for file in _ADAPTER_FILES]
+            parts += [_sha256(self.adapter / file) for file in ADAPTER_FILES]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     @property
@@ -161,8 +161,11 @@ def policy_engines(cluster: "Cluster", model: ModelSpec) -> "RolloutGroup":
 
 
 def generation_config(config: Config, model: ModelSpec) -> Config:
-    """The configuration with this model as the policy."""
-    return with_overrides(config, [f"policy.model={json.dumps(str(model.checkpoint))}"])
+    """The configuration with this model as the policy, and room for its adapter in the engine."""
+    overrides = [f"policy.model={json.dumps(str(model.checkpoint))}"]
+    if model.adapter is not None:
+        overrides.append(f"policy.lora.r={read_adapter_config(model.adapter).r}")
+    return with_overrides(config, overrides)
 
 
 def _key(model: ModelSpec, prompt: Prompt, max_new_tokens: int) -> str:

@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
+from fgaif.lvlm.arrival import arrived, merged_sums
 from fgaif.lvlm.model import load_adapter, load_lvlm, load_processor
+from fgaif.types import Arrived
+
+LEAST_SURVIVING = 0.95
+"""Share of an update below which rounding is refused, unless the caller accepts it."""
 
 # In-memory prefix (transformers 5) -> prefix in the public llava-1.5 checkpoints. vLLM refuses a
 # CLIP tower without `vision_model.`, which transformers 5 drops when it saves.
@@ -38,10 +46,14 @@ LoRA adapter merged into the weights.
 - base checkpoint: `{base}`
 - adapter: `{adapter}` (r = {r}, alpha = {alpha})
 - projector: {projector}
-- dtype: {dtype}
+- dtype: {dtype}; {share:.1%} of the adapter's update survive the rounding ({weakest:.1%} in the
+  weakest layer)
 
-It loads with `transformers.LlavaForConditionalGeneration.from_pretrained` and with vLLM. Licence
-and limits are those of the base checkpoint.
+The adapter itself lies in `adapter/`, unrounded: load it with PEFT on the base checkpoint, or serve
+it with vLLM's `--enable-lora`.
+
+The merged checkpoint loads with `transformers.LlavaForConditionalGeneration.from_pretrained` and
+with vLLM. Licence and limits are those of the base checkpoint.
 """
 
 
@@ -79,23 +91,41 @@ def save_llava(
     save_torch_state_dict(weights, directory, metadata={"format": "pt"})
 
 
-def export_merged(base_dir: Path, adapter_dir: Path, out_dir: Path, *, dtype: str) -> None:
+def export_merged(
+    base_dir: Path,
+    adapter_dir: Path,
+    out_dir: Path,
+    *,
+    dtype: str,
+    least: float = LEAST_SURVIVING,
+) -> Arrived:
     """Merge an adapter into its base and write a checkpoint for transformers and vLLM.
 
-    The checkpoint is written beside ``out_dir`` and renamed when it is complete, so an
-    interrupted export leaves nothing that looks finished.
+    Merged in float32 and rounded once, to ``dtype``; returns how much of the update survives that.
+    The adapter itself is written beside the weights, in ``adapter/``: served or loaded on the base
+    it is never rounded. The checkpoint is written beside ``out_dir`` and renamed when it is
+    complete, so an interrupted export leaves nothing that looks finished.
 
     Raises:
-        CheckpointError: the adapter does not fit, or ``out_dir`` exists and is not empty.
+        CheckpointError: the adapter does not fit, ``out_dir`` exists and is not empty, or less than
+            ``least`` of the update survives; then nothing is written.
     """
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise CheckpointError(f"export to {out_dir}: the folder is not empty; give a new one")
+    _check_empty(out_dir)
     processor = load_processor(base_dir)
-    adapted = load_adapter(load_lvlm(base_dir, dtype=dtype), adapter_dir)
+    adapted = load_adapter(load_lvlm(base_dir, dtype="float32"), adapter_dir)
+    kept = surviving(adapted, dtype)
+    if not kept.share >= least:
+        raise CheckpointError(
+            f"export of {adapter_dir}: rounding to {dtype} keeps {kept.share:.1%} of the update "
+            f"({kept.weakest:.1%} in {kept.weakest_layer}), less than {least:.0%}: the export "
+            "would be nearer to the base than to the policy. Write it with --dtype float32, ship "
+            "the adapter alone with --adapter-only, or accept the loss with --allow-loss"
+        )
     settings = adapted.peft_config["default"]
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_llava(adapted.merge_and_unload(), processor, partial)
+    save_llava(adapted.merge_and_unload(), processor, partial, dtype=getattr(torch, dtype))
+    _copy_adapter(adapter_dir, partial / "adapter")
     card = _CARD.format(
         name=out_dir.name,
         base=base_dir.name,
@@ -104,11 +134,49 @@ def export_merged(base_dir: Path, adapter_dir: Path, out_dir: Path, *, dtype: st
         alpha=settings.lora_alpha,
         projector="trained with the adapter" if settings.modules_to_save else "the base's",
         dtype=dtype,
+        share=kept.share,
+        weakest=kept.weakest,
     )
     (partial / "README.md").write_text(card, encoding="utf-8")
     if out_dir.exists():
         out_dir.rmdir()
     partial.rename(out_dir)
+    return kept
+
+
+def export_adapter(adapter_dir: Path, out_dir: Path) -> None:
+    """Copy the PEFT adapter alone, for those who load or serve it on its base.
+
+    Raises:
+        CheckpointError: no adapter, or ``out_dir`` exists and is not empty.
+    """
+    _check_empty(out_dir)
+    read_adapter_config(adapter_dir)
+    _copy_adapter(adapter_dir, out_dir)
+
+
+@torch.no_grad()
+def surviving(adapted: PeftModel, dtype: str) -> Arrived:
+    """How much of the adapter's update is left when the merged weights are rounded to ``dtype``."""
+    sums = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            base = layer.get_base_layer().weight.float()
+            update = layer.get_delta_weight("default").float()
+            held = (base + update).to(getattr(torch, dtype))
+            sums[name] = merged_sums(base, held, update)
+    return arrived(sums)
+
+
+def _check_empty(out_dir: Path) -> None:
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise CheckpointError(f"export to {out_dir}: the folder is not empty; give a new one")
+
+
+def _copy_adapter(adapter_dir: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ADAPTER_FILES:
+        shutil.copyfile(adapter_dir / name, folder / name)
 
 
 def _public_weights(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:

@@ -1,17 +1,16 @@
 """Versions of the policy as they travel: LoRA factors and whole weights by Hugging Face name."""
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fgaif.checkpoint import arrays_digest
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.adapters import adapter_scaling, read_adapter_config
 from fgaif.lvlm.export import public_name
 from fgaif.types import FloatArray, WeightsManifest
 
@@ -72,33 +71,6 @@ def manifest_from_adapter(directory: Path, *, version: int) -> WeightsManifest:
         scaling=adapter_scaling(config),
         version=version,
     )
-
-
-def read_adapter_config(directory: Path) -> LoraConfig:
-    """Read what PEFT wrote beside an adapter.
-
-    Raises:
-        CheckpointError: no LoRA adapter, or one with options under which ``scaling * B @ A`` is not
-            the update of every layer.
-    """
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}: not an adapter directory: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{directory}: a {config.peft_type} adapter; only LoRA is supported")
-    other = [key for key in ("use_dora", "alpha_pattern", "rank_pattern") if getattr(config, key)]
-    if other:
-        raise CheckpointError(
-            f"{directory}/adapter_config.json: {', '.join(other)} is set; only adapters with one "
-            "rank and one alpha are supported"
-        )
-    return config
-
-
-def adapter_scaling(config: LoraConfig) -> float:
-    """Factor on ``B @ A``: alpha / r, or alpha / sqrt(r) for rank-stabilised adapters."""
-    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def split_tensors(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
