@@ -16,6 +16,7 @@ from actors.deepspeed_setup import deepspeed_config, master_tensors, torch_optim
 from fgaif.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fgaif.config import PpoConfig
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.model import without_dropout
 
 _LORA = "lora.safetensors"
 _FACTS = "engine.json"
@@ -45,7 +46,8 @@ class LoraEngine:
         rank: int,
         world_size: int,
     ) -> None:
-        """Wrap ``model``, whose trainable parameters are the adapter's (collective)."""
+        """Wrap ``model``, whose trainable parameters are the adapter's, for good without dropout
+        (collective)."""
         self.model = model
         self._deepspeed = deepspeed
         self._rank, self._world = rank, world_size
@@ -70,15 +72,12 @@ class LoraEngine:
                 world_size=world_size,
             ),
         )
+        without_dropout(self._engine)
         self.device = torch.device(self._engine.device)
 
     def run(self, compute: Callable[[nn.Module], Tensor]) -> Tensor:
         """Return ``compute(model)`` (collective under ZeRO-3)."""
         return self._engine(compute)
-
-    def train(self, mode: bool) -> None:
-        """Switch dropout on or off."""
-        self._engine.train(mode)
 
     def step(self, losses: Sequence[Callable[[], Tensor]], lr: float) -> float:
         """Take one optimiser step on the sum of the losses over all ranks (collective).

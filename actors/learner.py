@@ -20,7 +20,7 @@ from actors.engine import LoraEngine
 from actors.pulse import beat
 from fgaif.config import Config
 from fgaif.errors import FgaifError
-from fgaif.lvlm.features import FeatureCache
+from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.logprobs import next_token_logprobs, response_logprobs
 from fgaif.lvlm.model import (
@@ -32,7 +32,7 @@ from fgaif.lvlm.model import (
 )
 from fgaif.lvlm.weights import make_manifest
 from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
-from fgaif.ppo.losses import anchor_kl, clipped_tokens, policy_loss
+from fgaif.ppo.losses import anchor_kl, clipped_tokens, log_ratio, policy_loss
 from fgaif.ppo.schedule import lr_factor
 from fgaif.types import (
     FloatArray,
@@ -77,8 +77,10 @@ class LearnerActor:
             image_tokens=image_token_count(base.config),
             max_image_pixels=config.data.max_image_pixels,
         )
+        model = attach_lora(base, policy.lora, config.seed, projector=policy.train_projector)
+        set_vision_aside(base, projector=not policy.train_projector)
         self._engine = LoraEngine(
-            attach_lora(base, policy.lora, config.seed, projector=policy.train_projector),
+            model,
             deepspeed,
             config.ppo,
             dtype=policy.dtype,
@@ -90,19 +92,19 @@ class LearnerActor:
         self._updates = 0
 
     @torch.no_grad()
-    def logprobs(self, responses: Sequence[Response]) -> list[FloatArray]:
-        """Log-probs (T,) of the responses given to this rank, in the precision of training.
+    def logprobs(self, responses: Sequence[Response]) -> list[FloatArray | None]:
+        """Log-probs (T,) of this rank's share of the responses, in the precision of training.
 
-        Under ZeRO-3 every rank must be given equally many responses.
+        Every rank is given all of them and makes as many forward passes as the others, which are
+        collectives under ZeRO-3; what another rank answers for is None.
         """
-        self._engine.train(False)
         lengths = response_lengths(responses)
-        rows: list[FloatArray] = [np.zeros(0, np.float32)] * len(responses)
-        every = np.arange(len(responses))
-        for indexes, _ in micro_batches(every, lengths, size=self._config.ppo.micro_batch):
+        rows: list[FloatArray | None] = [None] * len(responses)
+        for indexes, weights in self._cut(np.arange(len(responses)), lengths):
             found = self._logprobs([responses[index] for index in indexes]).cpu().numpy()
-            for index, row in zip(indexes, found, strict=True):
-                rows[index] = row[: lengths[index]]
+            for index, weight, row in zip(indexes, weights, found, strict=True):
+                if weight > 0:
+                    rows[index] = row[: lengths[index]]
         return rows
 
     def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> UpdateReport:
@@ -123,9 +125,7 @@ class LearnerActor:
         totals = _Totals(self._engine.device)
         norms = []
         every = list(self._minibatches(batch))
-        self._engine.train(False)
         questions = self._anchor_pieces(anchors, len(every))
-        self._engine.train(True)
         for rows, pieces in zip(every, questions, strict=True):
             losses = self._policy_losses(batch, rows, totals)
             losses += [partial(self._anchor_loss, piece, totals) for piece in pieces]
@@ -296,7 +296,7 @@ class _Totals:
         self, loss: Tensor, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float
     ) -> None:
         """Add one piece; all but ``loss`` are (B, T)."""
-        difference = (new - old) * mask
+        difference = log_ratio(new, old, mask)
         self.loss += loss
         self.clipped += clipped_tokens(new, old, advantages, mask, clip=clip)
         self.k3 += (difference.expm1() - difference).sum()

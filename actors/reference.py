@@ -28,6 +28,7 @@ from fgaif.lvlm.model import (
     load_lvlm,
     load_processor,
     resolve_checkpoint,
+    without_dropout,
 )
 from fgaif.ppo.advantages import explained_variance
 from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
@@ -82,6 +83,7 @@ class ReferenceActor:
             self._model = attach_lora(base, config.ppo.value_lora, config.seed)
         else:
             self._model = load_adapter(base, rewards / kind, trainable=True)
+        without_dropout(self._model)
         self._value = self._reader(self._model, backbone)
         self._reference = (
             self._value if backbone == policy else self._reader(self._load(policy), policy)
@@ -111,7 +113,6 @@ class ReferenceActor:
 
     def evaluate(self, responses: Sequence[Response]) -> list[Evaluation]:
         """Reference log-probs and values, both (T,), of each response; values[t] = V(before t)."""
-        self._model.eval()
         if self._reference is self._value:
             with self._model.disable_adapter():
                 logprobs = self._per_token(responses, self._reference_logprobs)
@@ -136,7 +137,6 @@ class ReferenceActor:
         )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._model.train()
         steps = [
             self._minibatch(batch, rows)
             for epoch in range(config.epochs)

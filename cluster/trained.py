@@ -6,7 +6,6 @@ from typing import Any
 
 import ray
 
-from actors.pool import merge_in_order
 from cluster.team import Submit, Team
 from fgaif.pending import Pending, Then
 from fgaif.types import (
@@ -63,18 +62,9 @@ class LearnerGroup(_Trained):
     """
 
     def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
-        """Equal counts per rank: under ZeRO-3 every forward pass is a collective."""
-        ranks = len(self.team.members)
-        shares = [range(rank, len(responses), ranks) for rank in range(ranks)]
-
-        def submit(actors: Sequence[Any]) -> list[ray.ObjectRef]:
-            return [
-                actor.logprobs.remote([responses[index] for index in share])
-                for actor, share in zip(actors, shares, strict=True)
-            ]
-
-        answers = self.team.call(submit)
-        return Then(lambda: merge_in_order(shares, answers.result()))
+        """Every rank scores its share of the responses."""
+        answers = self.team.call(_all(lambda actor: actor.logprobs, responses))
+        return Then(lambda: _merged(answers.result()))
 
     def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Pending[UpdateReport]:
         """Every rank takes its share of each minibatch."""
@@ -103,6 +93,11 @@ def _all(method: Callable[[Any], Any], *arguments: Any) -> Submit:
         return [method(actor).remote(*stored) for actor in actors]
 
     return submit
+
+
+def _merged(shares: Sequence[Sequence[FloatArray | None]]) -> list[FloatArray]:
+    """One row for each response, from the rank that has it."""
+    return [next(row for row in rows if row is not None) for rows in zip(*shares, strict=True)]
 
 
 def _first(answers: Pending[list[Any]]) -> Pending[Any]:

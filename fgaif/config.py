@@ -58,6 +58,7 @@ class LoraConfig(_Section):
     r: int = Field(64, ge=1)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Of reward models only: PPO trains without."""
 
     @property
     def scaling(self) -> float:
@@ -660,6 +661,30 @@ class Config(_Section):
                 if name.startswith(API) and name.removeprefix(API) not in self.endpoints:
                     known = ", ".join(self.endpoints) or "none"
                     raise ValueError(f"{key} = {name!r}: no such entry of endpoints ({known})")
+        return self
+
+    @model_validator(mode="after")
+    def _ppo_without_dropout(self) -> Self:
+        adapters = {"policy.lora": self.policy.lora, "ppo.value_lora": self.ppo.value_lora}
+        for key, lora in adapters.items():
+            if lora.dropout:
+                raise ValueError(
+                    f"{key}.dropout = {lora.dropout}: PPO compares log-probs and values before and "
+                    "after a step, and dropout would pass for the step's effect; set it to 0 (that "
+                    "of reward.lora may stay)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _bfloat16_with_zero(self) -> Self:
+        stages = {"ppo": self.ppo.zero_stage, "reward": self.reward.zero_stage}
+        for section, stage in stages.items():
+            if self.policy.dtype == "bfloat16" and stage == 0:
+                raise ValueError(
+                    f"{section}.zero_stage = 0 with policy.dtype = 'bfloat16': without ZeRO "
+                    "DeepSpeed keeps no float32 copy of what it trains in bfloat16; set "
+                    f"{section}.zero_stage=1"
+                )
         return self
 
     @property

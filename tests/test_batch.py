@@ -68,7 +68,7 @@ def test_a_wrong_length_names_the_response():
 
 def test_minibatches_are_a_seeded_partition():
     cut = list(minibatches(10, 4, (1, 2, 3)))
-    assert [len(part) for part in cut] == [4, 4, 2]
+    assert [len(part) for part in cut] == [4, 3, 3]
     assert sorted(np.concatenate(cut)) == list(range(10))
     np.testing.assert_array_equal(
         np.concatenate(cut), np.concatenate([*minibatches(10, 4, (1, 2, 3))])
@@ -94,3 +94,11 @@ def test_micro_batches_put_like_lengths_together():
     (long, _), (short, _) = micro_batches(np.arange(4), lengths, size=2)
     assert lengths[long].tolist() == [60, 50]
     assert lengths[short].tolist() == [2, 1]
+
+
+def test_no_minibatch_is_a_left_over() -> None:
+    """A single response would get a whole step of Adam; full minibatches are cut as they were."""
+    assert [len(rows) for rows in minibatches(9, 4, (1,))] == [3, 3, 3]
+    assert [len(rows) for rows in minibatches(257, 256, (1,))] == [129, 128]
+    order = np.concatenate([*minibatches(8, 4, (1,))])
+    np.testing.assert_array_equal([*minibatches(8, 4, (1,))], order.reshape(2, 4))

@@ -89,3 +89,23 @@ def test_every_key_has_a_type_and_config_is_frozen() -> None:
     config = Config()
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy.lora.dropout=0.1"], ["policy.lora.dropout = 0.1", "reward.lora may stay"]),
+        (["ppo.value_lora.dropout=0.1"], ["ppo.value_lora.dropout = 0.1"]),
+        (["policy.dtype=bfloat16", "ppo.zero_stage=0"], ["set ppo.zero_stage=1"]),
+        (["policy.dtype=bfloat16", "reward.zero_stage=0"], ["set reward.zero_stage=1"]),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, overrides)
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_reward_models_may_train_with_dropout_and_float32_without_zero() -> None:
+    config = load_config(None, ["reward.lora.dropout=0.1", "ppo.zero_stage=0"])
+    assert config.reward.lora.dropout == 0.1

@@ -1,6 +1,8 @@
 """The DeepSpeed learner on one CPU rank, against torch, Hugging Face, itself resumed, two ranks."""
 
+import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,14 +120,16 @@ def test_published_factors_rebuild_the_policy(tiny_llava_dir, tmp_path):
     assert manifest.digest == digest
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_resumed_run_equals_the_straight_run_bitwise(tiny_llava_dir, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, "float32"), (2, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")],
+)
+def test_resumed_run_equals_the_straight_run_bitwise(tiny_llava_dir, tmp_path, stage, dtype):
+    """In bfloat16 too, at a learning rate whose steps the float32 masters alone can hold."""
     config = tiny_config(tiny_llava_dir, tmp_path, zero_stage=stage, anchor=ANCHOR,
-                         schedule="cosine", warmup_steps=2)  # fmt: skip
-    config = config.model_copy(
-        update={"policy": config.policy.model_copy(
-            update={"lora": config.policy.lora.model_copy(update={"dropout": 0.2})})}
-    )  # fmt: skip
+                         schedule="cosine", warmup_steps=2,
+                         lr=1e-2 if dtype == "float32" else 1e-5)  # fmt: skip
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"dtype": dtype})})
     responses = make_responses(tmp_path, 8)
     asked = questions(responses)
 
@@ -143,8 +147,9 @@ def test_resumed_run_equals_the_straight_run_bitwise(tiny_llava_dir, tmp_path, s
     go_on(resumed, range(2, 4))
     assert resumed.publish(4).digest == straight.publish(4).digest
 
-    other = one_rank(tiny_config(tiny_llava_dir, tmp_path, zero_stage=1))
-    with pytest.raises(CheckpointError, match=f"zero_stage = {stage}, this run has 1"):
+    there = 1 if stage != 1 else 2
+    other = one_rank(tiny_config(tiny_llava_dir, tmp_path, zero_stage=there))
+    with pytest.raises(CheckpointError, match=f"zero_stage = {stage}, this run has {there}"):
         other.restore(tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="cannot read"):
         resumed.restore(tmp_path)
@@ -161,6 +166,60 @@ def test_zero_stages_agree(tiny_llava_dir, tmp_path):
     for tensors in published[1:]:
         for name, value in published[0].items():
             np.testing.assert_allclose(tensors[name], value, atol=1e-6, err_msg=name)
+
+
+def with_attention_dropout(model: Path, folder: Path) -> Path:
+    """The checkpoint as one whose base drops attention weights in training."""
+    shutil.copytree(model, folder)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["text_config"]["attention_dropout"] = 0.5
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_a_step_the_ratio_is_one(tiny_llava_dir, tmp_path, checkpointing):
+    """Old log-probs and those of the update are of the same policy, whatever drops out in it."""
+    base = with_attention_dropout(tiny_llava_dir, tmp_path / "base")
+    config = tiny_config(base, tmp_path, lr=1e-12, zero_stage=0)  # parameters are their own masters
+    lora = config.policy.lora.model_copy(update={"dropout": 0.2})  # as an older configuration
+    changes = {"lora": lora, "gradient_checkpointing": checkpointing}
+    config = config.model_copy(update={"policy": config.policy.model_copy(update=changes)})
+    learner = one_rank(config)
+    randomise(learner)
+    responses = make_responses(tmp_path, 8)
+    report = learner.update(make_train_batch(responses, learner.logprobs(responses)), []).metrics
+    assert report["policy/clip_frac"] == 0
+    assert report["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert report["policy/grad_norm"] > 0
+
+
+def randomise(learner: LearnerActor) -> None:
+    """Make the adapter count: a fresh one adds nothing, and so does its dropout."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in learner._engine.model.named_parameters():
+            if "lora_B" in name:
+                value.normal_(0, 0.3, generator=generator)
+
+
+def test_gradient_checkpointing_is_on_where_it_is_asked_for(tiny_llava_dir, tmp_path, monkeypatch):
+    """transformers checkpoints layers in training mode only, which dropout forbids elsewhere."""
+    recomputed = []
+    for wanted in (False, True):
+        config = tiny_config(tiny_llava_dir, tmp_path)
+        policy = config.policy.model_copy(update={"gradient_checkpointing": wanted})
+        learner = one_rank(config.model_copy(update={"policy": policy}))
+        calls = []
+        layer = learner._engine.model.get_base_model().model.language_model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        responses = make_responses(tmp_path, 4)
+        batch = make_train_batch(responses, learner.logprobs(responses))
+        calls.clear()
+        learner.update(batch, [])
+        recomputed.append(len(calls))
+    assert recomputed[1] == 2 * recomputed[0]
 
 
 def test_anchor_term_holds_the_answers(tiny_llava_dir, tmp_path):
@@ -192,11 +251,16 @@ def test_micro_batching_does_not_change_the_update(tiny_llava_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_zero2_ranks_equal_one(tiny_llava_dir, tmp_path):
-    """Five responses, so the ranks' shares differ in size; published weights agree."""
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_equal_one(tiny_llava_dir, tmp_path, stage):
+    """Five responses, so the ranks' shares differ in size; published weights agree.
+
+    One response is what a sync scores: under ZeRO-3 every forward pass is a collective, so both
+    ranks must make it. Their feature caches then miss different images.
+    """
     import ray
 
-    config = tiny_config(tiny_llava_dir, tmp_path, minibatch=5, anchor=ANCHOR)
+    config = tiny_config(tiny_llava_dir, tmp_path, minibatch=5, anchor=ANCHOR, zero_stage=stage)
     responses = make_responses(tmp_path, 5)
     asked = questions(responses)
     alone = one_rank(config)
@@ -214,8 +278,11 @@ def test_two_zero2_ranks_equal_one(tiny_llava_dir, tmp_path):
             remote.options(runtime_env=environment).remote(config, rank, 2, "127.0.0.1", port)
             for rank in range(2)
         ]
-        parts = ray.get([r.logprobs.remote(responses[i::2]) for i, r in enumerate(ranks)])
-        np.testing.assert_allclose(parts[1][0], old[1], atol=1e-5)
+        for asked_for in (responses[:1], responses):
+            shares = ray.get([r.logprobs.remote(asked_for) for r in ranks])
+            for number, rows in enumerate(zip(*shares, strict=True)):
+                (row,) = (row for row in rows if row is not None)  # one rank answers for each
+                np.testing.assert_allclose(row, old[number], atol=1e-5)
         first = ray.get([r.update.remote(batch, asked) for r in ranks])
         ray.get([r.save.remote(tmp_path / "two") for r in ranks])
         ray.get([r.update.remote(batch, asked) for r in ranks])

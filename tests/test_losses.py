@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fgaif.ppo.losses import anchor_kl, clipped_tokens, policy_loss, value_loss
+from fgaif.ppo.losses import anchor_kl, clipped_tokens, log_ratio, policy_loss, value_loss
 
 
 def row(*values):
@@ -94,3 +94,20 @@ def test_shapes_are_checked():
         policy_loss(row(1), row(1), row(1), ONES, clip=0.2, num_valid_tokens=1)
     with pytest.raises(ValueError, match="twice"):
         anchor_kl(row(1), row(1, 2))
+
+
+@pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize("gap", [200.0, -200.0])
+def test_far_ratios_stay_finite(advantage: float, gap: float) -> None:
+    """exp(200) is infinite, and infinity times an advantage of 0 is not a number."""
+    old = torch.full((1, 2), -3.0)
+    new = (old + gap).requires_grad_()
+    mask = torch.ones(1, 2)
+    loss = policy_loss(
+        new, old, torch.full((1, 2), advantage), mask, clip=0.2, num_valid_tokens=2.0
+    )
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert new.grad is not None
+    assert torch.isfinite(new.grad).all()
+    assert torch.isfinite(log_ratio(new, old, mask).exp()).all()

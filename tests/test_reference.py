@@ -78,7 +78,7 @@ def test_micro_batching_does_not_change_the_update(tiny_llava_dir, tmp_path):
 
 def test_resumed_run_equals_the_straight_run_bitwise(tiny_llava_dir, tmp_path):
     config = tiny_config(tiny_llava_dir, tmp_path, schedule="cosine",
-                         value_lora={"r": 4, "alpha": 4.0, "dropout": 0.2})  # fmt: skip
+                         value_lora={"r": 4, "alpha": 4.0})  # fmt: skip
     responses = make_responses(tmp_path, 8)
 
     def go_on(actor: ReferenceActor, steps: range) -> np.ndarray:

@@ -13,6 +13,20 @@ from fgaif.types import ImageRef
 _LIMIT_BYTES = 2**30
 
 
+def set_vision_aside(model: nn.Module, *, projector: bool) -> None:
+    """Take the vision tower, and with ``projector`` the projector, out of the model's modules.
+
+    They stay where the model calls them, but what shards a model's parameters over ranks passes
+    them by. The caches of two ranks miss different images, and a forward pass of sharded weights
+    that only one rank makes hangs for ever.
+    """
+    parent = base_of(model).model
+    for name in ("vision_tower", "multi_modal_projector") if projector else ("vision_tower",):
+        part = getattr(parent, name)
+        delattr(parent, name)
+        parent.__dict__[name] = part  # an attribute set in the usual way would be a module again
+
+
 class FeatureCache:
     """Features by image content, in host memory up to a limit; the least recently used go first.
 

@@ -9,6 +9,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
@@ -139,6 +140,19 @@ def load_adapter(
         raise CheckpointError(f"{adapter}: does not fit the backbone: {error}") from error
     check_adapter_anchored(peft_model)
     return peft_model
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Put the model in evaluation mode for good, whether or not its layers are checkpointed.
+
+    PPO compares a policy, or its values, before and after a step: dropout in either would pass for
+    the step's effect. transformers checkpoints a layer only in training mode, so those that are to
+    be checkpointed stay in it, and the attention, norms and adapters within them do not.
+    """
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = layer.gradient_checkpointing
 
 
 def check_adapter_anchored(model: PeftModel) -> None:

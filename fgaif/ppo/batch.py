@@ -78,13 +78,14 @@ def response_lengths(responses: Sequence[Response]) -> IntArray:
 
 
 def minibatches(count: int, size: int, seed: Sequence[int]) -> Iterator[IntArray]:
-    """Cut a seeded shuffle of ``range(count)`` into index arrays of ``size``, the last may be less.
+    """Cut a seeded shuffle of ``range(count)`` into the fewest index arrays of at most ``size``.
 
-    ``seed`` is a tuple such as (run seed, step, epoch): the order depends on nothing else.
+    Their sizes differ by one at most: a few rows left over would get a whole optimiser step, in
+    which Adam moves as far for one row as for ``size``. ``seed`` is a tuple such as (run seed,
+    step, epoch): the order depends on nothing else. ``count`` is at least 1.
     """
     order = np.random.default_rng(list(seed)).permutation(count)
-    for start in range(0, count, size):
-        yield order[start : start + size]
+    yield from np.array_split(order, -(-count // size))
 
 
 def micro_batches(

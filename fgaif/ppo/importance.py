@@ -10,10 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fgaif.ppo.advantages import check_padded
+from fgaif.ppo.ratio import bounded
 from fgaif.types import FloatArray, Response, TrainBatch
-
-_MAX_LOG_RATIO = 20.0
-"""Beyond this exp could overflow before the cap acts; verl bounds the log-ratio likewise."""
 
 
 def importance_weights(
@@ -40,8 +38,7 @@ def importance_weights(
     check_padded(mask, old_logprobs, rollout_logprobs)
     known = (mask > 0) & np.isfinite(rollout_logprobs)
     gap = np.subtract(old_logprobs, rollout_logprobs, out=np.zeros_like(mask), where=known)
-    ratio = np.exp(gap.clip(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    return np.where(mask > 0, np.minimum(ratio, cap), 0.0).astype(np.float32)
+    return np.where(mask > 0, np.minimum(np.exp(bounded(gap)), cap), 0.0).astype(np.float32)
 
 
 def drop_stale(

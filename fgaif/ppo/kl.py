@@ -7,6 +7,7 @@ import numpy as np
 
 from fgaif.config import KlConfig
 from fgaif.ppo.advantages import check_padded
+from fgaif.ppo.ratio import bounded
 from fgaif.types import FloatArray
 
 _MAX_ERROR = 0.2
@@ -24,9 +25,10 @@ def kl_k1(logprobs: FloatArray, reference_logprobs: FloatArray, mask: FloatArray
 def kl_k3(logprobs: FloatArray, reference_logprobs: FloatArray, mask: FloatArray) -> FloatArray:
     """Estimate KL(policy || reference) per sampled token: exp(d) - 1 - d, d = log pi_ref - log pi.
 
-    Unbiased, never negative, of lower variance: for monitoring. (B, T), zero at padding.
+    Unbiased, never negative, of lower variance: for monitoring, with d bounded. (B, T), zero at
+    padding.
     """
-    difference = -kl_k1(logprobs, reference_logprobs, mask)
+    difference = bounded(-kl_k1(logprobs, reference_logprobs, mask))
     return np.expm1(difference) - difference
 
 
@@ -64,8 +66,8 @@ class Mismatch:
     """How far the rollout engine's log-probs are from the learner's, over valid tokens.
 
     ``mean_dp`` is the mean of abs(p_rollout - p_learner), ``max_dlogp`` the largest difference of
-    log-probs, ``kl`` the k3 estimate of KL(rollout || learner); ``missing`` counts tokens without
-    a finite rollout log-prob, which the other figures leave out.
+    log-probs, ``kl`` the k3 estimate of KL(rollout || learner), of bounded differences; ``missing``
+    counts tokens without a finite rollout log-prob, which the other figures leave out.
     """
 
     mean_dp: float
@@ -86,9 +88,10 @@ def mismatch(
     if rollout.size == 0:
         return Mismatch(mean_dp=0.0, max_dlogp=0.0, kl=0.0, missing=missing)
     difference = learner - rollout
+    near = bounded(difference)
     return Mismatch(
         mean_dp=float(np.abs(np.exp(learner) - np.exp(rollout)).mean()),
         max_dlogp=float(np.abs(difference).max()),
-        kl=float((np.expm1(difference) - difference).mean()),
+        kl=float((np.expm1(near) - near).mean()),
         missing=missing,
     )

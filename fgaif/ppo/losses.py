@@ -8,6 +8,8 @@ micro-batches.
 import torch
 from torch import Tensor
 
+from fgaif.ppo.ratio import bounded
+
 
 def policy_loss(
     logprobs: Tensor,
@@ -22,13 +24,13 @@ def policy_loss(
     """Compute the clipped surrogate loss.
 
         sum_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - clip, 1 + clip)) / num_valid_tokens
-        rho_t = exp(logprobs_t - old_logprobs_t)
+        rho_t = exp(logprobs_t - old_logprobs_t), the exponent bounded
 
     All tensors (B, T); only tokens where ``mask`` is 1 count, whatever the rest holds. ``weights``
     are constant importance weights from the sampler to the old policy, None for ones.
     """
     _check(mask, logprobs, old_logprobs, advantages)
-    ratio = _ratio(logprobs, old_logprobs, mask)
+    ratio = log_ratio(logprobs, old_logprobs, mask).exp()
     gain = torch.where(mask > 0, advantages, 0.0)
     loss = torch.maximum(-gain * ratio, -gain * ratio.clamp(1 - clip, 1 + clip))
     if weights is not None:
@@ -60,6 +62,13 @@ def value_loss(
     return 0.5 * torch.where(mask > 0, error, 0.0).sum() / num_valid_tokens
 
 
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """logprobs - old_logprobs, bounded, zero where ``mask`` is 0; all (B, T)."""
+    _check(mask, logprobs, old_logprobs)
+    # Masked before exp: an infinite value at padding would turn into NaN gradients.
+    return bounded(torch.where(mask > 0, logprobs - old_logprobs, 0.0))
+
+
 def clipped_tokens(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
 ) -> Tensor:
@@ -68,7 +77,7 @@ def clipped_tokens(
     These are the tokens with rho_t > 1 + clip and A_t > 0, or rho_t < 1 - clip and A_t < 0.
     """
     _check(mask, logprobs, old_logprobs, advantages)
-    ratio = _ratio(logprobs, old_logprobs, mask)
+    ratio = log_ratio(logprobs, old_logprobs, mask).exp()
     high = (ratio > 1 + clip) & (advantages > 0)
     low = (ratio < 1 - clip) & (advantages < 0)
     return ((high | low) & (mask > 0)).sum()
@@ -85,11 +94,6 @@ def anchor_kl(reference_logprobs: Tensor, logprobs: Tensor) -> Tensor:
             f"{tuple(logprobs.shape)}"
         )
     return (reference_logprobs.exp() * (reference_logprobs - logprobs)).sum(-1)
-
-
-def _ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    # Masked before exp: an infinite value at padding would turn into NaN gradients.
-    return torch.where(mask > 0, logprobs - old_logprobs, 0.0).exp()
 
 
 def _check(mask: Tensor, *tensors: Tensor) -> None:
