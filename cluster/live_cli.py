@@ -311,6 +311,7 @@ _METRICS = {
     "KL": "kl/response",
     "tokens/s": "tokens_per_second",
     "seconds": "seconds/total",
+    "arrived": "sync/arrived",
 }
 
 

@@ -19,6 +19,7 @@ _SCALARS = {
     "length/tokens": "length",
     "policy/clip_frac": "clipped",
     "mismatch/mean": "mismatch",
+    "sync/arrived": "arrived",
     "seconds/total": "s/step",
     "tokens_per_second": "tokens/s",
 }

@@ -2,7 +2,8 @@
 
 The checkpoint has the shape of llava-1.5 (336 px, patch 14, 576 image tokens, Vicuna template,
 metaspace BPE) under the public weight names, with few and random weights: what it says means
-nothing, so the test looks at the machinery, not at quality.
+nothing, so the test looks at the machinery, not at quality. Policy, reward models, reference and
+engines are in bfloat16 throughout, as in every configuration for GPUs.
 """
 
 import json
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import safe_open
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from fgaif.types import KINDS
 
 
@@ -35,7 +39,12 @@ def finished(
             "ppo_prompts": len(rows),
             "eval_prompts": 2,
         },
-        "policy": {"model": str(llava15_dir), "max_new_tokens": 24, "lora": {"r": 4}},
+        "policy": {
+            "model": str(llava15_dir),
+            "dtype": "bfloat16",
+            "max_new_tokens": 24,
+            "lora": {"r": 4},
+        },
         "feedback": {
             "extractor": "segment",
             "verifier": str(llava15_dir),
@@ -73,7 +82,28 @@ def test_every_stage_runs_and_what_cannot_be_known_is_null(finished: tuple[Path,
     assert report["after"]["pope"] is None
     assert report["feedback"] == {}
     lines = (run / "policy" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["metrics"]["mismatch/mean"] < 0.005
+    metrics = json.loads(lines[0])["metrics"]
+    assert metrics["mismatch/mean"] < 0.005
+    assert metrics["sync/arrived"] >= 0.99
+    assert metrics["sync/noise"] > 0
+    with safe_open(run / "policy" / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_the_policy_in_bfloat16_is_exported(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """In another precision, and unmerged."""
+    run, _ = finished
+    settings = ["--config", str(run / "config.yaml")]
+    for name, arguments, words in (
+        ("whole", ["--dtype", "float32"], "of the update survive in float32"),
+        ("alone", ["--adapter-only"], "the adapter, to be loaded on"),
+    ):
+        done = CliRunner().invoke(app, ["export", str(tmp_path / name), *arguments, *settings])
+        assert done.exit_code == 0, done.exception
+        assert words in done.stdout.replace("\n", " ")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    assert (tmp_path / "alone" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -65,9 +65,10 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("clipped share of tokens", {"policy/clip_frac": ""}),
     ("explained variance of the values", {"value/explained_variance": ""}),
     ("|probability difference| to the engine", {"mismatch/mean": ""}),
+    ("share of the update in the engines", {"sync/arrived": ""}),
     ("seconds per step", {"seconds/total": ""}),
 )
-_SIGNED = {"reward/object", "kl/response", "value/explained_variance"}
+_SIGNED = {"reward/object", "kl/response", "value/explained_variance", "sync/arrived"}
 """Panels whose axis need not start at zero."""
 
 

@@ -157,14 +157,15 @@ def export_adapter(adapter_dir: Path, out_dir: Path) -> None:
 
 @torch.no_grad()
 def surviving(adapted: PeftModel, dtype: str) -> Arrived:
-    """How much of the adapter's update is left when the merged weights are rounded to ``dtype``."""
+    """How much of the adapter's update is left when the merged weights are rounded to ``dtype``,
+    held against the base as it is in that dtype."""
     sums = {}
+    rounded = getattr(torch, dtype)
     for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
             base = layer.get_base_layer().weight.float()
             update = layer.get_delta_weight("default").float()
-            held = (base + update).to(getattr(torch, dtype))
-            sums[name] = merged_sums(base, held, update)
+            sums[name] = merged_sums(base.to(rounded), (base + update).to(rounded), update)
     return arrived(sums)
 
 
