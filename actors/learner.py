@@ -135,7 +135,8 @@ class LearnerActor:
         if not np.isfinite([*metrics.values(), *norms]).all():
             raise FgaifError(
                 f"PPO step {self._updates}: the policy's loss is not finite ({metrics}); lower "
-                f"ppo.lr = {config.lr} and resume from the last checkpoint"
+                f"ppo.lr = {config.lr} and train anew, without ppo.resume: this training is "
+                "moved aside, not removed"
             )
         metrics |= {
             "policy/grad_norm": float(np.mean(norms)),

@@ -149,7 +149,8 @@ class ReferenceActor:
         if not np.isfinite([loss, norm]).all():
             raise FgaifError(
                 f"PPO step {self._updates}: the value loss is not finite ({loss}); lower "
-                f"ppo.value_lr = {config.value_lr} and resume from the last checkpoint"
+                f"ppo.value_lr = {config.value_lr} and train anew, without ppo.resume: this "
+                "training is moved aside, not removed"
             )
         valid = batch.mask > 0
         return UpdateReport(

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from cluster.evaluation.cli import eval_app
 from cluster.jobs_cli import jobs_app, submit
+from cluster.keys import ORDER, Stage
 from cluster.labels_cli import labels_app
-from cluster.ledger import ORDER, Stage
 from cluster.live_cli import list_runs, scale, status
 from cluster.logs_cli import logs
 from cluster.replay import replay
@@ -70,7 +70,9 @@ Assume = Annotated[
         help="With --dry-run: compare memory with such GPUs, e.g. 4x80, instead of those found.",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Redo stages that are up to date.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Redo stages that are up to date; their outputs move aside.")
+]
 
 
 @app.command()

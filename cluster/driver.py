@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cluster.ledger import stage_digest
+from cluster.keys import stage_values
+from cluster.ledger import check_resumable
 from cluster.roles import Roles
 from cluster.weight_sync import PROBE_RESPONSES, SyncReport, sync
 from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint
@@ -283,7 +284,7 @@ class PpoDriver:
             "step": step,
             "kl": asdict(self._state.kl),
             "centers": self._state.centers.to_json(),
-            "config": stage_digest(self._config, "train"),
+            "config": stage_values(self._config, "train"),
             "data": self._data.digest,
         }
         path = write_checkpoint(
@@ -306,13 +307,12 @@ class PpoDriver:
         if path is None:
             return
         state = read_state(path)
-        expected = {"config": stage_digest(self._config, "train"), "data": self._data.digest}
-        for key, now in expected.items():
-            if state[key] != now:
-                raise ConfigError(
-                    f"ppo.resume = {wanted!r}: {path} was made with {key} {state[key]} but this "
-                    f"run has {now}; restore the {key} it was made with, or start a new run"
-                )
+        check_resumable(self._config, state, path)
+        if state["data"] != self._data.digest:
+            raise ConfigError(
+                f"ppo.resume = {wanted!r}: {path} was made with data {state['data']} but this run "
+                f"has {self._data.digest}; restore the prompts it was made with, or start a new run"
+            )
         learner = self._roles.learner.restore(path / "learner")
         self._roles.reference.restore(path / "reference").result()
         learner.result()

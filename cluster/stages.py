@@ -10,13 +10,15 @@ import numpy as np
 import psutil
 from rich.console import Console
 
+from cluster.aside import move_aside
 from cluster.bars import progress_bars
 from cluster.driver import PpoData, PpoDriver
 from cluster.feedback_job import annotate_responses
 from cluster.feedback_report import write_summary
+from cluster.keys import ORDER, Stage
 from cluster.launch import Cluster
-from cluster.ledger import ORDER, Ledger, Stage
-from cluster.plan import require_upstream, stage_roles, to_run
+from cluster.ledger import Ledger
+from cluster.plan import StagePlan, plan_stages, require_upstream, stage_roles
 from cluster.roles import Roles
 from cluster.sampling import sample_all
 from cluster.train_rewards import train_rewards
@@ -46,51 +48,45 @@ from fgaif.reward.metrics import reward_metrics
 from fgaif.tracking import Tracker
 from fgaif.types import KINDS, GenerationRequest, Json, Response, Segment
 
-_OUTPUTS: dict[Stage, tuple[str, ...]] = {
-    "sample": ("responses",),
-    "annotate": ("feedback/labels.jsonl", "feedback/summary.json"),
-    "train-reward": ("rewards",),
-    "eval-before": ("eval/before.json", "eval/before_captions.jsonl", "eval/rewards.json"),
-    "train": ("policy",),
-    "eval-after": ("eval/after.json", "eval/after_captions.jsonl"),
-}
-"""What a stage is done anew without; replies stay, being keyed by all that they depend on."""
-
 
 def run_stages(
     config: Config, stages: Sequence[Stage], force: bool, console: Console
 ) -> Path | None:
     """Run the stages that are not up to date, in order; return the report's path if it was made.
 
+    Outputs that are made anew are moved aside first, as ``plan_stages`` says.
+
     Raises:
         FgaifError: whatever stopped a stage. Finished stages stay finished.
     """
     ledger = Ledger(config.run_dir)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    wanted = [stage for stage in ORDER if stage in stages]
-    todo = to_run(ledger, config, wanted, force)
-    for stage in wanted:
-        if stage not in todo:
-            console.print(f"{stage}: up to date")
+    plans = plan_stages(ledger, config, stages, force)
+    for plan in plans:
+        if not plan.runs:
+            console.print(f"{plan.stage}: up to date")
+    todo = [plan for plan in plans if plan.runs]
     if not todo:
         return None
-    require_upstream(ledger, config, todo)
-    heavy = [stage for stage in todo if stage != "report"]
+    require_upstream(ledger, config, [plan.stage for plan in todo])
+    ledger.keep_values()
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    heavy = [plan for plan in todo if plan.stage != "report"]
     if heavy:
-        with Cluster(config, stage_roles(config, heavy), live=True) as cluster:
+        roles = stage_roles(config, [plan.stage for plan in heavy])
+        with Cluster(config, roles, live=True) as cluster:
             run = Run(config, cluster, console)
-            if "annotate" in heavy and config.feedback.local_verifier is not None:
+            if config.feedback.local_verifier and any(p.stage == "annotate" for p in heavy):
                 cluster.judges()  # loads while the policy samples
-            for stage in heavy:
-                run.prepare(stage, ledger, force)
+            for plan in heavy:
+                run.prepare(plan, ledger)
                 if cluster.live:
-                    cluster.live.publisher.stage(stage)
-                with ledger.record(config, stage):
-                    run.stage(stage)
-    if "report" not in todo:
+                    cluster.live.publisher.stage(plan.stage)
+                with ledger.record(config, plan.stage):
+                    run.stage(plan.stage)
+    if todo[-1].stage != "report":
         return None
-    whole = set(todo) == set(ORDER)
+    whole = len(todo) == len(ORDER)
     return make_report(config, console, _process_seconds() if whole else None)
 
 
@@ -114,19 +110,16 @@ class Run:
         self._resume = False
         self._tokenizer = load_processor(self._policy_path).tokenizer
 
-    def prepare(self, name: Stage, ledger: Ledger, force: bool) -> None:
-        """Remove what an earlier configuration left; keep what an interrupted stage finished."""
-        status = ledger.status(self._config, name)
-        if status == "partial" and not force:
-            self._console.print(f"{name}: going on where it stopped")
-            self._resume = name == "train"
-            return
-        for output in _OUTPUTS[name]:
-            path = self._dir / output
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+    def prepare(self, plan: StagePlan, ledger: Ledger) -> None:
+        """Go on with what is there, or move it aside; nothing that was finished is removed."""
+        if plan.goes_on:
+            self._say(f"{plan.stage}: going on: {plan.why or 'where it stopped'}")
+            self._resume = plan.stage == "train"
+        elif plan.outputs:
+            note = {"why": plan.why, "stages.json": ledger.entry(plan.stage)}
+            target = move_aside(self._dir, plan.stage, plan.outputs, note)
+            ledger.forget(plan.stage)
+            self._say(plan.moving(self._dir, done_to=target))
 
     def stage(self, name: Stage) -> None:
         """Run one stage."""
@@ -278,9 +271,19 @@ class Run:
                 display.update(report)
                 if self._cluster.live:
                     self._cluster.live.step(report)
-        if (folder / "adapter").is_dir():
-            shutil.rmtree(folder / "adapter")
-        roles.learner.save_adapter(folder / "adapter").result()
+        self._save_adapter(roles, folder / "adapter")
+
+    def _save_adapter(self, roles: Roles, path: Path) -> None:
+        """Write the adapter beside its place, then rename; that of fewer steps is moved aside."""
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
+        roles.learner.save_adapter(partial).result()
+        if path.exists():
+            why = f"the training went on to ppo.steps = {self._config.ppo.steps}"
+            name = path.relative_to(self._dir).as_posix()
+            target = move_aside(self._dir, "train", [name], {"why": why})
+            self._say(f"train: moved {name} to {target}: {why}")
+        partial.rename(path)
 
     def _check_rewards(self, captions: Captions) -> None:
         """Compare the reward models with the truth on the held-out images' sampled captions."""
@@ -339,6 +342,9 @@ class Run:
         if self._config.feedback.extractor != "scenes":
             return ()
         return SceneFacts().parse(response, segments).malformed
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def _open(self, name: str, limit: int) -> Source:
         source = open_source(name, self._config, limit)

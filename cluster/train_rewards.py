@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
+from cluster.keys import kind_of, leaf_keys
 from cluster.lane import Lane, train_lane
 from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
@@ -59,7 +60,10 @@ def train_rewards(
     out_dir.mkdir(parents=True, exist_ok=True)
     backbone = checkpoint_digest(resolve_checkpoint(config.reward_backbone))
     digests = {kind: input_digest(kind, rows, config, backbone) for kind in KINDS}
-    pending = [kind for kind in KINDS if not _is_done(out_dir / kind, digests[kind])]
+    earlier = {kind: input_digest(kind, rows, config, backbone, ("micro_batch",)) for kind in KINDS}
+    pending = [
+        kind for kind in KINDS if not _is_done(out_dir / kind, {digests[kind], earlier[kind]})
+    ]
     for kind in KINDS:
         if kind not in pending:
             progress(kind, 1, 1, read_card(out_dir / kind).metrics)
@@ -90,19 +94,23 @@ def train_rewards(
 
 
 def input_digest(
-    kind: Kind, rows: Sequence[LabeledResponse], config: Config, backbone_digest: str
+    kind: Kind,
+    rows: Sequence[LabeledResponse],
+    config: Config,
+    backbone_digest: str,
+    counting: Collection[str] = (),
 ) -> str:
-    """SHA-256 of everything that a reward model depends on, apart from where it is trained."""
-    placing = {
-        "parallel",
-        "workers",
-        "cpus_per_worker",
-        "gpus_per_worker",
-        "zero_stage",
-        "backbone",
-    }
+    """SHA-256 of everything that a reward model depends on, apart from how it is executed.
+
+    ``counting`` names keys of execution that count too, as in digests of earlier versions.
+    """
+    keys = [key for key in leaf_keys() if key.startswith("reward.")]
+    results = {key for key in keys if kind_of(config, "train-reward", key) == "result"}
+    counted = {key.split(".")[1] for key in results}.union(counting)
+    # The backbone's digest tells more than its name; of the noise only this kind's counts.
+    counted -= {"backbone", "noise", "noise_seed"}
     noise = config.reward.noise.get(kind)
-    settings = config.reward.model_dump_json(exclude=placing | {"noise", "noise_seed"})
+    settings = config.reward.model_dump_json(include=counted)
     parts = [kind, settings, str(config.seed), config.policy.dtype, backbone_digest]
     if noise is not None:  # without noise the digest is that of versions that knew none
         parts += [noise.model_dump_json(), str(config.reward.noise_seed)]
@@ -116,8 +124,8 @@ def input_digest(
     return digest.hexdigest()
 
 
-def _is_done(directory: Path, digest: str) -> bool:
-    return (directory / CARD).is_file() and read_card(directory).input_digest == digest
+def _is_done(directory: Path, digests: Collection[str]) -> bool:
+    return (directory / CARD).is_file() and read_card(directory).input_digest in digests
 
 
 def _run_lanes(lanes: Sequence[Lane], queue: Queue, progress: Progress) -> None:
