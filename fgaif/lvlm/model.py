@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
+
+if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic
+    from fgaif.config import LoraConfig
 
 # Anchored: short names such as "q_proj" also match CLIP, where vLLM would silently ignore them.
 LORA_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -101,7 +103,7 @@ def load_lvlm(
 
 
 def attach_lora(
-    model: LlavaForConditionalGeneration, lora: LoraConfig, seed: int, *, projector: bool = False
+    model: LlavaForConditionalGeneration, lora: "LoraConfig", seed: int, *, projector: bool = False
 ) -> PeftModel:
     """Add a fresh LoRA adapter on the language model's linear layers; only it is trainable.
 

@@ -1,7 +1,7 @@
 """Reward models: a LLaVA backbone with LoRA and a 3-class head read at every segment's end."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -9,11 +9,13 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fgaif.config import LoraConfig
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import attach_lora, base_of, last_hidden
 from fgaif.reward.inputs import RewardEncoder
 from fgaif.types import KINDS, FloatArray, Response, Segment, SegmentClass
+
+if TYPE_CHECKING:
+    from fgaif.config import LoraConfig
 
 HeadType = Literal["linear", "mlp"]
 
@@ -72,7 +74,7 @@ class SharedRewardModels(nn.Module):
 
 
 def new_reward_model(
-    backbone: nn.Module, lora: LoraConfig, head: HeadType, seed: int
+    backbone: nn.Module, lora: "LoraConfig", head: HeadType, seed: int
 ) -> RewardModel:
     """Put a fresh adapter and head on a frozen backbone; only these two are trainable."""
     weight = base_of(backbone).get_input_embeddings().weight

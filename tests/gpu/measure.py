@@ -1,0 +1,580 @@
+"""What a CPU cannot tell, on one GPU of 80 GB or more, in at most eight minutes:
+
+    PYTHONPATH=. python tests/gpu/measure.py            # H100, H200; figures also in $OUT/gpu.json
+    PYTHONPATH=. python tests/gpu/measure.py --small    # all of its logic at tiny size on the CPU
+
+Needs torch, transformers and peft, for the memory plan pydantic, yaml and rich too. Random weights of
+the shape of LLaVA-1.5-7B are made on the device, nothing is downloaded. Each section has a share of
+the time; one that fails or comes too late is reported, the others go on, and the exit code is 1.
+
+- learner: a PPO step with LoRA r 64 with and without gradient checkpointing; tokens/s, MFU, memory.
+- scoring: three kinds as adapters that take turns on one base, against three merged models.
+- adapters: which share of an update survives being merged, by learning rate, and what is lost of
+  its effect on log-probs; beside it, how far log-probs move when only the batch is another.
+- zero off: bfloat16 AdamW without the float32 masters that ZeRO keeps, against float32.
+- memory: the memory plan's figure for the learner's steps against their measured peaks.
+
+MFU is model FLOPs over time and the device's dense bfloat16 peak. Model FLOPs of one step, for L
+tokens of a sequence (7B: 576 of the image, 128, 896) of which T (896) are scored, width D, N frozen
+linear weights, n LoRA weights:
+
+    forward   2 (N + n) L + 2 V D T + 2 L^2 D per layer (causal: half of the square)
+    backward  2 N L       activations only: the base is frozen
+              4 n L       activations and weights of the adapter
+              2 V D T     activations of the frozen head
+              4 L^2 D     per layer
+
+less the activation gradients that nobody needs, those of the first layer's q, k and v inputs. What
+gradient checkpointing or the chunked head computes twice counts as time, not as model FLOPs. Image
+features are computed once per image, outside the step, as the learner does.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from fgaif.lvlm.inputs import EncodedBatch, image_token_count
+from fgaif.lvlm.logprobs import response_logprobs
+from fgaif.lvlm.model import LORA_TARGETS, attach_lora, image_features
+from fgaif.ppo.losses import policy_loss
+from fgaif.reward.model import RewardModel, SharedRewardModels, make_head
+from fgaif.types import KINDS
+
+# Dense bfloat16 peaks by the vendors' data sheets, by what the device's name contains.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+RATES = (1e-7, 1e-6, 1e-5, 3e-5)
+UPDATES = 216  # 54 steps of 2 epochs and 2 minibatches, as the shipped configurations make
+ALPHA = 16.0
+IMAGE_ID = 5
+SEGMENT_TOKENS = 28
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of a LLaVA and of the sequences that it is measured on; by default LLaVA-1.5-7B's."""
+
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    ffn: int = 11008
+    vocab: int = 32064
+    vision_width: int = 1024
+    vision_layers: int = 24
+    image_size: int = 336
+    prompt: int = 128
+    response: int = 896
+    r: int = 64
+    alpha: float = ALPHA
+    dropout: float = 0.0
+
+    def config(self) -> LlavaConfig:
+        """The architecture: CLIP with 14-pixel patches, two-layer projector, Llama."""
+        wide = self.vision_width
+        vision = CLIPVisionConfig(
+            hidden_size=wide, intermediate_size=4 * wide, num_hidden_layers=self.vision_layers,
+            num_attention_heads=wide // 64, image_size=self.image_size, patch_size=14,
+            projection_dim=wide,
+        )  # fmt: skip
+        text = LlamaConfig(
+            vocab_size=self.vocab, hidden_size=self.width, intermediate_size=self.ffn,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads,
+            max_position_embeddings=4096, tie_word_embeddings=False,
+        )  # fmt: skip
+        return LlavaConfig(
+            vision_config=vision, text_config=text, image_token_id=IMAGE_ID,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence: image, prompt, response."""
+        return image_token_count(self.config()) + self.prompt + self.response
+
+
+LLAVA_7B = Shape()
+MIDDLE = Shape(
+    width=1024, layers=8, heads=8, ffn=2816, vision_width=256, vision_layers=4, response=256, r=16
+)
+TINY = Shape(
+    width=64, layers=2, heads=2, ffn=128, vocab=96, vision_width=64, vision_layers=2,
+    image_size=28, prompt=8, response=12, r=4,
+)  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class Bench:
+    """Where and how much is measured; ``until`` is the time at which the section should be over."""
+
+    device: str
+    dtype: torch.dtype
+    shape: Shape
+    middle: Shape
+    repeats: int = 5
+    sizes: tuple[int, ...] = (8, 4, 2, 1)
+    until: float = math.inf
+    peaks: list[Row] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there is device memory to measure."""
+        return self.device == "cuda"
+
+    def name(self) -> str:
+        """The GPU's name, or ``cpu``."""
+        return torch.cuda.get_device_name() if self.on_gpu else self.device
+
+    def peak_flops(self) -> float | None:
+        """Dense bfloat16 peak of the device; None if the table does not hold it."""
+        return next((peak for part, peak in PEAK_FLOPS.items() if part in self.name()), None)
+
+    def synchronize(self) -> None:
+        """Wait until the device is idle."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def reset_peak(self) -> None:
+        """Give freed memory back and start counting peak memory anew."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self) -> float | None:
+        """Most memory allocated at once since ``reset_peak``; None on the CPU."""
+        return torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None
+
+    def seconds(self, action: Callable[[], object]) -> float:
+        """Median time of ``action`` after one run to warm up; once only where time is over."""
+        times = []
+        for index in range(self.repeats + 1):
+            self.synchronize()
+            started = time.perf_counter()
+            action()
+            self.synchronize()
+            if index:
+                times.append(time.perf_counter() - started)
+            if times and time.perf_counter() > self.until:
+                break
+        return statistics.median(times)
+
+
+def build(shape: Shape, device: str, dtype: torch.dtype) -> nn.Module:
+    """Make the frozen model on the device, weight by weight in ``dtype``: no copy on the host."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(
+            shape.config(), dtype=dtype, attn_implementation="sdpa"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def trainable(shape: Shape, device: str, dtype: torch.dtype, *, checkpointing: bool) -> nn.Module:
+    """The policy as the learner holds it: frozen base, LoRA in the training dtype."""
+    base = build(shape, device, dtype)
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return attach_lora(base, shape, seed=0).to(dtype).train()  # type: ignore[arg-type]
+
+
+def make_batch(shape: Shape, size: int, device: str, dtype: torch.dtype) -> EncodedBatch:
+    """Random images, prompts and responses, all of the same length: nothing is padding."""
+    generator = torch.Generator().manual_seed(1)
+    start = shape.length - shape.response
+    ids = torch.randint(IMAGE_ID + 1, shape.vocab, (size, shape.length), generator=generator)
+    ids[:, 1 : 1 + start - shape.prompt] = IMAGE_ID
+    side = shape.image_size
+    positions = torch.arange(start - 1, shape.length - 1).expand(size, -1)
+    return EncodedBatch(
+        input_ids=ids.to(device),
+        pixel_values=torch.randn(size, 3, side, side, generator=generator).to(device, dtype),
+        positions=positions.to(device),
+        targets=ids[:, start:].to(device),
+        mask=torch.ones(size, shape.response, dtype=torch.bool, device=device),
+    )
+
+
+def linear_weights(shape: Shape) -> tuple[int, int]:
+    """Weights of the language model's linear layers, and of the LoRA on all of them."""
+    width, ffn = shape.width, shape.ffn
+    base = shape.layers * (4 * width * width + 3 * width * ffn)
+    return base, shape.layers * shape.r * (4 * (width + width) + 3 * (width + ffn))
+
+
+def step_flops(shape: Shape, sequences: int) -> float:
+    """Model FLOPs of a learner step by the formula in this module's docstring."""
+    base, lora = linear_weights(shape)
+    length, width = shape.length, shape.width
+    linear = (4 * base + 6 * lora) * length
+    unneeded = 3 * 2 * (width * width + shape.r * width) * length
+    attention = shape.layers * 6 * length**2 * width
+    head = 4 * shape.vocab * width * shape.response
+    return float(sequences * (linear - unneeded + attention + head))
+
+
+class MasterAdamW:
+    """AdamW on float32 masters of low-precision parameters, as DeepSpeed's ZeRO keeps them."""
+
+    def __init__(self, model: nn.Module, lr: float, *, masters: bool = True) -> None:
+        self._parameters = [value for value in model.parameters() if value.requires_grad]
+        own = [nn.Parameter(value.detach().float()) for value in self._parameters]
+        self.masters = own if masters else self._parameters
+        fused = self._parameters[0].device.type == "cuda"
+        self._optimizer = torch.optim.AdamW(
+            self.masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take a step and clear the gradients."""
+        for master, value in zip(self.masters, self._parameters, strict=True):
+            if master is not value:
+                assert value.grad is not None
+                master.grad, value.grad = value.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self.masters is not self._parameters:
+            torch._foreach_copy_(self._parameters, self.masters)
+
+
+def learner_step(
+    model: nn.Module, optimizer: MasterAdamW, batch: EncodedBatch, features: Tensor
+) -> Tensor:
+    """One PPO optimiser step on a whole minibatch; returns the loss."""
+    logprobs = response_logprobs(model, batch, temperature=1.0, features=features)
+    advantages = torch.linspace(-1, 1, logprobs.numel(), device=logprobs.device).view_as(logprobs)
+    loss = policy_loss(
+        logprobs, logprobs.detach(), advantages, batch.mask.float(),
+        clip=0.2, num_valid_tokens=float(logprobs.numel()),
+    )  # fmt: skip
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def learner(bench: Bench) -> list[Row]:
+    """Time the step at the largest batch that fits into memory, without and with checkpointing."""
+    shape, rows = bench.shape, []
+    for checkpointing in (False, True):
+        bench.reset_peak()
+        model = trainable(shape, bench.device, bench.dtype, checkpointing=checkpointing)
+        optimizer = MasterAdamW(model, lr=1e-6)
+        size, seconds = largest_step(bench, model, optimizer)
+        rate, peak = step_flops(shape, size) / seconds, bench.peak_flops()
+        rows.append(
+            {
+                "checkpointing": checkpointing,
+                "batch": size,
+                "length": shape.length,
+                "seconds": seconds,
+                "tokens_per_second": size * shape.length / seconds,
+                "model_tflops": rate / 1e12,
+                "mfu": peak and rate / peak,
+                "peak_gib": bench.peak_gib(),
+            }
+        )
+        bench.peaks.append({"role": "learner", **rows[-1]})
+        del model, optimizer
+    return rows
+
+
+def largest_step(bench: Bench, model: nn.Module, optimizer: MasterAdamW) -> tuple[int, float]:
+    """Batch size and seconds of the first of ``bench.sizes`` that fits."""
+    for size in bench.sizes:
+        bench.reset_peak()
+        try:
+            batch = make_batch(bench.shape, size, bench.device, bench.dtype)
+            features = image_features(model, batch.pixel_values)
+            step = (model, optimizer, batch, features)
+            return size, bench.seconds(lambda step=step: learner_step(*step))  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            model.zero_grad()
+            batch = features = step = None  # type: ignore[assignment]
+    raise RuntimeError(f"not even a batch of {bench.sizes[-1]} fits into the device's memory")
+
+
+def shared_models(base: nn.Module, shape: Shape) -> SharedRewardModels:
+    """All kinds on one base, each an adapter and a head, in the base's dtype."""
+    lora = PeftLoraConfig(r=shape.r, lora_alpha=shape.alpha, target_modules=LORA_TARGETS)
+    first, *rest = KINDS
+    # PEFT would keep adapters of a bfloat16 base in float32 and cast at every layer.
+    model = get_peft_model(base, lora, adapter_name=first, autocast_adapter_dtype=False)
+    for kind in rest:
+        model.add_adapter(kind, lora, autocast_adapter_dtype=False)
+    heads = nn.ModuleDict({kind: new_head(base, shape) for kind in KINDS})
+    return SharedRewardModels(model, heads).eval().requires_grad_(False)
+
+
+def new_head(base: nn.Module, shape: Shape) -> nn.Module:
+    """A linear head where the base is, in its dtype."""
+    weight = base.get_input_embeddings().weight
+    return make_head("linear", shape.width).to(weight.device, weight.dtype)
+
+
+def segment_ends(shape: Shape, size: int, device: str) -> Tensor:
+    """Separators (N, 2) as (row, column), every ``SEGMENT_TOKENS`` tokens of each response."""
+    first = shape.length - shape.response
+    columns = range(min(first + SEGMENT_TOKENS, shape.length) - 1, shape.length, SEGMENT_TOKENS)
+    return torch.tensor([(row, column) for row in range(size) for column in columns], device=device)
+
+
+@torch.no_grad()
+def scoring(bench: Bench) -> list[Row]:
+    """Time three kinds on three merged models and on a shared base, which sees images once.
+
+    Merged models differ in their weights only, so one of them is run three times for the time and
+    counted three times for the memory.
+    """
+    shape, size, rows = bench.shape, bench.sizes[0], []
+    base = build(shape, bench.device, bench.dtype)
+    batch = make_batch(shape, size, bench.device, bench.dtype)
+    ends = segment_ends(shape, size, bench.device)
+    merged = RewardModel(base, new_head(base, shape)).eval()
+
+    def score(model: nn.Module) -> None:
+        model(batch.input_ids, image_features(base, batch.pixel_values), ends)
+
+    for layout, copies in (("three merged", len(KINDS)), ("one shared base", 1)):
+        model = merged if copies > 1 else shared_models(base, shape)
+        bench.reset_peak()
+        seconds = bench.seconds(lambda: [score(model) for _ in range(copies)])  # noqa: B023
+        weights = sum(value.nbytes for value in model.parameters()) / 2**30
+        rows.append(
+            {
+                "layout": layout,
+                "batch": size,
+                "length": shape.length,
+                "ms_per_response": 1e3 * seconds / size,
+                "weights_gib": copies * weights,
+                "peak_gib": bench.peak_gib(),
+            }
+        )
+        bench.peaks.append({"role": "reward", "shared": copies == 1, **rows[-1]})
+    return rows
+
+
+@torch.no_grad()
+def adapters(bench: Bench) -> list[Row]:
+    """What of an update survives being added to the weights in the model's dtype, by rate.
+
+    An update as ``UPDATES`` Adam steps under a cosine make it at most: |B| = rate x updates / 2
+    with random signs. ``kept`` is <merged - W, D> / <D, D> over all layers, ``kept_least`` that of
+    the worst; ``effect`` the mean |log-prob difference| that the unmerged adapter makes, ``lost``
+    that between merged and unmerged, ``noise`` that between one base in batches of another size.
+    """
+    shape, device = bench.shape, bench.device
+    model = trainable(shape, device, bench.dtype, checkpointing=False).eval()
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_B")}
+    batch = make_batch(shape, 2, device, bench.dtype)
+    first = EncodedBatch(**{key: value[:1] for key, value in asdict(batch).items()})
+    base = response_logprobs(model, batch, temperature=1.0)
+    alone = response_logprobs(model, first, temperature=1.0)
+    noise = (alone - base[:1]).abs().mean().item()
+    weights = {name: layer.weight.clone() for name, layer in layers.items()}
+    rows = []
+    for rate in RATES:
+        generator = torch.Generator(device).manual_seed(2)
+        for layer in layers.values():
+            b = layer.lora_B["default"].weight
+            signs = torch.randint(0, 2, b.shape, generator=generator, device=device) * 2 - 1
+            b.copy_(signs * (rate * UPDATES / 2))
+        unmerged = response_logprobs(model, batch, temperature=1.0)
+        dots, norms = [], []
+        for name, layer in layers.items():
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            update = layer.scaling["default"] * (b.float() @ a.float())
+            layer.weight.copy_(weights[name].float() + update)
+            dots.append(((layer.weight.float() - weights[name].float()) * update).sum().item())
+            norms.append(update.square().sum().item())
+        with model.disable_adapter():
+            merged = response_logprobs(model, batch, temperature=1.0)
+        for name, layer in layers.items():
+            layer.weight.copy_(weights[name])
+        rows.append(
+            {
+                "rate": rate,
+                "kept": sum(dots) / sum(norms),
+                "kept_least": min(dot / norm for dot, norm in zip(dots, norms, strict=True)),
+                "effect": (unmerged - base).abs().mean().item(),
+                "lost": (merged - unmerged).abs().mean().item(),
+                "noise": noise,
+            }
+        )
+    return rows
+
+
+def zero_off(bench: Bench, updates: int = 16, lr: float = 3e-5) -> list[Row]:
+    """Share of the float32 update of LoRA's A and B that bfloat16 keeps, with and without masters.
+
+    The same rounded start and batch for all, so that only the steps differ; ``kept`` is the
+    projection on the float32 update, over all layers.
+    """
+    shape, device = bench.middle, bench.device
+    moved: dict[str, list[Tensor]] = {}
+    for label, dtype, masters in (
+        ("float32", torch.float32, False),
+        ("bfloat16, float32 masters", torch.bfloat16, True),
+        ("bfloat16 alone", torch.bfloat16, False),
+    ):
+        model = trainable(shape, device, torch.bfloat16, checkpointing=False).to(dtype)
+        optimizer = MasterAdamW(model, lr, masters=masters)
+        start = [value.detach().clone().float() for value in optimizer.masters]
+        batch = make_batch(shape, 2, device, dtype)
+        features = image_features(model, batch.pixel_values)
+        for _ in range(updates):
+            learner_step(model, optimizer, batch, features)
+        moved[label] = [
+            value.detach().float() - old
+            for value, old in zip(optimizer.masters, start, strict=True)
+        ]
+    names = [name for name, value in model.named_parameters() if value.requires_grad]
+    wanted = moved.pop("float32")
+
+    def kept(found: list[Tensor], factor: str) -> float:
+        rows = [i for i, name in enumerate(names) if factor in name]
+        norm = sum(wanted[i].square().sum().item() for i in rows)
+        return sum((found[i] * wanted[i]).sum().item() for i in rows) / norm
+
+    return [
+        {"optimiser": label, "kept_A": kept(found, "lora_A"), "kept_B": kept(found, "lora_B")}
+        for label, found in moved.items()
+    ]
+
+
+def device(bench: Bench) -> list[Row]:
+    """The device, and what a large matrix product reaches there: the practical ceiling."""
+    n = 8192 if bench.on_gpu else 64
+    left, right = (torch.randn(n, n, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    peak = bench.peak_flops()
+    return [
+        {
+            "name": bench.name(),
+            "torch": torch.__version__,
+            "peak_tflops": peak and peak / 1e12,
+            "matmul_tflops": 2 * n**3 / bench.seconds(lambda: left @ right) / 1e12,
+        }
+    ]
+
+
+def memory(bench: Bench) -> list[Row]:
+    """The memory plan's formulas for the learner's steps that were measured, beside their peaks."""
+    try:  # the plan reads configurations, the other sections do without
+        from cluster.actor_memory import Pass, training_peak
+        from fgaif.config import LoraConfig
+        from fgaif.lvlm.sizes import config_facts
+    except ImportError as error:
+        return [{"skipped": f"the memory plan needs {error.name}"}]
+
+    shape, width = bench.shape, bench.dtype.itemsize
+    facts, lora = config_facts(shape.config()), LoraConfig(r=shape.r)
+    trained, rows = facts.lora_parameters(lora), []
+    for measured in (row for row in bench.peaks if row["role"] == "learner"):
+        step = Pass(
+            rows=measured["batch"], length=shape.length, width=width, adapter_width=width,
+            lora=lora, checkpointing=measured["checkpointing"],
+        )  # fmt: skip
+        activations = training_peak(facts, step, step.rows * shape.response)
+        # Adapter and gradients in the model's dtype; float32 masters and two moments.
+        planned = (facts.parameters + 2 * trained) * width + 12 * trained + activations
+        peak = measured["peak_gib"]
+        rows.append(
+            {
+                "checkpointing": step.checkpointing,
+                "batch": step.rows,
+                "planned_gib": planned / 2**30,
+                "peak_gib": peak,
+                "planned_over_peak": peak and planned / 2**30 / peak,
+            }
+        )
+    return rows
+
+
+SECTIONS: dict[str, tuple[float, Callable[[Bench], list[Row]]]] = {
+    "device": (20, device),
+    "learner": (150, learner),
+    "scoring": (90, scoring),
+    "adapters": (100, adapters),
+    "zero off": (60, zero_off),
+    "memory": (10, memory),
+}
+"""Seconds and what is done in them; together less than eight minutes."""
+
+
+def run(bench: Bench, sections: dict[str, tuple[float, Callable[[Bench], list[Row]]]]) -> Row:
+    """Do the sections in turn; the figures of each, or ``{"error": ...}``."""
+    figures: Row = {"shape": asdict(bench.shape) | {"length": bench.shape.length}}
+    end = time.perf_counter() + sum(seconds for seconds, _ in sections.values())
+    for title, (seconds, section) in sections.items():
+        started = time.perf_counter()
+        bench.until = min(end, started + seconds)
+        try:
+            if started > end:
+                raise TimeoutError("no time was left for it")
+            figures[title] = section(bench)
+            print(f"\n{title} ({time.perf_counter() - started:.0f} s)\n{table(figures[title])}")
+        except Exception as error:
+            traceback.print_exc()
+            figures[title] = {"error": repr(error)}
+            print(f"\n{title}: FAILED: {error!r}", flush=True)
+        bench.reset_peak()
+    return figures
+
+
+def table(rows: list[Row]) -> str:
+    """Rows of equal keys as aligned text."""
+    cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+
+
+def show(value: object) -> str:
+    """A number with four digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print tables, write JSON; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    out = Path(os.environ["OUT"]) / "gpu.json" if "OUT" in os.environ else None
+    parser.add_argument("--json", type=Path, default=out, help="default: $OUT/gpu.json")
+    options = parser.parse_args(arguments)
+    dtype = getattr(torch, options.dtype)
+    if options.small:
+        bench = Bench(
+            device="cpu", dtype=dtype, shape=TINY, middle=TINY, repeats=1, sizes=(2, 1)
+        )  # fmt: skip
+    elif torch.cuda.is_available():
+        bench = Bench(device="cuda", dtype=dtype, shape=LLAVA_7B, middle=MIDDLE)
+    else:
+        parser.error("no CUDA device; --small runs the same at tiny size on the CPU")
+    figures = run(bench, SECTIONS)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return int(any("error" in value for value in figures.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
