@@ -3,9 +3,9 @@
     PYTHONPATH=. python tests/gpu/measure.py            # H100, H200; figures also in $OUT/gpu.json
     PYTHONPATH=. python tests/gpu/measure.py --small    # all of its logic at tiny size on the CPU
 
-Needs torch, transformers and peft, for the memory plan pydantic, yaml and rich too. Random weights of
-the shape of LLaVA-1.5-7B are made on the device, nothing is downloaded. Each section has a share of
-the time; one that fails or comes too late is reported, the others go on, and the exit code is 1.
+Needs torch, transformers and peft, for the memory plan pydantic, yaml and rich too. Random weights
+of the shape of LLaVA-1.5-7B are made on the device, nothing is downloaded. Each section has a share
+of the time; one that fails or comes too late is reported, the others go on, the exit code is 1.
 
 - learner: a PPO step with LoRA r 64 with and without gradient checkpointing; tokens/s, MFU, memory.
 - scoring: three kinds as adapters that take turns on one base, against three merged models.
