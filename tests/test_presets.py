@@ -7,13 +7,26 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlavaConfig
 
+from cluster.actor_memory import Models
+from cluster.devices import parse_assumed
+from cluster.memory import plan_memory
 from fgaif.config import Config, load_config
+from fgaif.lvlm.sizes import config_facts
 from fgaif.reward.train import planned_steps
 
 FOLDER = Path(__file__).parents[1] / "configs"
 OURS = ["llava15_7b_4gpu", "llava15_7b_13brm_8gpu", "coco_api", "my_images"]
 REFERENCES = ["paper/paper", "paper/reference_scripts"]
+HARDWARE = {
+    "my_images": ("one 80 GB GPU", "1x80"),
+    "coco_api": ("four 80 GB GPUs", "4x80"),
+    "llava15_7b_4gpu": ("four 80 GB GPUs", "4x80"),
+    "llava15_7b_13brm_8gpu": ("eight 80 GB GPUs", "8x80"),
+    "paper/paper": ("four 80 GB GPUs", "4x80"),
+    "paper/reference_scripts": ("four 80 GB GPUs", "4x80"),
+}
 
 # What both references share: where the paper is silent its values are the scripts'.
 SHARED: dict[str, Any] = {
@@ -182,3 +195,38 @@ def test_the_reward_models_rate_is_reached_before_the_first_validation(name: str
     reward = load(name).reward
     steps = planned_steps(round(3500 * (1 - reward.val_fraction)), reward)
     assert round(reward.warmup * steps) < math.ceil(steps / reward.evals)
+
+
+@pytest.fixture(scope="module")
+def llava15() -> Models:
+    """Facts of LLaVA-1.5-7B, and of 13B: 40 layers of 40 heads, 5,120 and 13,824 wide."""
+    large = LlavaConfig().text_config.to_dict() | {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 40, "head_dim": 128,
+    }  # fmt: skip
+    models = {
+        "checkpoints/llava-1.5-7b-hf": config_facts(LlavaConfig()),
+        "checkpoints/llava-1.5-13b-hf": config_facts(LlavaConfig(text_config=large)),
+    }
+    assert [round(m.parameters / 1e9, 1) for m in models.values()] == [7.1, 13.4]
+    return models
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_it_fits_the_hardware_that_its_header_names(name: str, llava15: Models) -> None:
+    words, devices = HARDWARE[name]
+    assert words in header(name).lower().replace("gb gpu", "GB GPU")
+    plan = plan_memory(load(name), devices=parse_assumed(devices), models=llava15)
+    assert plan.problems == ()
+    assert any(load.gpu is not None for load in plan.loads)
+
+
+def test_a_larger_verifier_fits_my_images_as_its_header_says(llava15: Models) -> None:
+    setting = "cluster.engine.gpu_memory_utilization=0.45"
+    assert f"annotate --config configs/my_images.yaml {setting}" in header("my_images")
+    for overrides, fits in (([setting], True), ([], False)):
+        larger = ["feedback.verifier=checkpoints/llava-1.5-13b-hf", *overrides]
+        config = load_config(FOLDER / "my_images.yaml", larger)
+        devices = parse_assumed("1x80")
+        plan = plan_memory(config, {"rollout", "judge"}, devices, llava15)
+        assert (plan.problems == ()) is fits, plan.problems
