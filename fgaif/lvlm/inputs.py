@@ -49,9 +49,13 @@ class Encoder:
         self._prompts: dict[str, list[int]] = {}
 
     def render(self, text: str) -> str:
-        """Apply the chat template to a user's text; a literal image token in it is defused."""
-        safe = text.replace(self.image_token, self.image_token.strip("<>"))
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": safe}]}
+        """Apply the chat template to a user's text and one image.
+
+        Image tokens in the text are removed, with a line break beside them: LLaVA's data begins
+        prompts with them, and the image comes anyway.
+        """
+        said = {"type": "text", "text": self._without_image_token(text)}
+        message = {"role": "user", "content": [{"type": "image"}, said]}
         return self.processor.apply_chat_template([message], add_generation_prompt=True)
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -63,11 +67,18 @@ class Encoder:
         return self._prompts[text]
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of a prompt without an image; a literal image token in it is defused."""
-        safe = text.replace(self.image_token, self.image_token.strip("<>"))
-        message = {"role": "user", "content": [{"type": "text", "text": safe}]}
+        """Token ids of a prompt without an image; image tokens in its text are removed."""
+        said = {"type": "text", "text": self._without_image_token(text)}
+        message = {"role": "user", "content": [said]}
         rendered = self.processor.apply_chat_template([message], add_generation_prompt=True)
         return list(self.tokenizer(rendered)["input_ids"])
+
+    def _without_image_token(self, text: str) -> str:
+        token = self.image_token
+        while token in text:  # what is left may form another, as in "<<image>image>"
+            for form in (f"{token}\n", f"\n{token}", token):
+                text = text.replace(form, "")
+        return text
 
     def expand(self, ids: Sequence[int]) -> list[int]:
         """Repeat the single image placeholder once per image feature."""
@@ -139,7 +150,12 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
 
 
 def image_token_count(config: Any) -> int:
-    """Number of image features per image of a LLaVA config (336 px, patch 14: 576)."""
+    """Number of image features per image of a LLaVA config (336 px, patch 14: 576).
+
+    The strategy "default" leaves out the tower's first feature, whatever it is: of CLIP's that is
+    [CLS], SigLIP has none.
+    """
     vision = config.vision_config
     patches = int((vision.image_size // vision.patch_size) ** 2)
-    return patches + (config.vision_feature_select_strategy == "full")
+    with_cls = "siglip" not in vision.model_type
+    return patches + with_cls - (config.vision_feature_select_strategy == "default")

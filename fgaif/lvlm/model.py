@@ -26,7 +26,8 @@ def resolve_checkpoint(name: str) -> Path:
     """Turn ``scenes:policy``, ``scenes:verifier`` or a directory into a checked checkpoint path.
 
     Raises:
-        CheckpointError: not a directory, no config.json, or not a LLaVA architecture.
+        CheckpointError: not a directory, no config.json, not a LLaVA architecture, in LLaVA's
+            original layout, or quantised.
     """
     if name.startswith(_SCENES):
         path = Path(__file__).parents[1] / "data" / "scenes" / "models" / name.removeprefix(_SCENES)
@@ -39,6 +40,18 @@ def resolve_checkpoint(name: str) -> Path:
             "checkpoint (config.json, *.safetensors, tokenizer and processor files)"
         )
     config = json.loads(config_file.read_text(encoding="utf-8"))
+    if "mm_vision_tower" in config or (
+        config.get("model_type") == "llava" and "vision_config" not in config
+    ):
+        raise CheckpointError(
+            f"model {name!r}: a checkpoint in LLaVA's original layout; use the one that is "
+            "published for transformers (llava-hf/...-hf), or convert it with transformers' "
+            "models/llava/convert_llava_weights_to_hf.py"
+        )
+    if "quantization_config" in config:
+        raise CheckpointError(
+            f"model {name!r}: quantised checkpoints are not supported; use the one in 16 or 32 bit"
+        )
     if config.get("model_type") != "llava":
         raise CheckpointError(
             f"model {name!r}: model_type is {config.get('model_type')!r}, expected 'llava' "
