@@ -118,18 +118,31 @@ def test_a_run_cut_off_and_resumed_equals_the_run_that_was_not(tmp_path: Path) -
         assert {k: ours.metrics[k] for k in timeless} == {k: theirs.metrics[k] for k in timeless}
 
 
-@pytest.mark.parametrize("changed", ["config", "data"])
-def test_resume_refuses_another_configuration_or_data_set(tmp_path: Path, changed: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "digest", "message"),
+    [
+        (["ppo.lr=1e-3"], "d", r"other settings: ppo\.lr was 3e-05, is 0\.001"),
+        (["data.train=new.jsonl"], "d", r"data\.train was .*, is new\.jsonl"),
+        (["ppo.steps=5"], "d", r"ppo\.steps = 5, but .* has gone 6 steps"),
+        ([], "other", "was made with data d but this run has other"),
+    ],
+)
+def test_resume_refuses_another_result_or_data_set(
+    tmp_path: Path, overrides: list[str], digest: str, message: str
+) -> None:
     list(driver(World(), config(tmp_path)).run())
-    override = "ppo.lr=1e-3" if changed == "config" else "seed=0"
-    settings = config(tmp_path, "ppo.resume=latest", override)
-    digest = "d" if changed == "config" else "other"
-    said = {
-        "config": r"was made with other settings: ppo\.lr was 3e-05, is 0\.001",
-        "data": "was made with data .* but this run has",
-    }
-    with pytest.raises(ConfigError, match=said[changed]):
+    settings = config(tmp_path, "ppo.resume=latest", *overrides)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=message):
         next(driver(World(), settings, digest=digest).run())
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("override", ["ppo.micro_batch=1", "policy.attention=eager"])
+def test_resume_goes_on_when_only_the_execution_differs(tmp_path: Path, override: str) -> None:
+    list(driver(World(), config(tmp_path)).run())
+    settings = config(tmp_path, "ppo.resume=latest", "ppo.steps=8", override)
+    assert [report.step for report in driver(World(), settings).run()] == [7, 8]
 
 
 def test_only_the_newest_checkpoints_are_kept_and_each_holds_an_adapter(tmp_path: Path) -> None:

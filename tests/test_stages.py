@@ -5,6 +5,7 @@ and evaluations are files that say what they were made from.
 """
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from fakes import World, two_segments
 from rich.console import Console
 
 import cluster.stages as stages
+from cluster.aside import OUTPUTS, move_aside, next_aside
 from cluster.keys import ORDER, Stage
 from cluster.plan import print_plan
 from fgaif.config import Config, load_config
-from fgaif.errors import ActorError
+from fgaif.errors import ActorError, ConfigError
 from fgaif.feedback.store import response_store
 from fgaif.pending import Then
 from fgaif.types import GenerationRequest, Response
@@ -26,7 +28,6 @@ SMALL = [
     "data.feedback_prompts=3", "data.ppo_prompts=4", "ppo.steps=4", "ppo.rollout_batch=2",
     "ppo.minibatch=2", "ppo.checkpoint_every=2", "ppo.keep_checkpoints=9",
 ]  # fmt: skip
-EARLIER_STAGES = ("sample", "annotate", "train-reward")
 
 
 class Roles(World):
@@ -133,3 +134,139 @@ class Runs:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{name}, written by {len(self.done)} stages\n")
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    made = Runs(tmp_path, monkeypatch)
+    made()
+    assert made.done == list(ORDER[:-1])
+    return made
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder that a stage wrote, by name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("stages.json", "config.yaml")
+    }
+
+
+def missing(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
+    """What was there before and is nowhere now, neither in its place nor aside."""
+    kept = list(after.values())
+    return [name for name, content in before.items() if content not in kept]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["ppo.micro_batch=1", "policy.gradient_checkpointing=true", "policy.attention=eager",
+     "ppo.max_staleness=1", "reward.parallel=3", "reward.micro_batch=1", "reward.zero_stage=0",
+     "cluster.engine.adapters=merged"],
+)  # fmt: skip
+def test_a_finished_run_stays_done_when_only_its_execution_changes(
+    runs: Runs, override: str
+) -> None:
+    before = files(runs.folder)
+    runs(override)
+    assert runs.done == []
+    assert files(runs.folder) == before
+
+
+def test_a_result_key_moves_the_outputs_aside_and_names_itself(runs: Runs) -> None:
+    before = files(runs.folder)
+    said = runs.dry("ppo.lr=1e-5")
+    assert files(runs.folder) == before, "a dry run changes nothing"
+    runs("ppo.lr=1e-5")
+    assert runs.done == ["train", "eval-after"]
+    after = files(runs.folder)
+    assert missing(before, after) == []
+    aside = {name: content for name, content in before.items() if name.startswith("policy/")}
+    assert {name: after[f"aside/train-1/{name}"] for name in aside} == aside
+    for text, verb in ((said, "moves"), (runs.printed, "moved")):
+        assert f"train: {verb} policy to {runs.folder / 'aside' / 'train-1'}: " in text
+        assert "ppo.lr was 3e-05, is 1e-05" in text
+    note = json.loads((runs.folder / "aside" / "train-1" / "aside.json").read_text())
+    assert note["why"] == "ppo.lr was 3e-05, is 1e-05"
+    assert note["stages.json"]["keys"]["ppo.lr"] == 3e-5
+    runs("ppo.lr=2e-5")
+    assert missing(after, files(runs.folder)) == []
+    assert (runs.folder / "aside" / "train-2" / "policy").is_dir()
+
+
+def test_force_moves_aside_too(runs: Runs) -> None:
+    before = files(runs.folder)
+    runs(force=True)
+    assert runs.done == list(ORDER[:-1])
+    assert missing(before, files(runs.folder)) == []
+    moved = {path.name for path in (runs.folder / "aside").iterdir()}
+    assert moved == {f"{stage}-1" for stage in ORDER[:-1]}
+
+
+def test_more_steps_go_on_from_the_last_checkpoint(runs: Runs) -> None:
+    before = files(runs.folder)
+    assert "go on" in runs.dry("ppo.steps=6")
+    runs("ppo.steps=6")
+    assert runs.done == ["train", "eval-after"]
+    assert set(runs.roles.restored) == {"step_000004"}
+    assert runs.roles.updates == 2
+    kept = files(runs.folder)
+    checkpoints = [name for name in before if name.startswith("policy/checkpoints/step_")]
+    assert checkpoints
+    assert all(kept[name] == before[name] for name in checkpoints)
+    assert any(name.startswith("aside/train-1/policy/adapter/") for name in kept)
+
+
+def test_more_prompts_go_on_in_sampling_and_labelling(runs: Runs) -> None:
+    before = files(runs.folder)
+    runs("data.feedback_prompts=5", only=("sample", "annotate"))
+    assert runs.done == ["sample", "annotate"]
+    assert len(runs.roles.sampled) == 2 * runs.config().feedback.samples_per_prompt
+    after = files(runs.folder)
+    for name in ("responses/responses.jsonl", "feedback/labels.jsonl"):
+        assert after[name].startswith(before[name])
+        assert len(after[name]) > len(before[name])
+
+
+def test_an_interrupted_training_goes_on_with_another_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two checkpoints of an interrupted run were lost to such a key."""
+    runs = Runs(tmp_path, monkeypatch)
+    runs.roles.dies_at_update = 4
+    with pytest.raises(ActorError):
+        runs()
+    (kept,) = (runs.folder / "policy" / "checkpoints").glob("step_*")
+    before = files(kept)
+    runs("ppo.resume=latest", "ppo.micro_batch=1")
+    assert set(runs.roles.restored) == {kept.name}
+    assert files(kept) == before
+    assert not (runs.folder / "aside").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "force", "message"),
+    [
+        (("ppo.resume=latest", "ppo.lr=1e-5"), False, r"ppo\.lr was 3e-05, is 1e-05"),
+        (("ppo.steps=2",), False, r"ppo\.steps = 2, but the training .* has gone 4 steps"),
+        (("ppo.resume=latest",), True, "leave out one of them"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_before_anything_changes(
+    runs: Runs, overrides: tuple[str, ...], force: bool, message: str
+) -> None:
+    before = files(runs.folder)
+    for command in (runs, runs.dry):
+        with pytest.raises(ConfigError, match=message):
+            command(*overrides, force=force)
+    assert files(runs.folder) == before
+
+
+def test_nothing_aside_is_ever_overwritten(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "policy").mkdir()
+        target = move_aside(tmp_path, "train", ["policy"], {"why": "test"})
+        assert target == tmp_path / "aside" / f"train-{number}"
+    assert next_aside(tmp_path, "train").name == "train-3"
+    assert set(OUTPUTS) == set(ORDER)
