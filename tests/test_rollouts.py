@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 from cluster.rollouts import RolloutGroup, _RayTransport, _Weights
+from cluster.weight_sync import SyncCheck
 from fgaif.config import ClusterConfig
 
 
@@ -42,5 +43,6 @@ def test_engines_that_went_on_to_newer_weights_prove_the_older_ones_too() -> Non
     for serial in (1, 2):
         weights = _Weights(version=serial, stored=SimpleNamespace(), probe=None)
         transport.offer(serial, weights, oldest=0)
-    transport._differences[2].append(0.25)  # a busy engine was asked for both, and took the last
-    assert transport.differences(1) == transport.differences(2) == [0.25]
+    check = SyncCheck(arrived=1.0, mean_abs_diff=0.25)
+    transport._checks[2].append(check)  # a busy engine was asked for both, and took the last
+    assert transport.checks(1) == transport.checks(2) == [check]
