@@ -767,11 +767,19 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
         raise ConfigError(f"override {key}: the value is not valid YAML") from error
 
 
+_REMOVED = {
+    "ppo.probe_tolerance": "no such key any more; leave it out: a sync is held against the noise of "
+    "the dtype and the effect of the update (docs/precision.md)",
+}
+
+
 def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     # A key may have been put where it does not belong.
     secret = item["loc"][:1] == ("endpoints",) and not isinstance(item["input"], int | float)
     shown = key if secret else f"{key} = {item['input']!r}"
+    if item["type"] == "extra_forbidden" and key in _REMOVED:
+        return f"{shown}: {_REMOVED[key]}"
     if item["type"] == "extra_forbidden":
         *parents, leaf = [str(part) for part in item["loc"]]
         near = difflib.get_close_matches(leaf, _keys_at(parents), n=1, cutoff=0.5)

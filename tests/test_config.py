@@ -109,3 +109,8 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], words: list
 def test_reward_models_may_train_with_dropout_and_float32_without_zero() -> None:
     config = load_config(None, ["reward.lora.dropout=0.1", "ppo.zero_stage=0"])
     assert config.reward.lora.dropout == 0.1
+
+
+def test_a_key_that_is_gone_says_what_came_instead() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.probe_tolerance = 0\.3: no such key any more"):
+        load_config(None, ["ppo.probe_tolerance=0.3"])
