@@ -768,8 +768,8 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
 
 
 _REMOVED = {
-    "ppo.probe_tolerance": "no such key any more; leave it out: a sync is held against the noise of "
-    "the dtype and the effect of the update (docs/precision.md)",
+    "ppo.probe_tolerance": "no such key any more; leave it out: a sync is held against the noise "
+    "of the dtype and the effect of the update (docs/precision.md)",
 }
 
 
