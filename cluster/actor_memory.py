@@ -2,10 +2,11 @@
 
 All figures are bytes. P is the number of trained parameters, w the bytes of the model's dtype, H
 the hidden size, I that of the MLP, Q and K the widths of queries and of keys (or values), V the
-vocabulary, N the ranks. `tests/test_actor_memory.py` counts what autograd and DeepSpeed really keep
-against these formulas, `tests/bench/bench_memory.py` measures whole processes; see docs/memory.md.
+vocabulary, N the ranks.
 
-Assumptions that no CPU can check are the constants named ``_GPU_...``.
+The formulas follow what autograd and DeepSpeed allocate; no test holds them against measured memory
+yet. The constants named ``_PROCESS`` and ``_GPU_...`` are estimates. The slots of adapters that an
+engine serves unmerged are not counted.
 """
 
 from collections.abc import Collection, Mapping
