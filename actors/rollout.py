@@ -87,7 +87,7 @@ class RolloutActor:
         self._version = manifest.version
         return LoadedWeights(
             version=self._version,
-            arrived=self._engine.arrived(),
+            arrived=self._engine.arrived,
             logprobs=tuple(self.probe_logprobs(probe)),
             base_logprobs=base,
         )

@@ -24,7 +24,7 @@ from actors.served_adapter import lora_settings, write_adapter
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError, DataError, SyncError
-from fgaif.lvlm.arrival import add_sums, arrived
+from fgaif.lvlm.arrival import Sums, add_sums, arrived
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.model import load_processor
 from fgaif.lvlm.weights import parts, split_tensors
@@ -62,14 +62,6 @@ class EngineStats:
     ready_seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Adapter:
-    """The adapter that requests are answered with, and the folder that it was read from."""
-
-    request: "LoRARequest"
-    folder: Path
-
-
 class VllmEngine:
     """vLLM with prompts as token ids and images as preprocessed pixels."""
 
@@ -103,8 +95,10 @@ class VllmEngine:
             image_tokens=self._image_tokens,
             max_image_pixels=config.data.max_image_pixels,
         )
-        self._adapter: _Adapter | None = None
+        self._adapter: LoRARequest | None = None
         self._adapters = 0
+        self.arrived = Arrived()
+        """How much of the version loaded last is in the weights that requests are answered with."""
         self._pristine = True
         self._served = self._tokens = 0
         self._seconds = 0.0
@@ -153,7 +147,7 @@ class VllmEngine:
         Requests are drawn when the engine has room, so that only a few images are held at a time.
         """
         start, engine = time.perf_counter(), self._llm
-        adapter = None if base or self._adapter is None else self._adapter.request
+        adapter = None if base else self._adapter
         first = self._served
         waiting = enumerate(requests, first)
         outputs: dict[int, RequestOutput] = {}
@@ -256,12 +250,14 @@ class VllmEngine:
         if problems:
             return problems
         whole, _ = split_tensors(manifest.tensors)
-        if not self._unmerged:
-            self._transfer(manifest.tensors, manifest.scaling)
-        elif whole or not self._pristine:
-            self._transfer(whole, 1.0)
         if self._unmerged:
-            self._serve(manifest)
+            if whole or not self._pristine:
+                self._transfer(whole, 1.0)
+            sums = self._serve(manifest)
+        else:
+            self._transfer(manifest.tensors, manifest.scaling)
+            sums = self._llm.collective_rpc("merged_sums")
+        self.arrived = arrived(add_sums(sums))
         self._pristine = self._unmerged and self._pristine and not whole
         self.forget()
         return []
@@ -275,36 +271,31 @@ class VllmEngine:
             call("update_weights", args=({"tensors": save(part), "scaling": scaling},))
         call("finish_weight_update")
 
-    def _serve(self, manifest: WeightsManifest) -> None:
+    def _serve(self, manifest: WeightsManifest) -> list[Sums]:
         """Load the version's factors as a vLLM adapter, and drop the one before.
 
-        Each version is an adapter of its own name: vLLM salts cached prefixes with it.
+        Each version is an adapter of its own name: vLLM salts cached prefixes with it. Returns what
+        each worker holds of it. The folder that it is read from is gone afterwards, so that an
+        engine that is killed leaves nothing behind in shared memory.
         """
         from vllm.lora.request import LoRARequest
 
         before, self._adapter = self._adapter, None
         if before is not None:
-            self._llm.remove_lora(before.request.lora_int_id)
-            shutil.rmtree(before.folder)
+            self._llm.remove_lora(before.lora_int_id)
         folder = write_adapter(manifest)
         if folder is None:
-            return
+            return []
         self._adapters += 1
-        request = LoRARequest(f"v{manifest.version}-{self._adapters}", self._adapters, str(folder))
-        self._llm.add_lora(request)
-        self._adapter = _Adapter(request=request, folder=folder)
-
-    def arrived(self) -> Arrived:
-        """How much of the version loaded last is in the weights that requests are answered with."""
-        call = self._llm.collective_rpc
-        if self._unmerged:
-            if self._adapter is None:
-                return Arrived()
-            held = self._adapter
-            sums = call("served_sums", args=(str(held.folder), held.request.lora_int_id))
-        else:
-            sums = call("merged_sums")
-        return arrived(add_sums(sums))
+        number, path = self._adapters, str(folder)
+        try:
+            request = LoRARequest(f"v{manifest.version}-{number}", number, path)
+            self._llm.add_lora(request)
+            sums: list[Sums] = self._llm.collective_rpc("served_sums", args=(path, number))
+        finally:
+            shutil.rmtree(folder)
+        self._adapter = request
+        return sums
 
     @property
     def answers_as_base(self) -> bool:

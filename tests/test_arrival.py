@@ -1,5 +1,6 @@
 """The share of an update that arrives: the sums, and what engines in bfloat16 really hold."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from test_weight_sync import LORA, HfLearner, OneReplica
 from torch import Tensor
 
 from actors.rollout import RolloutActor
-from actors.served_adapter import lora_settings
+from actors.served_adapter import lora_settings, write_adapter
 from cluster.weight_sync import SyncCheck, sync
 from fgaif.checkpoint import arrays_digest
 from fgaif.config import Config, parse_config
@@ -154,6 +155,27 @@ def test_an_adapter_served_unmerged_is_used_as_the_learner_uses_it(
     np.testing.assert_array_equal(np.concatenate(served.probe_logprobs(probe)), without)
 
 
+@pytest.mark.slow
+def test_an_engine_leaves_no_adapter_behind(
+    served: RolloutActor, learner: HfLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is killed cannot clean up, and shared memory outlives it."""
+    from actors import vllm_engine
+
+    folders: list[Path] = []
+
+    def written(manifest: WeightsManifest) -> Path | None:
+        folder = write_adapter(manifest)
+        folders.extend([folder] if folder else [])
+        return folder
+
+    monkeypatch.setattr(vllm_engine, "write_adapter", written)
+    for version in (1, 2):
+        served.load_weights(trained_to(learner, 1e-5, version))
+    assert len(folders) == 2
+    assert not any(folder.exists() for folder in folders)
+
+
 Fault = Callable[[WeightsManifest, WeightsManifest], WeightsManifest]
 """From the version that is due, and the one before it, what an engine loads instead."""
 
@@ -270,6 +292,8 @@ def test_a_fault_in_the_engine_is_seen_however_small_the_update_is(
 
     monkeypatch.setattr(served._engine._llm, "collective_rpc", read_the_truth)
     loaded = served.load_weights(due, probe)
+    for truth in written.values():
+        shutil.rmtree(truth)
     difference = np.abs(
         np.concatenate(loaded.logprobs) - np.concatenate(loaded.base_logprobs or ())
     )
