@@ -49,6 +49,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from fgaif.lvlm.arrival import arrived, lora_update, merged_sums
 from fgaif.lvlm.inputs import EncodedBatch, image_token_count
 from fgaif.lvlm.logprobs import response_logprobs
 from fgaif.lvlm.model import LORA_TARGETS, attach_lora, image_features
@@ -397,13 +398,12 @@ def adapters(bench: Bench) -> list[Row]:
             signs = torch.randint(0, 2, b.shape, generator=generator, device=device) * 2 - 1
             b.copy_(signs * (rate * UPDATES / 2))
         unmerged = response_logprobs(model, batch, temperature=1.0)
-        dots, norms = [], []
+        sums = {}
         for name, layer in layers.items():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            update = layer.scaling["default"] * (b.float() @ a.float())
+            update = lora_update(a, b, layer.scaling["default"])
             layer.weight.copy_(weights[name].float() + update)
-            dots.append(((layer.weight.float() - weights[name].float()) * update).sum().item())
-            norms.append(update.square().sum().item())
+            sums[name] = merged_sums(weights[name], layer.weight, update)
         with model.disable_adapter():
             merged = response_logprobs(model, batch, temperature=1.0)
         for name, layer in layers.items():
@@ -411,8 +411,8 @@ def adapters(bench: Bench) -> list[Row]:
         rows.append(
             {
                 "rate": rate,
-                "kept": sum(dots) / sum(norms),
-                "kept_least": min(dot / norm for dot, norm in zip(dots, norms, strict=True)),
+                "kept": arrived(sums).share,
+                "kept_least": arrived(sums).weakest,
                 "effect": (unmerged - base).abs().mean().item(),
                 "lost": (merged - unmerged).abs().mean().item(),
                 "noise": noise,
