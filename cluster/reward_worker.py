@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 from actors.deepspeed_setup import deepspeed_config, import_deepspeed, join_process_group
 from cluster.lane import Lane
 from fgaif.config import Config
-from fgaif.lvlm.features import FeatureCache
+from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
 from fgaif.reward.checkpoint import NoiseCard, RewardCard, save_reward_model
 from fgaif.reward.dataset import RewardData, read_data
@@ -53,6 +53,7 @@ def _load_backbone(path: Path, config: Config) -> LlavaForConditionalGeneration:
     )
     if policy.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    set_vision_aside(backbone, projector=True)
     return backbone
 
 

@@ -44,6 +44,12 @@ def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny LLaVA with matrices of over 100,000 weights: ZeRO-3 leaves smaller ones whole."""
+    return tiny.build_tiny_llava(tmp_path_factory.mktemp("wide_llava"), width=320)
+
+
+@pytest.fixture(scope="session")
 def llava15_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint of a narrow random LLaVA-1.5 (576 image tokens); do not write into it."""
     return tiny.build_llava15(tmp_path_factory.mktemp("llava15"))

@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import reward_samples
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -15,6 +17,12 @@ from actors.reward import RewardActor, SharedRewardActor
 from cluster.train_rewards import explain_failure, train_rewards
 from fgaif.config import Config
 from fgaif.errors import ActorError, CheckpointError, DataError
+from fgaif.lvlm.features import FeatureCache
+from fgaif.lvlm.model import load_lvlm
+from fgaif.reward.dataset import read_data
+from fgaif.reward.inputs import load_reward_encoder
+from fgaif.reward.model import new_reward_model
+from fgaif.reward.train import TrainedReward, planned_steps, train_reward_model
 from fgaif.types import KINDS, Kind, LabeledResponse
 
 pytestmark = pytest.mark.slow
@@ -138,6 +146,42 @@ def test_two_workers_under_zero_2_learn_the_same_task(
     )
     assert metrics["relation"]["f1_hallu"] > 0.9
     assert metrics["object"] == trained[1]["object"]
+
+
+def test_two_workers_under_zero_3_equal_one(
+    local_ray: None, wide_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers' feature caches miss different images. Were the vision tower sharded, one worker
+    would wait for the other's forward pass, here until gloo's minute is over."""
+    impatient = partial(TorchTrainer, torch_config=TorchConfig(timeout_s=60))
+    monkeypatch.setattr("cluster.train_rewards.TorchTrainer", impatient)
+    rows = reward_samples.labelled(wide_llava_dir, reward_samples.images(tmp_path, 12), 40)
+    config = reward_samples.settings(
+        wide_llava_dir, lr=1e-3, batch_size=4, micro_batch=1, epochs=1, evals=2,
+        workers=2, zero_stage=3, parallel=1,
+    )  # fmt: skip
+    metrics = train_rewards(config, rows, tmp_path / "rewards", lambda *event: None)
+    for number, kind in enumerate(KINDS):
+        alone = trained_alone(config, rows, kind, seed=config.seed * len(KINDS) + number)
+        assert metrics[kind]["val_loss"] == pytest.approx(alone.val_loss, rel=1e-3)
+        assert metrics[kind]["steps"] == alone.steps
+
+
+def trained_alone(
+    config: Config, rows: list[LabeledResponse], kind: Kind, *, seed: int
+) -> TrainedReward:
+    """The same training in this process, without DeepSpeed."""
+    checkpoint, settings = Path(config.policy.model), config.reward
+    data = read_data(kind, rows, config)
+    encoder = load_reward_encoder(checkpoint, checkpoint, max_image_pixels=10**6)
+    backbone = load_lvlm(checkpoint, dtype="float32")
+    model = new_reward_model(backbone, settings.lora, settings.head, seed)
+    return train_reward_model(
+        data, model,
+        reward_samples.PlainEngine(model, settings, planned_steps(len(data.train), settings)),
+        encoder, FeatureCache(backbone, encoder.encoder), settings,
+        seed=seed, report=lambda *told: None,
+    )  # fmt: skip
 
 
 def test_too_little_data_is_refused_before_anything_starts(

@@ -59,10 +59,10 @@ PHOTOS = {  # file written -> file shipped in scikit-image's wheel
 }
 
 
-def build_tiny_llava(directory: Path, *, seed: int = 0) -> Path:
+def build_tiny_llava(directory: Path, *, width: int = 32, seed: int = 0) -> Path:
     """Write a LLaVA of about 50k parameters: 28 px images, 4 image tokens, hidden 32, 2 layers."""
     tokenizer = byte_level_tokenizer()
-    config = _config(tokenizer, len(tokenizer), width=32, image_size=28, max_length=512)
+    config = _config(tokenizer, len(tokenizer), width=width, image_size=28, max_length=512)
     return _save(directory, config, tokenizer, seed)
 
 
