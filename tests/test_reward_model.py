@@ -259,6 +259,29 @@ def test_shared_backbone_equals_three_separate_models(
     assert not np.allclose(together[0][:, 0], together[0][:, 1], atol=1e-3)
 
 
+def test_a_shared_bfloat16_backbone_keeps_its_adapters_in_bfloat16(
+    tiny_llava_dir: Path, saved: Path, pairs: list[tuple[Response, tuple[Segment, ...]]]
+) -> None:
+    """Scores are as near to those in float32 as the separate models'."""
+    shared = load_shared_reward_models(saved, tiny_llava_dir, dtype="bfloat16")
+    assert {value.dtype for value in shared.parameters()} == {torch.bfloat16}
+    exact = load_shared_reward_models(saved, tiny_llava_dir, dtype="float32")
+    truth = np.concatenate(score(exact, tiny_llava_dir, pairs))
+    separate = [
+        np.concatenate(
+            score(
+                load_reward_model(saved / kind, tiny_llava_dir, dtype="bfloat16"),
+                tiny_llava_dir,
+                pairs,
+            )
+        )
+        for kind in KINDS
+    ]
+    together = np.concatenate(score(shared, tiny_llava_dir, pairs))
+    error = np.abs(together - truth).mean()
+    assert 0 < error < 1.5 * np.abs(np.stack(separate, axis=1) - truth).mean() < 0.02
+
+
 def test_card_round_trip(tiny_llava_dir: Path, saved: Path) -> None:
     assert read_card(saved / "object") == card_of(tiny_llava_dir, "object")
     names = {file.name for file in (saved / "object").iterdir()}

@@ -175,7 +175,7 @@ def load_reward_model(
 def load_shared_reward_models(
     directory: Path, backbone: Path, *, dtype: str, device: str = "cpu", attention: str = "sdpa"
 ) -> SharedRewardModels:
-    """Load ``directory/KIND`` for all kinds onto one backbone.
+    """Load ``directory/KIND`` for all kinds onto one backbone, all in ``dtype``.
 
     Raises:
         CheckpointError: as ``load_reward_model``, for any kind.
@@ -183,10 +183,13 @@ def load_shared_reward_models(
     cards = {kind: checked_card(directory / kind, backbone) for kind in KINDS}
     model = load_lvlm(backbone, dtype=dtype, device=device, attention=attention)
     first, *rest = KINDS
+    # Of its own accord PEFT holds adapters of a bfloat16 model in float32: twice the memory, every
+    # layer's input converted, and scores no nearer to those in float32.
+    own = {"autocast_adapter_dtype": False}
     try:
-        shared = PeftModel.from_pretrained(model, directory / first, adapter_name=first)
+        shared = PeftModel.from_pretrained(model, directory / first, adapter_name=first, **own)
         for kind in rest:
-            shared.load_adapter(str(directory / kind), adapter_name=kind)
+            shared.load_adapter(str(directory / kind), adapter_name=kind, **own)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{directory}: adapters do not fit: {error}") from error
     check_adapter_anchored(shared)
