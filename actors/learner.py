@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from actors.deepspeed_setup import import_deepspeed, join_process_group
 from actors.engine import LoraEngine
-from actors.pulse import beat
+from actors.progress import beat
 from fgaif.config import Config
 from fgaif.errors import FgaifError
 from fgaif.lvlm.features import FeatureCache, set_vision_aside

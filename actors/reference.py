@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from actors.pulse import beat
+from actors.progress import beat
 from fgaif.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError, FgaifError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from actors.pulse import beat
+from actors.progress import beat
 from fgaif.config import Config
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import base_of, resolve_checkpoint

@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import save
 from transformers import LlavaConfig
 
-from actors.pulse import beat
+from actors.progress import beat
 from actors.served_adapter import lora_settings, write_adapter
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config

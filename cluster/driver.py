@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cluster.keys import stage_values
-from cluster.ledger import check_resumable
+from cluster.pipeline.keys import stage_values
+from cluster.pipeline.stage_status import check_resumable
 from cluster.roles import Roles
 from cluster.weight_sync import PROBE_RESPONSES, SyncReport, sync
 from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint

@@ -15,18 +15,22 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.deepspeed_setup import free_port
-from cluster.board import Watch, make_pulse, with_pulse
-from cluster.devices import cluster_devices
-from cluster.handles import Handle
-from cluster.live import LiveRun
-from cluster.member import Member, group_name
-from cluster.memory import check_memory
+from cluster.groups.actor_group import Limits, Team
+from cluster.groups.placed_actor import Member, group_name
+from cluster.groups.role_groups import (
+    Handle,
+    JudgeGroup,
+    LearnerGroup,
+    ReferenceClient,
+    RewardGroup,
+)
+from cluster.groups.rollout_group import RolloutGroup
+from cluster.memory.devices import cluster_devices
+from cluster.memory.plan import check_memory
+from cluster.monitoring.heartbeat import Watch, make_pulse, with_pulse
+from cluster.monitoring.run_monitor import LiveRun
+from cluster.monitoring.status import ActorStatus
 from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
-from cluster.rollouts import RolloutGroup
-from cluster.scorers import JudgeGroup, RewardGroup
-from cluster.status import ActorStatus
-from cluster.team import Limits, Team
-from cluster.trained import LearnerGroup, ReferenceClient
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.lvlm.model import resolve_checkpoint

@@ -2,4 +2,4 @@
 
 import importlib
 
-importlib.import_module("cluster.cli").main()
+importlib.import_module("cluster.cli.main").main()

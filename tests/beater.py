@@ -3,7 +3,7 @@
 import os
 import time
 
-from actors.pulse import beat
+from actors.progress import beat
 
 
 class Beater:

@@ -9,7 +9,7 @@ from ray.train.torch import get_device
 from torch import nn
 
 from cluster import reward_worker
-from cluster.lane import Lane
+from cluster.pipeline.reward_task import Lane
 
 
 def note_devices(settings: dict[str, Lane]) -> None:

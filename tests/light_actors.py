@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.pulse import beat
+from actors.progress import beat
 from cluster.roles import Roles
 from cluster.weight_sync import SyncCheck
 from fgaif.config import Config

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from nodes import lasting, steps, write_whole
 
-from cluster.jobs import JobRequest, Jobs
+from cluster.monitoring.ray_jobs import JobRequest, Jobs
 from fgaif.config import Config, load_config
 
 ROLES = 6

@@ -45,7 +45,7 @@ def roles_on(cluster: Cluster, config: Config) -> Roles:
     """All roles of a run, started on the cluster."""
     rewards = config.run_dir / "rewards"
     return Roles(
-        rollouts=cluster.rollouts(),
+        rollouts=cluster.groups.rollout_group(),
         learner=cluster.learner(),
         reference=cluster.reference(rewards),
         rewards=cluster.rewards(rewards),
@@ -70,8 +70,8 @@ def main(path: Path) -> None:
     stand_in()
     config = load_config(path)
     with Cluster(config, ROLES, live=True) as cluster:
-        assert cluster.live is not None
-        train(config, roles_on(cluster, config), cluster.live.step)
+        assert cluster.monitoring.run_monitor is not None
+        train(config, roles_on(cluster, config), cluster.monitoring.run_monitor.step)
 
 
 if __name__ == "__main__":

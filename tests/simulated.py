@@ -25,10 +25,10 @@ from cluster.driver import PpoData, PpoDriver
 from cluster.roles import Roles
 from cluster.weight_sync import PROBE_RESPONSES, SyncCheck
 from fgaif.config import Config
-from fgaif.data.scenes.tokenizer import build_tokenizer
 from fgaif.errors import ActorError
 from fgaif.feedback.segment import segment_response
 from fgaif.pending import Pending
+from fgaif.scene_models.tokenizer import build_tokenizer
 from fgaif.types import (
     KINDS,
     Evaluation,

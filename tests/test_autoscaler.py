@@ -18,8 +18,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from typer.testing import CliRunner
 
 from actors.deepspeed_setup import free_port
-from cluster.cli import app
-from cluster.jobs import Jobs
+from cluster.cli.main import app
+from cluster.monitoring.ray_jobs import Jobs
 
 
 def autoscaling(gcs: str) -> dict[str, Any]:

@@ -11,8 +11,15 @@ import ray
 
 from actors import pulse
 from actors.pool import Member, Task
-from cluster.board import Board, Look, Sign, Watch, board_name, log_to
-from cluster.status import ActorStatus, Publisher, RunStatus, SignSeen, read_live, read_status
+from cluster.monitoring.heartbeat import Board, Look, Sign, Watch, board_name, log_to
+from cluster.monitoring.status import (
+    ActorStatus,
+    Publisher,
+    RunStatus,
+    SignSeen,
+    read_live,
+    read_status,
+)
 from fgaif.config import ClusterConfig, Config, load_config
 from fgaif.errors import DataError
 from fgaif.types import StepReport

@@ -10,8 +10,7 @@ import pytest
 
 from fgaif.errors import DataError
 from fgaif.eval.answers import Caption, read_captions
-from fgaif.eval.chair import Vocabulary, chair, chair_truth, score_chair, singular
-from fgaif.eval.coco_words import coco_vocabulary
+from fgaif.eval.chair import Vocabulary, chair, chair_truth, coco_vocabulary, score_chair, singular
 
 COCO = coco_vocabulary()
 COCO_LIKE = Vocabulary.from_lines(

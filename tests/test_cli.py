@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import main
+from cluster.cli.main import main
 
 COMMANDS = [
     "demo", "run", "sample", "annotate", "train-reward", "train", "eval", "report", "export",

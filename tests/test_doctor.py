@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from cluster import doctor
-from cluster.doctor import Finding, untested_engine
+from cluster.cli.doctor import Finding, untested_engine
 
 GIB = 2**30
 

@@ -20,8 +20,8 @@ from fgaif.eval.captions import (
     repeated_segments,
 )
 from fgaif.eval.policy import ask_pope, eval_requests, evaluate_policy
+from fgaif.eval.run_results import read_eval, write_eval
 from fgaif.eval.scenes import SceneJudge, scene_questions
-from fgaif.eval.store import read_eval, write_eval
 from fgaif.types import (
     GenerationRequest,
     ImageRef,

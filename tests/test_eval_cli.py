@@ -12,7 +12,7 @@ from engines import response_to
 from fault_server import FaultServer
 from PIL import Image
 
-from cluster.cli import main
+from cluster.cli.main import main
 from fgaif.errors import DataError
 from fgaif.eval.images import ImageFolder
 from fgaif.pending import Ready

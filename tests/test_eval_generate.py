@@ -13,9 +13,10 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.numpy import save_file
 
-from cluster.evaluation.asking import Asked, ask
 from cluster.evaluation.generate import (
+    Asked,
     ModelSpec,
+    ask,
     generate_answers,
     pending_answers,
     policy_engines,
@@ -24,9 +25,8 @@ from cluster.weight_sync import SyncCheck
 from fgaif.data.scenes.files import MODELS
 from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.eval.answers import read_answers
-from fgaif.eval.buildpope import build_from_scenes
 from fgaif.eval.corrupt import Corruption
-from fgaif.eval.pope import read_questions
+from fgaif.eval.pope import build_from_scenes, read_questions
 from fgaif.eval.pope_score import score_pope
 from fgaif.pending import Pending, Ready, Then
 from fgaif.types import GenerationRequest, Response

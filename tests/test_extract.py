@@ -15,7 +15,7 @@ from fgaif.errors import ConfigError, ServiceError
 from fgaif.feedback.extract import PROMPTS, ModelFacts
 from fgaif.feedback.facts import ExtractedFacts, WholeSegments
 from fgaif.feedback.labels import label_segments
-from fgaif.feedback.reading import facts_schema, read_facts
+from fgaif.feedback.parse_reply import facts_schema, read_facts
 from fgaif.types import UNKNOWN, ImageRef, Prompt, Response, Segment
 
 PIECES = ("A black dog sits here, ", " \n", "and {segment}  2\nsleeps.")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import ray
 
-import cluster.failures
-from cluster.failures import is_gone, translate
+import cluster.groups.failures
+from cluster.groups.failures import is_gone, translate
 from fgaif.errors import ActorError, CheckpointError, DataError
 
 
@@ -95,8 +95,8 @@ def test_the_kernel_s_count_tells_a_lack_of_memory_from_a_kill(
 ) -> None:
     """The count is of the driver's machine: of another one nothing is said for sure."""
     counters = tmp_path / "vmstat"
-    monkeypatch.setattr(cluster.failures, "_COUNTERS", counters)
-    monkeypatch.setattr(cluster.failures, "_kills_before", 3)
+    monkeypatch.setattr(cluster.groups.failures, "_COUNTERS", counters)
+    monkeypatch.setattr(cluster.groups.failures, "_kills_before", 3)
 
     def hint(ip: str, kills: int) -> str:
         counters.write_text(f"nr_free_pages 9\noom_kill {kills}\nswap_ra 1\n")
@@ -112,7 +112,7 @@ def test_the_kernel_s_count_tells_a_lack_of_memory_from_a_kill(
     assert hint("10.1.2.3", 4).startswith("killed by the kernel for lack of memory (`dmesg` on")
     assert hint(here, 4).startswith("the kernel has killed for lack of memory on this machine")
     assert hint(here, 4).startswith("the kernel has killed for lack")  # two at a time, perhaps
-    monkeypatch.setattr(cluster.failures, "_COUNTERS", tmp_path / "none")
+    monkeypatch.setattr(cluster.groups.failures, "_COUNTERS", tmp_path / "none")
     assert hint(here, 5).startswith("killed by the kernel for lack of memory (`dmesg` on")
 
 

@@ -24,7 +24,7 @@ import pytest
 import ray
 from fault_server import Answer, Faults, FaultServer, Http
 
-from cluster.feedback_job import annotate_responses
+from cluster.pipeline.annotate import annotate_responses
 from fgaif.chat.limits import Usage
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config, parse_config
@@ -32,10 +32,10 @@ from fgaif.data.images import image_ref
 from fgaif.data.scenes.captions import write_caption
 from fgaif.data.scenes.facts import oracle, parse_facts
 from fgaif.data.scenes.files import read_scenes, write_split
-from fgaif.data.scenes.tokenizer import build_tokenizer
 from fgaif.data.scenes.world import Scene
 from fgaif.errors import ConfigError, ServiceError
 from fgaif.feedback.store import label_store, response_store
+from fgaif.scene_models.tokenizer import build_tokenizer
 from fgaif.types import KINDS, LabeledResponse, Prompt, Response
 
 ROWS = 200

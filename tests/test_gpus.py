@@ -12,7 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cluster import train_rewards
-from cluster.lane import Lane
+from cluster.pipeline.reward_task import Lane
 from fgaif.config import load_config
 from fgaif.errors import ConfigError
 from fgaif.types import KINDS

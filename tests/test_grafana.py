@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.metrics import METRICS
+from cluster.monitoring.metrics import METRICS
 
 DASHBOARD = json.loads(
     (Path(__file__).parents[1] / "cluster" / "grafana.json").read_text(encoding="utf-8")

@@ -15,8 +15,7 @@ from tiny import byte_level_tokenizer, llama_tokenizer
 
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
-from fgaif.feedback.forms import Exported
-from fgaif.feedback.given import read_responses
+from fgaif.feedback.external import read_responses
 from fgaif.feedback.interchange import (
     MAX_LITERAL,
     export_reference,
@@ -26,6 +25,7 @@ from fgaif.feedback.interchange import (
     join_labels,
     parse_literal,
 )
+from fgaif.feedback.label_rows import Exported
 from fgaif.feedback.parquet import LABELS, read_labels, write_labels
 from fgaif.feedback.segment import segment_at, segment_response
 from fgaif.feedback.store import encode_labeled, label_store

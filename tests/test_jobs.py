@@ -15,7 +15,7 @@ import yaml
 from ray.cluster_utils import Cluster as RayCluster
 
 from actors.deepspeed_setup import free_port
-from cluster.jobs import Jobs, job_request
+from cluster.monitoring.ray_jobs import Jobs, job_request
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError
 

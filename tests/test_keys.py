@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from cluster.keys import (
+from cluster.pipeline.keys import (
     ORDER,
     PLACES,
     TABLE,
@@ -15,12 +15,12 @@ from cluster.keys import (
     leaf_keys,
     stage_values,
 )
-from cluster.train_rewards import input_digest
+from cluster.pipeline.train_rewards import input_digest
 from fgaif.config import load_config
 
 
 def test_every_key_has_exactly_one_place() -> None:
-    """A key that fails here is new: say in ``TABLE`` of cluster/keys.py what it changes."""
+    """A key that fails here is new: say in ``TABLE`` of cluster/pipeline/keys.py what it changes."""
     places = {key: [p for p in PLACES if fnmatchcase(key, p)] for key in leaf_keys()}
     assert {key: found for key, found in places.items() if len(found) != 1} == {}
 

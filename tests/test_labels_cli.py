@@ -9,7 +9,7 @@ import pytest
 from test_store import labeled_response, respond
 from typer.testing import CliRunner
 
-from cluster.cli import app
+from cluster.cli.main import app
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.chat.store import ReplyStore
 from fgaif.data.images import image_ref

@@ -13,9 +13,9 @@ import ray
 from mortal import Mortal
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from cluster.board import boards
+from cluster.groups.role_groups import JudgeGroup
 from cluster.launch import Cluster
-from cluster.scorers import JudgeGroup
+from cluster.monitoring.heartbeat import boards
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError, DataError
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cluster.keys import ORDER, Stage, stage_values
-from cluster.ledger import Ledger, check_resumable
-from cluster.old_digests import old_digest
+from cluster.pipeline.keys import ORDER, Stage, stage_values
+from cluster.pipeline.old_digests import old_digest
+from cluster.pipeline.stage_status import Ledger, check_resumable
 from fgaif.config import Config, dump_config, load_config
 from fgaif.errors import ConfigError, DataError
 

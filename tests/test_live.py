@@ -18,14 +18,21 @@ import ray
 from beater import Beater
 from typer.testing import CliRunner, Result
 
-import cluster.board
+import cluster.monitoring.heartbeat
 from actors.deepspeed_setup import free_port
 from actors.pool import Member, State
 from cluster import live_cli
-from cluster.board import NAMESPACE, Watch, board_name, make_pulse, start_board, with_pulse
-from cluster.cli import app
-from cluster.metrics import METRICS, Exporter
-from cluster.status import ActorStatus, Publisher, RunStatus, write_live
+from cluster.cli.main import app
+from cluster.monitoring.heartbeat import (
+    NAMESPACE,
+    Watch,
+    board_name,
+    make_pulse,
+    start_board,
+    with_pulse,
+)
+from cluster.monitoring.metrics import METRICS, Exporter
+from cluster.monitoring.status import ActorStatus, Publisher, RunStatus, write_live
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, DataError
 from fgaif.types import StepReport
@@ -147,13 +154,13 @@ def test_an_actor_without_a_board_works_and_says_so(tmp_path: Path) -> None:
 def test_two_drivers_cannot_work_in_one_folder(
     config: Config, board: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.board, "_NAME_FREE_WITHIN_S", 0.6)
+    monkeypatch.setattr(cluster.monitoring.heartbeat, "_NAME_FREE_WITHIN_S", 0.6)
     with pytest.raises(ActorError, match="another run works in this folder"):
         start_board(config)
 
 
 def test_nor_can_one_on_a_ray_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.board, "_NAME_FREE_WITHIN_S", 0.6)
+    monkeypatch.setattr(cluster.monitoring.heartbeat, "_NAME_FREE_WITHIN_S", 0.6)
     config = load_config(None, [f"dir={tmp_path}", "name=twice"])
     config.run_dir.mkdir()
     other = subprocess.Popen(["sleep", "60"])

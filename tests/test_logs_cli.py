@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster.cli import app
-from cluster.status import LIVE, STATUS, Live, RunState, RunStatus
+from cluster.cli.main import app
+from cluster.monitoring.status import LIVE, STATUS, Live, RunState, RunStatus
 
 LOGS = {
     "driver": [
-        "2026-01-02 10:00:03,000 WARNING cluster.team: learner-0 died: out of memory",
+        "2026-01-02 10:00:03,000 WARNING cluster.groups.actor_group: learner-0 died: out of memory",
         "  lower the batch sizes",
         "learner is replaced (1 of 5)",
     ],
     "learner-0": [
-        "2026-01-02 10:00:01,500 INFO cluster.board: learner-0: pid 7",
-        "2026-01-02 10:00:04,000 INFO cluster.board: learner-0: pid 8 [bold]",
+        "2026-01-02 10:00:01,500 INFO cluster.monitoring.heartbeat: learner-0: pid 7",
+        "2026-01-02 10:00:04,000 INFO cluster.monitoring.heartbeat: learner-0: pid 8 [bold]",
     ],
     "rollout-0": ["2026-01-02 10:00:02,000 INFO actors.rollout: café"],
     "rollout-1": ["2026-01-02 10:00:01,000 INFO actors.rollout: first"],
@@ -125,7 +125,7 @@ def follow(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str
 
     def follow(*happens: Callable[[], object]) -> list[str]:
         left = list(happens)
-        monkeypatch.setattr("cluster.logs_cli.time.sleep", lambda _: left.pop(0)())
+        monkeypatch.setattr("cluster.cli.logs.time.sleep", lambda _: left.pop(0)())
         lines = shown(run, "--follow", "-n", 1)
         assert not left
         return lines
@@ -144,7 +144,9 @@ def test_following_shows_what_comes_until_the_run_has_ended(
     say(run, "running")
 
     def end() -> None:
-        append(run, "driver", "2026-01-02 10:00:08,000 INFO cluster.live: the end")
+        append(
+            run, "driver", "2026-01-02 10:00:08,000 INFO cluster.monitoring.run_monitor: the end"
+        )
         say(run, "ended")
 
     lines = follow(

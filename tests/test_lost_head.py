@@ -10,8 +10,8 @@ from light_jobs import ROLES, assert_as_in_peace, python_first, settings, submit
 from nodes import Nodes, living, runs, steps, wait_for, write_whole
 from typer.testing import CliRunner
 
-from cluster.cli import app
-from cluster.jobs import Jobs
+from cluster.cli.main import app
+from cluster.monitoring.ray_jobs import Jobs
 
 LOST_AFTER_S = 5
 """Ray's default is 60: nodes wait so long for their head to come back."""

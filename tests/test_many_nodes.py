@@ -13,8 +13,8 @@ import ray
 from light_jobs import ROLES, assert_as_in_peace, python_first, settings, submit
 from nodes import Nodes, living, steps, wait_for, write_whole
 
-from cluster.board import NAMESPACE, board_name
-from cluster.jobs import Jobs
+from cluster.monitoring.heartbeat import NAMESPACE, board_name
+from cluster.monitoring.ray_jobs import Jobs
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlavaConfig
 
-from cluster.actor_memory import GIB, Models
-from cluster.devices import Devices, parse_assumed
-from cluster.memory import check_memory, memory_table, pack, plan_memory
+from cluster.memory.actors import GIB, Models
+from cluster.memory.devices import Devices, parse_assumed
+from cluster.memory.plan import check_memory, memory_table, pack, plan_memory
 from cluster.placement import Bundle
 from fgaif.config import Config, load_config, with_overrides
 from fgaif.errors import ConfigError

@@ -16,7 +16,7 @@ import yaml
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from cluster.cli import app
+from cluster.cli.main import app
 from fgaif.types import KINDS
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.reward_worker import _noise_card
-from cluster.train_rewards import input_digest
+from cluster.pipeline.reward_worker import _noise_card
+from cluster.pipeline.train_rewards import input_digest
 from fgaif.config import Config, NoiseConfig, parse_config
 from fgaif.errors import ConfigError
-from fgaif.feedback.noise import Flips, flip_labels, flip_rows
 from fgaif.reward.checkpoint import RewardCard
 from fgaif.reward.dataset import read_data
+from fgaif.reward.label_noise import Flips, flip_labels, flip_rows
 from fgaif.types import (
     UNKNOWN,
     ImageRef,

@@ -18,9 +18,9 @@ from nodes import Nodes, lasting, steps, wait_for
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from cluster.cli import app
-from cluster.jobs import Jobs
-from cluster.status import read_status
+from cluster.cli.main import app
+from cluster.monitoring.ray_jobs import Jobs
+from cluster.monitoring.status import read_status
 from fgaif.types import KINDS
 
 STEPS = 4

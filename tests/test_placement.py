@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster.pipeline.dry_run import stage_roles
 from cluster.placement import check_fits, plan_roles, plan_table
-from cluster.plan import stage_roles
 from fgaif.config import Config, LoraConfig, load_config
 from fgaif.errors import CheckpointError, ConfigError
 from fgaif.lvlm.sizes import read_facts

@@ -11,7 +11,7 @@ import pytest
 
 from fgaif.errors import DataError
 from fgaif.eval.answers import Answer
-from fgaif.eval.coco_words import coco_vocabulary
+from fgaif.eval.chair import coco_vocabulary
 from fgaif.eval.pope import (
     PopeQuestion,
     PopeRow,

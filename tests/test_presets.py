@@ -9,9 +9,9 @@ import pytest
 import yaml
 from transformers import LlavaConfig
 
-from cluster.actor_memory import Models
-from cluster.devices import parse_assumed
-from cluster.memory import plan_memory
+from cluster.memory.actors import Models
+from cluster.memory.devices import parse_assumed
+from cluster.memory.plan import plan_memory
 from fgaif.config import Config, load_config
 from fgaif.lvlm.sizes import config_facts
 from fgaif.reward.train import planned_steps

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fgaif.feedback.facts import ExtractedFacts
 from fgaif.feedback.labels import label_segments
-from fgaif.feedback.reading import MAX_LENGTH, facts_schema, read_facts
+from fgaif.feedback.parse_reply import MAX_LENGTH, facts_schema, read_facts
 from fgaif.types import KINDS, UNKNOWN, FactQuery, ImageRef, Segment, SegmentClass, Verdict
 
 DESCRIBED = "A black dog is sitting on two benches, and children are watching it. It is a calm day."

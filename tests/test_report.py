@@ -13,15 +13,15 @@ from rich.console import Console
 from fgaif.config import Config, TrackingConfig, dump_config
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
-from fgaif.eval.calibration import calibration_bins
 from fgaif.eval.captions import JudgedCaption
-from fgaif.eval.compare import CAPTIONS, compare
+from fgaif.eval.figures import CAPTIONS, compare
 from fgaif.eval.plots import INK, calibration_figure, curves_figure, errors_figure
 from fgaif.eval.policy import Captions
 from fgaif.eval.pope import pope_metrics
 from fgaif.eval.report import build_report, console_table, render_html
 from fgaif.eval.results import read_results
-from fgaif.eval.store import write_eval
+from fgaif.eval.run_results import write_eval
+from fgaif.reward.metrics import calibration_bins
 from fgaif.tracking import Tracker
 from fgaif.types import (
     KINDS,

@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from actors.reward import RewardActor, SharedRewardActor
-from cluster.train_rewards import explain_failure, train_rewards
+from cluster.pipeline.train_rewards import explain_failure, train_rewards
 from fgaif.config import Config
 from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.lvlm.features import FeatureCache

@@ -9,7 +9,7 @@ import pytest
 from fakes import prompts, response, two_segments
 from typer.testing import CliRunner
 
-from cluster.cli import app
+from cluster.cli.main import app
 from fgaif.config import Config, load_config
 from fgaif.errors import DataError
 from fgaif.ppo.batch import make_batch

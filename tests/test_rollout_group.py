@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mortal_engine import MortalEngine
 
+from cluster.groups.rollout_group import RolloutGroup
 from cluster.launch import create_actor
 from cluster.placement import Bundle
-from cluster.rollouts import RolloutGroup
 from cluster.weight_sync import Probe
 from fgaif.config import ClusterConfig
 from fgaif.errors import ActorError, DataError, SyncError

@@ -4,7 +4,7 @@ import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
-from cluster.rollouts import RolloutGroup, _RayTransport, _Weights
+from cluster.groups.rollout_group import RolloutGroup, _RayTransport, _Weights
 from cluster.weight_sync import SyncCheck
 from fgaif.config import ClusterConfig
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from cluster.sampling import sample_in_rounds
+from cluster.pipeline.sample import sample_in_rounds
 from fgaif.pending import Then
 
 

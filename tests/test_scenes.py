@@ -14,33 +14,12 @@ from fgaif.data.scenes.captions import BROAD, CLEAN, FILLERS, POLICY, write_capt
 from fgaif.data.scenes.draw import draw_scene
 from fgaif.data.scenes.facts import oracle, oracle_classes, parse_facts
 from fgaif.data.scenes.files import MODELS, read_scenes, scene_images, write_split
-from fgaif.data.scenes.measure import (
-    caption,
-    caption_report,
-    fact_accuracy,
-    pieces,
-    pope_accuracy,
-    prompt_ids,
-    scene_features,
-    scene_pixels,
-)
-from fgaif.data.scenes.model import load_checkpoint, random_model, save_checkpoint
 from fgaif.data.scenes.questions import (
     DESCRIBE,
     ask,
     pope_pair,
     sample_claim,
     verify_question,
-)
-from fgaif.data.scenes.rows import RowWriter
-from fgaif.data.scenes.targets import annotate
-from fgaif.data.scenes.tokenizer import (
-    BOS_ID,
-    EOS_ID,
-    IMAGE_ID,
-    build_processor,
-    build_tokenizer,
-    chat_prompt,
 )
 from fgaif.data.scenes.world import (
     NOUNS,
@@ -56,6 +35,27 @@ from fgaif.data.scenes.world import (
 )
 from fgaif.feedback.segment import split_offsets
 from fgaif.lvlm.export import public_name
+from fgaif.scene_models.measure import (
+    caption,
+    caption_report,
+    fact_accuracy,
+    pieces,
+    pope_accuracy,
+    prompt_ids,
+    scene_features,
+    scene_pixels,
+)
+from fgaif.scene_models.model import load_checkpoint, random_model, save_checkpoint
+from fgaif.scene_models.rows import RowWriter
+from fgaif.scene_models.targets import annotate
+from fgaif.scene_models.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    IMAGE_ID,
+    build_processor,
+    build_tokenizer,
+    chat_prompt,
+)
 from fgaif.types import KINDS, SegmentClass
 
 MIN_WORDS = 4  # the splitter's setting in configs/scenes.yaml

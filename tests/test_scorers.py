@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.scorers import RewardGroup
+from cluster.groups.role_groups import RewardGroup
 from fgaif.pending import Pending, Ready
 from fgaif.types import KINDS, FloatArray, Response, Segment, SegmentClass
 

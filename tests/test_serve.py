@@ -21,10 +21,10 @@ from serving_samples import TEXT, data_uri, png
 from websockets.sync.client import connect
 
 from actors.reward import RewardActor
-from cluster.serve import API, ServeArgs, deploy
+from cluster.serving.deployments import API, ServeArgs, deploy
 from fgaif.config import Config, with_overrides
 from fgaif.data.images import image_bytes
-from fgaif.feedback.given import given_response
+from fgaif.feedback.external import given_response
 from fgaif.feedback.segment import segment_response
 from fgaif.lvlm.model import load_processor
 from fgaif.types import KINDS, FloatArray, Prompt

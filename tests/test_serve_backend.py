@@ -9,7 +9,7 @@ import pytest
 from ray.serve.handle import DeploymentHandle
 from serving_samples import png
 
-from cluster.serve_backend import ServeBackend
+from cluster.serving.backend import ServeBackend
 from fgaif.config import load_config
 from fgaif.data.images import image_bytes
 from fgaif.serving.errors import ApiError

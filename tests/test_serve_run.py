@@ -8,8 +8,8 @@ import serving_samples
 import yaml
 from rich.console import Console
 
-from cluster.serve import ServeArgs, deployment_options
-from cluster.serve_run import check_models, may_be_open, print_service, serve_yaml
+from cluster.serving.deployments import ServeArgs, deployment_options
+from cluster.serving.run import check_models, may_be_open, print_service, serve_yaml
 from fgaif.config import load_config, with_overrides
 from fgaif.errors import CheckpointError, ConfigError
 
@@ -46,7 +46,7 @@ def test_dry_run_prints_a_plan_and_a_file_for_serve_deploy(
     tree = yaml.safe_load(printed[printed.index("http_options:") :])
     assert tree == yaml.safe_load(serve_yaml(args, "127.0.0.1", 8123))
     (application,) = tree["applications"]
-    assert application["import_path"] == "cluster.serve:app"
+    assert application["import_path"] == "cluster.serving.deployments:app"
     assert ServeArgs.model_validate(application["args"]) == args
 
 
@@ -88,6 +88,6 @@ def test_shipped_serve_files_name_what_exists(name: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     (application,) = ServeDeploySchema.model_validate(tree).applications
-    assert application.import_path == "cluster.serve:app"
+    assert application.import_path == "cluster.serving.deployments:app"
     args = ServeArgs.model_validate(application.args)
     load_config(None, args.set)

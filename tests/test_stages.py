@@ -14,10 +14,10 @@ import pytest
 from fakes import World, two_segments
 from rich.console import Console
 
-import cluster.stages as stages
-from cluster.aside import OUTPUTS, move_aside, next_aside
-from cluster.keys import ORDER, Stage
-from cluster.plan import print_plan
+import cluster.pipeline.stages as stages
+from cluster.pipeline.aside import OUTPUTS, move_aside, next_aside
+from cluster.pipeline.dry_run import print_plan
+from cluster.pipeline.keys import ORDER, Stage
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.feedback.store import response_store

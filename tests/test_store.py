@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fgaif.data.scenes.tokenizer import build_tokenizer
 from fgaif.errors import DataError
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.segment import segment_response
@@ -22,6 +21,7 @@ from fgaif.feedback.store import (
     label_store,
     response_store,
 )
+from fgaif.scene_models.tokenizer import build_tokenizer
 from fgaif.types import (
     KINDS,
     UNKNOWN,

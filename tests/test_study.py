@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.study import interval, nearest_step, run_study, variant_config
+from cluster.pipeline.study import interval, nearest_step, run_study, variant_config
 from fgaif.config import load_config
 from fgaif.errors import ConfigError
 

@@ -13,10 +13,7 @@ from rich.console import Console
 
 from fgaif.errors import DataError
 from fgaif.eval.answers import Answer, Caption
-from fgaif.eval.chair import Vocabulary, score_chair
-from fgaif.eval.pope import PopeRow
-from fgaif.eval.pope_score import score_pope
-from fgaif.eval.saved import (
+from fgaif.eval.benchmark_results import (
     by_length,
     comparison_json,
     read_scored,
@@ -25,6 +22,9 @@ from fgaif.eval.saved import (
     worst_items,
     write_scored,
 )
+from fgaif.eval.chair import Vocabulary, score_chair
+from fgaif.eval.pope import PopeRow
+from fgaif.eval.pope_score import score_pope
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
     comparison_grid,

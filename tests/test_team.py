@@ -17,10 +17,10 @@ from mortal import Mortal, starts, tell
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-import cluster.team
-from cluster.handles import Handle, Pool
-from cluster.member import Member
-from cluster.team import Limits, Submit, Team
+import cluster.groups.actor_group
+from cluster.groups.actor_group import Limits, Submit, Team
+from cluster.groups.placed_actor import Member
+from cluster.groups.role_groups import Handle, Pool
 from fgaif.errors import ActorError, DataError
 from fgaif.pending import Pending
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.fixture(autouse=True)
 def short_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.team, "_SLICE_S", 0.2)
+    monkeypatch.setattr(cluster.groups.actor_group, "_SLICE_S", 0.2)
 
 
 class Suspicion:

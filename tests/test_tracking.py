@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster.console import StepDisplay, _left
 from fgaif.config import TrackingConfig
 from fgaif.errors import ConfigError, DataError
-from fgaif.progress import StepDisplay, _left
 from fgaif.tracking import GLOSSARY, JsonlSink, Metric, Tracker, explain, read_metrics
 from fgaif.types import StepReport
 

@@ -12,11 +12,11 @@ import pytest
 from doomed import DoomedLearner, DoomedReference, doom
 from ppo_world import make_responses, make_train_batch, questions, tiny_config
 
+from cluster.groups.actor_group import Limits, Team
+from cluster.groups.placed_actor import Member
+from cluster.groups.role_groups import LearnerGroup, ReferenceClient
 from cluster.launch import create_actor, meeting_point, reserve
-from cluster.member import Member
 from cluster.placement import Bundle
-from cluster.team import Limits, Team
-from cluster.trained import LearnerGroup, ReferenceClient
 from fgaif.config import Config
 from fgaif.types import Evaluation, Response, TrainBatch, UpdateReport
 

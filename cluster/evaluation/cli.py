@@ -297,7 +297,7 @@ def build_pope(
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
 ) -> None:
     """Build POPE's questions, three splits, by the official sampling rule."""
-    from fgaif.eval.buildpope import build_from_coco, build_from_scenes
+    from fgaif.eval.pope import build_from_coco, build_from_scenes
 
     if (annotations is None) == (scenes is None):
         raise ConfigError("fgaif eval build-pope needs --annotations FILE or --scenes SPLIT")

@@ -1,4 +1,4 @@
-"""Answers of a checkpoint to benchmark questions: greedy, through the rollout pool, cached."""
+"""Benchmark questions made ready, and a checkpoint's answers to them: greedy, cached."""
 
 import hashlib
 import json
@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from cluster.evaluation.asking import Asked
 from fgaif.config import Config, with_overrides
-from fgaif.errors import ActorError, CheckpointError
+from fgaif.data.prompts import Skipped
+from fgaif.errors import ActorError, CheckpointError, DataError
+from fgaif.eval.corrupt import Corruption, corrupted_ref
+from fgaif.eval.images import ImageFolder
 from fgaif.feedback.store import JsonlStore
 from fgaif.files import write_whole
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
@@ -23,7 +25,66 @@ from fgaif.types import GenerationRequest, Json, Prompt, Response
 
 if TYPE_CHECKING:
     from cluster.launch import Cluster
-from cluster.rollouts import RolloutGroup
+from cluster.groups.rollout_group import RolloutGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Questions of one benchmark, and the file that takes the answers (model_vqa's JSON Lines).
+
+    ``images`` are the images' names in the benchmark, one per prompt.
+    """
+
+    prompts: tuple[Prompt, ...]
+    images: tuple[str, ...]
+    max_new_tokens: int
+    file: Path
+    skipped: tuple[Skipped, ...] = ()
+
+
+def ask(
+    rows: Sequence[tuple[str, str, str]],
+    file: Path,
+    *,
+    images: Path,
+    max_new_tokens: int,
+    suffix: str = "",
+    corruption: Corruption | None = None,
+) -> Asked:
+    """Make prompts of (id, image name, question), their images found under ``images``.
+
+    An image is found by its path or name; COCO's number counts as the name, whatever the year. One
+    that is missing or broken costs its questions, which are returned as skipped. Corrupted copies
+    are kept beside ``file``.
+
+    Raises:
+        DataError: not one image can be used.
+    """
+    folder = ImageFolder(images)
+    prompts, names, skipped = [], [], []
+    for identity, name, question in rows:
+        try:
+            image = folder.check(name)
+            if corruption is not None:
+                image = corrupted_ref(image, corruption, file.parent / "corrupted")
+        except DataError as error:
+            skipped.append(Skipped(row=identity, reason=str(error)))
+            continue
+        prompts.append(Prompt(id=identity, image=image, text=question + suffix))
+        names.append(name)
+    if not prompts:
+        raise DataError(
+            f"{images}: none of the images of {len(rows)} questions can be used; the first: "
+            f"{skipped[0].reason if skipped else 'no questions'}"
+        )
+    return Asked(
+        prompts=tuple(prompts),
+        images=tuple(names),
+        max_new_tokens=max_new_tokens,
+        file=file,
+        skipped=tuple(skipped),
+    )
+
 
 REQUESTS = 512
 _PER_ENGINE = 256  # of a chunk, given to one engine at a time
@@ -154,7 +215,7 @@ def pending_answers(model: ModelSpec, asked: Sequence[Asked], cache: Path) -> in
 
 def policy_engines(cluster: "Cluster", model: ModelSpec) -> "RolloutGroup":
     """Start the cluster's rollout pool, with the model's adapter loaded on every replica."""
-    rollouts = cluster.rollouts()
+    rollouts = cluster.groups.rollout_group()
     if model.adapter is not None:
         rollouts.load_weights(manifest_from_adapter(model.adapter, version=1)).result()
     return rollouts

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cluster.evaluation.asking import Asked, ask
+from cluster.evaluation.generate import Asked, ask
 from cluster.evaluation.options import DESCRIBE, POPE_SUFFIX
 from fgaif.chat.messages import ChatModel
 from fgaif.data.coco import CocoImage, read_coco
 from fgaif.errors import ConfigError, DataError
 from fgaif.eval.answers import image_name, read_answers, read_captions
-from fgaif.eval.chair import chair_truth, score_chair
-from fgaif.eval.coco_words import coco_vocabulary
+from fgaif.eval.chair import chair_truth, coco_vocabulary, score_chair
 from fgaif.eval.corrupt import Corruption
 from fgaif.eval.judge import Progress
 from fgaif.eval.pope import PopeRow, read_questions

@@ -3,7 +3,7 @@
 from functools import cache
 from pathlib import Path
 
-from cluster.evaluation.asking import Asked
+from cluster.evaluation.generate import Asked
 from cluster.evaluation.jobs import SPLITS, Asker, Job, Judges, chair_job, needed, pope_job
 from cluster.evaluation.options import Extractor
 from cluster.evaluation.settings import Settings, judge_settings

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cluster.bars import progress_bars
+from cluster.console import progress_bars
 from cluster.evaluation.jobs import Job, Judges, file_digests
 from cluster.evaluation.settings import Settings, judge_settings
 from fgaif.chat.store import ReplyStore
 from fgaif.config import with_overrides
 from fgaif.data.prompts import Skipped
 from fgaif.errors import DataError
-from fgaif.eval.saved import (
+from fgaif.eval.benchmark_results import (
     by_length,
     comparison_json,
     read_scored,
@@ -42,7 +42,7 @@ from fgaif.types import Json
 
 if TYPE_CHECKING:
     from cluster.evaluation.generate import ModelSpec
-    from cluster.rollouts import RolloutGroup
+    from cluster.groups.rollout_group import RolloutGroup
 
 _FACTS_PER_ANSWER = 12
 """Assumed for the estimate of FaithScore's third stage."""
@@ -150,7 +150,7 @@ def _score(jobs: Sequence[Job], settings: Settings, err: Console) -> Iterator[tu
     with ExitStack() as stack:
         verifier = None
         if settings.verifier is not None:
-            from cluster.evaluation.judging import local_verifier
+            from cluster.evaluation.settings import local_verifier
             from cluster.launch import Cluster
             from fgaif.lvlm.model import resolve_checkpoint
 
@@ -176,7 +176,7 @@ async def _score_one(
 ) -> Scored:
     async with AsyncExitStack() as stack:
         if job.judged:
-            from cluster.evaluation.judging import open_judge
+            from cluster.evaluation.settings import open_judge
 
             def bill(line: str) -> None:
                 err.print(f"judge: {line}", highlight=False)
@@ -233,7 +233,7 @@ def _print_plan(jobs: Sequence[Job], settings: Settings, out: Console) -> None:
 
 
 def _print_cost(job: Job, settings: Settings, out: Console) -> None:
-    from cluster.evaluation.judging import CountingJudge
+    from cluster.evaluation.settings import CountingJudge
 
     counting = CountingJudge(judge_settings(settings.config, settings.judge))
     missing = [path for path in job.files.values() if not path.is_file()]

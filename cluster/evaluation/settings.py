@@ -1,4 +1,4 @@
-"""What holds for all benchmarks of one call of ``fgaif eval``, read from its options."""
+"""What holds for all benchmarks of one call of ``fgaif eval``, and who judges."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,18 @@ from fgaif.eval.corrupt import Corruption
 
 if TYPE_CHECKING:
     from cluster.evaluation.generate import ModelSpec
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import field
+
+from cluster.launch import Cluster
+from fgaif.chat.batched import BatchedChat
+from fgaif.chat.cached import CachedChat
+from fgaif.chat.endpoint import Endpoint
+from fgaif.chat.limits import Budget, Spend, estimate, price
+from fgaif.chat.messages import ChatModel, ChatRequest, Reply, RequestFailed
+from fgaif.chat.store import ReplyStore
+from fgaif.reward.checkpoint import checkpoint_digest
 
 _SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 _REPLIES = Path("runs") / "judge.sqlite"
@@ -119,3 +131,48 @@ def _endpoint(judge: JudgeOptions) -> list[str]:
         "api_key_env": judge.judge_key_env,
     }
     return [f"endpoints.{ENTRY}.{key}={value}" for key, value in settings.items() if value]
+
+
+@asynccontextmanager
+async def open_judge(
+    config: Config, entry: str | None, replies: Path, say: Callable[[str], None]
+) -> AsyncIterator[ChatModel]:
+    """Open the judge ``endpoints.ENTRY`` over the store of replies; ``say`` gets the bill.
+
+    Raises:
+        ConfigError: no such entry, or its key is missing.
+    """
+    settings = judge_settings(config, entry)
+    budget = Budget(config.feedback.max_cost, config.feedback.max_tokens)
+    pixels = config.data.max_image_pixels
+    endpoint = Endpoint(str(entry), settings, budget, max_image_pixels=pixels)
+    with ReplyStore(replies) as store:
+        budget.charge(price(settings, *store.tokens(endpoint.name)))
+        try:
+            yield CachedChat(endpoint, store)
+        finally:
+            await endpoint.close()
+            say(budget.usage().line())
+
+
+def local_verifier(cluster: Cluster, checkpoint: Path, store: ReplyStore) -> ChatModel:
+    """A LLaVA checkpoint on the cluster's judge engines, as a chat model over the store."""
+    judges = cluster.judges()
+    name = checkpoint_digest(checkpoint)[:16]
+    return CachedChat(BatchedChat(name, lambda asked: judges.answer(asked).result()), store)
+
+
+@dataclass
+class CountingJudge:
+    """Answers nothing; adds up what the requests would cost at most."""
+
+    settings: EndpointConfig
+    requests: int = 0
+    spend: Spend = field(default_factory=Spend)
+    name: str = "dry run"
+
+    async def ask(self, request: ChatRequest) -> Reply:
+        """Count the request and fail it, so that nobody asks again."""
+        self.requests += 1
+        self.spend += estimate(request, self.settings)
+        raise RequestFailed("dry run: nothing was asked")

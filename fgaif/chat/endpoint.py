@@ -14,12 +14,12 @@ import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
+from fgaif.chat.dialect import Dialect, Unreadable, arguments, decode, read_reply, read_usage
 from fgaif.chat.failures import Failure, classify, one_line
 from fgaif.chat.images import DataUris
 from fgaif.chat.limits import Budget, Clock, Gate, Sleep, Spend, estimate, price
 from fgaif.chat.messages import ChatRequest, Reply, RequestFailed
 from fgaif.chat.secrets import is_loopback, read_key, redact_logs
-from fgaif.chat.wire import Dialect, Unreadable, arguments, decode, read_reply, read_usage
 from fgaif.config import EndpointConfig
 from fgaif.data.images import MAX_PIXELS
 from fgaif.errors import ConfigError, DataError, ServiceError

@@ -1,14 +1,18 @@
 """CHAIR: objects that captions name and images do not show (Rohrbach et al., 2018).
 
 A ``Vocabulary`` maps words and phrases to objects: the embedded world's nouns, the 80 categories of
-COCO (``fgaif.eval.coco_words``), or any table of one object per line.
+COCO (``fgaif.eval.chair``), or any table of one object per line.
 """
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 from lemminflect import getLemma
@@ -244,3 +248,29 @@ def _item(caption: Caption, mentions: Sequence[str], shown: Collection[str]) -> 
         "hallucinated": [name for name in mentions if name not in shown],
         "shown": sorted(shown),
     }
+
+
+def coco_vocabulary(synonyms: Path | None = None) -> Vocabulary:
+    """Read a synonym table, by default ours, and apply the rules for phrases.
+
+    Raises:
+        DataError: the file cannot be read or names no object.
+    """
+    data = files("fgaif.eval")
+    try:
+        text = (synonyms or data / "coco_words.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{synonyms}: cannot be read ({error}); give a text file, one object per line"
+        ) from error
+    rules = json.loads((data / "coco_phrases.json").read_text(encoding="utf-8"))
+    same_as: dict[str, str | None] = {
+        **dict.fromkeys(rules["name_nothing"]),
+        **rules["same_as"],
+        **{
+            f"{qualifier} {word}": word
+            for rule in rules["qualified"]
+            for qualifier, word in product(rule["by"], rule["words"])
+        },
+    }
+    return Vocabulary.from_lines(text.split("\n"), same_as, rules["dropped_beside"])

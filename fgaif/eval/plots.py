@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fgaif.eval.store import PHASES, Phase
+from fgaif.eval.run_results import PHASES, Phase
 from fgaif.types import KINDS, EvalReport, Json, Kind, StepReport
 
 INK = "#20242c"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fgaif.data.images import load_image
 from fgaif.errors import DataError
-from fgaif.eval.compare import Change, compare
+from fgaif.eval.figures import Change, compare
 from fgaif.eval.plots import (
     KIND_COLOURS,
     calibration_figure,
@@ -24,7 +24,7 @@ from fgaif.eval.plots import (
 )
 from fgaif.eval.policy import MODES, Mode
 from fgaif.eval.results import Results, read_results
-from fgaif.eval.store import PHASES, Phase
+from fgaif.eval.run_results import PHASES, Phase
 from fgaif.files import write_whole
 from fgaif.tracking import Metric, explain
 from fgaif.types import KINDS, ImageRef, Json, PopeMetrics

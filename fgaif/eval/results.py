@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from fgaif.errors import DataError
-from fgaif.eval.store import PHASES, Phase, read_eval, report_json
+from fgaif.eval.run_results import PHASES, Phase, read_eval, report_json
 from fgaif.tracking import read_metrics
 from fgaif.types import KINDS, EvalReport, Json, StepReport
 

@@ -13,10 +13,9 @@ from rich.text import Text
 from fgaif.chat.images import data_uri
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
-from fgaif.eval.compare import Figure
-from fgaif.eval.figures import figure_of, group_of, title_of
+from fgaif.eval.benchmark_results import worst_items
+from fgaif.eval.figures import Figure, figure_of, group_of, title_of
 from fgaif.eval.images import ImageFolder
-from fgaif.eval.saved import worst_items
 from fgaif.eval.scored import Scored
 from fgaif.eval.uncertainty import Comparison, Estimate
 from fgaif.types import Json

@@ -1,7 +1,7 @@
 """Atomic facts of English text, asked of a chat model (FGAIF, step 1).
 
 As in the paper, one request per response: all its segments, numbered, so that the whole response is
-the context of each. What comes back is read by ``fgaif/feedback/reading.py``.
+the context of each. What comes back is read by ``fgaif/feedback/parse_reply.py``.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Literal
 
 from fgaif.chat.messages import ChatModel, ChatRequest, RequestFailed, gather_all, load_prompt
 from fgaif.feedback.facts import ExtractedFacts, merge_facts, segment_text
-from fgaif.feedback.reading import facts_schema, read_facts
+from fgaif.feedback.parse_reply import facts_schema, read_facts
 from fgaif.types import Response, Segment
 
 PROMPTS = Path(__file__).parent / "prompts"

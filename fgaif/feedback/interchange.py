@@ -24,7 +24,8 @@ from fgaif.data.images import MAX_PIXELS
 from fgaif.data.rows import read_lines, read_rows, text_of
 from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import DataError
-from fgaif.feedback.forms import (
+from fgaif.feedback.external import ResponseMaker
+from fgaif.feedback.label_rows import (
     Exported,
     Imported,
     export_rows,
@@ -34,7 +35,6 @@ from fgaif.feedback.forms import (
     list_of,
     pieces_of,
 )
-from fgaif.feedback.given import ResponseMaker
 from fgaif.types import KINDS, UNKNOWN, Json, Kind, LabeledResponse, SegmentClass
 
 T = TypeVar("T")

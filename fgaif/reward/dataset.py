@@ -9,7 +9,7 @@ import numpy as np
 
 from fgaif.config import Config, NoiseConfig
 from fgaif.errors import DataError
-from fgaif.feedback.noise import Flips, flip_rows
+from fgaif.reward.label_noise import Flips, flip_rows
 from fgaif.types import KINDS, UNKNOWN, FloatArray, IntArray, Kind, LabeledResponse, SegmentClass
 
 _WINDOW = 8

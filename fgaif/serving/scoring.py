@@ -8,8 +8,8 @@ import numpy as np
 
 from fgaif.data.images import ImageBytes
 from fgaif.errors import DataError
+from fgaif.feedback.external import given_response
 from fgaif.feedback.facts import SceneFacts
-from fgaif.feedback.given import given_response
 from fgaif.feedback.segment import segment_response
 from fgaif.serving.errors import image_problem
 from fgaif.serving.schema import FactOut, KindScore, SegmentOut, TextResult

@@ -19,8 +19,8 @@ from bench_scale import machine
 from rich.console import Console
 
 from cluster.launch import Cluster
+from cluster.pipeline.stages import Run
 from cluster.placement import Role
-from cluster.stages import Run
 from fgaif.config import load_config, parse_config
 from fgaif.types import Json
 

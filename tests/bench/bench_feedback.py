@@ -34,13 +34,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fault_server import Answer, FaultServer
 
-from cluster.feedback_job import annotate_responses
+from cluster.pipeline.annotate import annotate_responses
 from fgaif.chat.images import DataUris
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config, parse_config
 from fgaif.data.images import image_ref
-from fgaif.data.scenes.tokenizer import build_tokenizer
 from fgaif.feedback.store import label_store, response_store
+from fgaif.scene_models.tokenizer import build_tokenizer
 from fgaif.types import ImageRef, Json, Prompt, Response
 
 IMAGES = 64

@@ -14,10 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster.evaluation.asking import Asked
-from cluster.evaluation.generate import ModelSpec, generate_answers, generation_config
+from cluster.evaluation.generate import Asked, ModelSpec, generate_answers, generation_config
+from cluster.groups.rollout_group import RolloutGroup
 from cluster.launch import Cluster
-from cluster.rollouts import RolloutGroup
 from fgaif.config import load_config
 from fgaif.data.prompts import load_prompts
 from fgaif.types import GenerationRequest, Prompt
@@ -62,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, Cluster(config, {"rollout"}) as cluster:
         folder = Path(name)
         prompts = load_prompts("scenes:test", limit=options.questions, cache=folder).prompts
-        pool = cluster.rollouts()
+        pool = cluster.groups.rollout_group()
         direct(pool, prompts[:256])  # the engine warms up
         for number in range(options.rounds):
             seconds, tokens = direct(pool, prompts)

@@ -18,8 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fgaif.eval.answers import read_answers, read_captions
-from fgaif.eval.chair import chair_truth, score_chair, singular
-from fgaif.eval.coco_words import coco_vocabulary
+from fgaif.eval.chair import chair_truth, coco_vocabulary, score_chair, singular
 from fgaif.eval.pope import STRATEGIES, build_rows, read_questions, write_questions
 from fgaif.eval.pope_score import score_pope
 from fgaif.eval.scored import Scored

@@ -38,7 +38,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from cluster.launch import Cluster, connect  # noqa: E402
-from cluster.stages import Run  # noqa: E402
+from cluster.pipeline.stages import Run  # noqa: E402
 from fgaif.config import Config, load_config, parse_config  # noqa: E402
 from fgaif.errors import FgaifError  # noqa: E402
 
@@ -228,7 +228,7 @@ def run(trial: Trial, kills: int, seed: int) -> dict[str, Any]:
     try:
         connect(fire)
         with Cluster(fire, ROLES, live=True) as cluster:
-            killer = Killer(kills, seed, trial, cluster.rollouts().resize)
+            killer = Killer(kills, seed, trial, cluster.groups.rollout_group().resize)
             killer.start()
             trial.train(cluster)
             killer.end()

@@ -477,7 +477,7 @@ def device(bench: Bench) -> list[Row]:
 def memory(bench: Bench) -> list[Row]:
     """The memory plan's formulas for the learner's steps that were measured, beside their peaks."""
     try:  # the plan reads configurations, the other sections do without
-        from cluster.actor_memory import Pass, training_peak
+        from cluster.memory.actors import Pass, training_peak
         from fgaif.config import LoraConfig
         from fgaif.lvlm.sizes import config_facts
     except ImportError as error:

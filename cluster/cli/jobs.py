@@ -1,0 +1,129 @@
+"""``fgaif submit`` and ``fgaif jobs``: runs on a Ray cluster from anywhere."""
+
+import shutil
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fgaif.config import dump_config, load_config
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The head's dashboard; default: RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265."
+    ),
+]
+JobId = Annotated[str, typer.Argument(help="Id that `fgaif submit` printed.")]
+jobs_app = typer.Typer(name="jobs", no_args_is_help=True, help="Jobs that were submitted.")
+out = Console()
+
+
+def submit(
+    command: Annotated[str, typer.Argument(help="run, or one stage: annotate, train, ...")] = "run",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")] = None,
+    address: Address = None,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder to upload with it (your code, prompts); never weights or data."),
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="Print the job's log until it ends.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job; submit nothing.")
+    ] = False,
+) -> None:
+    """Run on a Ray cluster: submit `fgaif COMMAND` as a Ray job.
+
+    fgaif must be installed on the nodes. `dir`, checkpoints and data are paths that all nodes see.
+    The same by hand: ray job submit --working-dir FOLDER -- python -m fgaif run --config FILE
+    """
+    from cluster.monitoring.ray_jobs import Jobs, job_request, temporary_folder
+
+    default = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+    if "=" in command:  # overrides alone: everything is run
+        overrides, command = [command, *(overrides or [])], "run"
+    settings = load_config(config or default, overrides or [])
+    folder = temporary_folder()
+    try:
+        request = job_request(settings, command, folder=folder, working_dir=working_dir)
+        if dry_run:
+            out.print(dump_config(settings), highlight=False)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            size = sum(path.stat().st_size for path in files)
+            out.print(f"{request.entrypoint}\nuploads {len(files)} files, {size:,} bytes")
+            return
+        jobs = Jobs(address)
+        job = jobs.submit(request)
+    finally:
+        shutil.rmtree(folder)
+    out.print(f"submitted {job}", markup=False)
+    if follow:
+        for text in jobs.follow(job):
+            out.print(text, end="", markup=False, highlight=False)
+        details = jobs.status(job)
+        out.print(f"{job}: {details.status.lower()}", markup=False)
+        raise typer.Exit(0 if details.status == "SUCCEEDED" else 1)
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address = None) -> None:
+    """Jobs that fgaif submitted, the newest first."""
+    from cluster.monitoring.ray_jobs import Jobs
+
+    table = Table()
+    for column in ("job", "command", "run", "status", "started", "minutes"):
+        table.add_column(column)
+    for job in Jobs(address).list():
+        metadata = job.metadata or {}
+        started = (job.start_time or 0) / 1000
+        ended = (job.end_time or time.time() * 1000) / 1000
+        table.add_row(
+            job.submission_id,
+            metadata.get("fgaif", ""),
+            metadata.get("dir", ""),
+            str(job.status).removeprefix("JobStatus.").lower(),
+            datetime.fromtimestamp(started).isoformat(" ", "seconds"),
+            f"{(ended - started) / 60:.1f}",
+        )
+    out.print(table)
+
+
+@jobs_app.command()
+def status(job: JobId, address: Address = None) -> None:
+    """Say what became of a job."""
+    from cluster.monitoring.ray_jobs import Jobs
+
+    details = Jobs(address).status(job)
+    out.print(f"{job}: {details.status.lower()}", markup=False)
+    if details.message:
+        out.print(details.message, markup=False)
+
+
+@jobs_app.command()
+def logs(
+    job: JobId,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+) -> None:
+    """Print what a job printed."""
+    from cluster.monitoring.ray_jobs import Jobs
+
+    jobs = Jobs(address)
+    for text in jobs.follow(job) if follow else [jobs.logs(job)]:
+        out.print(text, end="", markup=False, highlight=False)
+
+
+@jobs_app.command()
+def stop(job: JobId, address: Address = None) -> None:
+    """Stop a job; `fgaif submit` with the same run folder goes on where it stopped."""
+    from cluster.monitoring.ray_jobs import Jobs
+
+    stopped = Jobs(address).stop(job)
+    out.print(f"{job}: {'stopping' if stopped else 'had ended'}", markup=False)

@@ -1,0 +1,152 @@
+"""``fgaif labels``: label tables from and to other tools, and the stored replies."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fgaif.config import Config, load_config
+from fgaif.errors import ConfigError, DataError
+from fgaif.types import KINDS, Kind
+
+Form = Literal["reference", "stepwise", "parquet"]
+
+labels_app = typer.Typer(
+    name="labels",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Label tables from and to other tools.\n\nForms: [bold]reference[/bold] is "
+    '{"image", "sub", "labels"} of the paper\'s repository, [bold]stepwise[/bold] TRL\'s '
+    "stepwise-supervision rows (one kind a file), [bold]parquet[/bold] everything that fgaif knows "
+    "of a label.",
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML file; see configs/. Default: configs/scenes.yaml."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
+]
+FormOption = Annotated[Form, typer.Option("--form", help="Form of the file.")]
+KindOption = Annotated[
+    str, typer.Option("--kind", help="For stepwise: object, attribute, relation or any.")
+]
+
+
+@labels_app.command("export")
+def export_labels(
+    file: Annotated[Path, typer.Argument(help=".jsonl, .json or .parquet file to write.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    form: FormOption = "reference",
+    kind: KindOption = "any",
+    relative: Annotated[
+        Path | None, typer.Option("--image-root", help="Write image paths relative to this.")
+    ] = None,
+) -> None:
+    """Write a run's labels for another tool; what the form cannot say is left out and counted."""
+    from cluster.pipeline.feedback_report import open_labels
+    from fgaif.feedback.interchange import export_reference, export_stepwise
+    from fgaif.feedback.parquet import write_labels
+
+    labels = open_labels(load_config(_default(config), overrides or []))
+    if form == "parquet":
+        out.print(f"wrote {write_labels(labels, file)} responses to {file}", markup=False)
+        return
+    if form == "reference":
+        done = export_reference(labels, file, relative)
+    else:
+        if kind != "any" and kind not in KINDS:
+            raise ConfigError(f"--kind {kind}: give one of {', '.join([*KINDS, 'any'])}")
+        done = export_stepwise(labels, file, kind, relative)  # type: ignore[arg-type]
+    out.print(f"wrote {done.written} responses to {file}", markup=False)
+    if done.warning():
+        err.print(done.warning(), style="yellow", markup=False)
+
+
+@labels_app.command("import")
+def import_labels(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE... [KEY=VALUE]...", help="Stepwise: KIND:FILE, one per kind."),
+    ],
+    config: ConfigFile = None,
+    form: FormOption = "reference",
+    images: Annotated[
+        Path | None, typer.Option("--image-root", help="Folder that the images lie in.")
+    ] = None,
+) -> None:
+    """Make a run's labels from files, so that `fgaif train-reward` can start from them."""
+    settings = load_config(_default(config), [name for name in files if "=" in name])
+    paths = [name for name in files if "=" not in name]
+    _import(settings, form, paths, images or settings.data.image_root)
+
+
+@labels_app.command("replies")
+def dump_replies(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """Print every stored request and reply of a run as JSON lines, failures included."""
+    from fgaif.chat.store import ReplyStore
+
+    settings = load_config(_default(config), overrides or [])
+    path = settings.run_dir / "feedback" / "replies.sqlite"
+    if not path.is_file():
+        raise DataError(f"{path}: does not exist; run `fgaif annotate` first")
+    with ReplyStore(path) as store:
+        for row in store:
+            typer.echo(json.dumps(row))
+
+
+def _import(config: Config, form: Form, names: list[str], root: Path | None) -> None:
+    from cluster.pipeline.stage_status import Ledger
+    from fgaif.feedback.interchange import import_reference, import_stepwise, join_labels
+    from fgaif.feedback.parquet import read_labels
+    from fgaif.feedback.store import label_store, response_store
+    from fgaif.lvlm.model import load_processor, resolve_checkpoint
+
+    if not names:
+        raise ConfigError("fgaif labels import: name at least one file")
+    target = config.run_dir / "feedback" / "labels.jsonl"
+    responses = config.run_dir / "responses" / "responses.jsonl"
+    for path in (target, responses):
+        if path.exists():
+            raise DataError(f"{path}: exists; import into another run, e.g. name=imported")
+    tokenizer = load_processor(resolve_checkpoint(config.policy.model)).tokenizer
+    pixels = config.data.max_image_pixels
+    if form == "parquet":
+        labeled = [item for name in names for item in read_labels(Path(name))]
+    else:
+        sets = []
+        for name in names:
+            if form == "reference":
+                found = import_reference(Path(name), tokenizer, root=root, max_pixels=pixels)
+            else:
+                kind, path = _kind_and_path(name)
+                found = import_stepwise(path, kind, tokenizer, root=root, max_pixels=pixels)
+            if found.warning():
+                err.print(found.warning(), style="yellow", markup=False)
+            sets.append(found.labeled)
+        labeled = join_labels(sets) if form == "stepwise" else [x for part in sets for x in part]
+    response_store(responses).append(item.response for item in labeled)
+    label_store(target).append(labeled)
+    ledger = Ledger(config.run_dir)
+    for stage in ("sample", "annotate"):
+        ledger.adopt(config, stage)
+    out.print(f"imported {len(labeled)} labelled responses into {config.run_dir}", markup=False)
+
+
+def _kind_and_path(name: str) -> tuple[Kind, Path]:
+    kind, colon, path = name.partition(":")
+    if not colon or kind not in KINDS:
+        raise ConfigError(
+            f"{name}: for --form stepwise write KIND:FILE, KIND of {', '.join(KINDS)}"
+        )
+    return kind, Path(path)
+
+
+def _default(config: Path | None) -> Path:
+    return config or Path(__file__).parents[1] / "configs" / "scenes.yaml"

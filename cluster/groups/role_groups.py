@@ -1,0 +1,199 @@
+"""The roles as the driver calls them: judges, reward models, learner, reference and value."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from actors.pool import merge_in_order, split_by_cost
+from cluster.groups.actor_group import Limits, Submit, Team, Watcher
+from cluster.groups.placed_actor import Member
+from fgaif.chat.messages import ChatRequest, Reply
+from fgaif.pending import Pending, Then
+from fgaif.types import (
+    Evaluation,
+    FloatArray,
+    Prompt,
+    Response,
+    Segment,
+    SegmentScores,
+    TrainBatch,
+    UpdateReport,
+    WeightsManifest,
+)
+
+
+class _Trained:
+    """State that is saved, and brought back when an actor dies."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+
+    def save(self, path: Path) -> Pending[None]:
+        """Every actor writes its part of the state."""
+        return _first(self.team.save(_all(lambda actor: actor.save, path)))
+
+    def settle(self, path: Path) -> None:
+        """What ``save`` wrote lies at ``path`` now: bring the actors back from there."""
+        self.team.settle(_all(_restore, path))
+
+    def restore(self, path: Path) -> Pending[None]:
+        """Every actor reads its part."""
+        return _first(self.team.restore(_all(_restore, path)))
+
+    def stop(self) -> None:
+        """Stop every actor."""
+        self.team.stop()
+
+
+class ReferenceClient(_Trained):
+    """The reference and value actor. Values trained before it died are trained again."""
+
+    def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
+        """Reference log-probs and values."""
+        return _first(self.team.call(_all(lambda actor: actor.evaluate, responses)))
+
+    def update_values(self, batch: TrainBatch) -> Pending[UpdateReport]:
+        """Train the value model."""
+        submit = _all(lambda actor: actor.update_values, batch)
+        return _first(self.team.call(submit, keep=True))
+
+
+class LearnerGroup(_Trained):
+    """All DeepSpeed ranks as one. Every rank takes part in every call; rank 0 answers for all.
+
+    If one dies, all are started anew and trained again from the last checkpoint.
+    """
+
+    def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
+        """Every rank scores its share of the responses."""
+        answers = self.team.call(_all(lambda actor: actor.logprobs, responses))
+        return Then(lambda: _merged(answers.result()))
+
+    def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Pending[UpdateReport]:
+        """Every rank takes its share of each minibatch."""
+        submit = _all(lambda actor: actor.update, batch, anchors)
+        return _first(self.team.call(submit, keep=True))
+
+    def publish(self, version: int) -> Pending[WeightsManifest]:
+        """Gather the adapter (a collective under ZeRO-3) and number it."""
+        return _first(self.team.call(_all(lambda actor: actor.publish, version)))
+
+    def save_adapter(self, path: Path) -> Pending[None]:
+        """Write the adapter as a PEFT directory."""
+        return _first(self.team.call(_all(lambda actor: actor.save_adapter, path)))
+
+
+def _restore(actor: Any) -> Any:
+    return actor.restore
+
+
+def _all(method: Callable[[Any], Any], *arguments: Any) -> Submit:
+    """The same call on every actor. One copy of each argument goes into the object store, for as
+    long as the call lasts; a journal holds the arguments themselves."""
+
+    def submit(actors: Sequence[Any]) -> list[ray.ObjectRef]:
+        stored = [ray.put(argument) for argument in arguments]
+        return [method(actor).remote(*stored) for actor in actors]
+
+    return submit
+
+
+def _merged(shares: Sequence[Sequence[FloatArray | None]]) -> list[FloatArray]:
+    """One row for each response, from the rank that has it."""
+    return [next(row for row in rows if row is not None) for rows in zip(*shares, strict=True)]
+
+
+def _first(answers: Pending[list[Any]]) -> Pending[Any]:
+    return Then(lambda: answers.result()[0])
+
+
+Create = Callable[[], tuple[Any, PlacementGroup]]
+"""Starts an actor in a placement group of its own and returns both."""
+
+
+class Handle:
+    """A named actor without state that matters; replaced when it dies, as ``limits`` allow."""
+
+    def __init__(
+        self, name: str, create: Create, limits: Limits, watch: Watcher | None = None
+    ) -> None:
+        self.name = name
+        self.team = Team(name, lambda: [Member(name, *create())], limits, watch)
+
+    def call(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
+        """Start ``method(actor).remote(*arguments)``; ``result`` names the actor if it fails."""
+        answers = self.team.call(lambda actors: [method(actors[0]).remote(*arguments)])
+        return Then(lambda: answers.result()[0])
+
+    def stop(self) -> None:
+        """Kill the actor and free its resources."""
+        self.team.stop()
+
+
+class Pool:
+    """Replicas of one actor class: split work or ask everyone."""
+
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        self.handles = handles
+
+    def spread(
+        self, method: Callable[[Any], Any], items: Sequence[Any], costs: Sequence[float]
+    ) -> Pending[Any]:
+        """Split the items by cost, call every replica with its share, merge in order."""
+        shares = split_by_cost(costs, len(self.handles))
+        calls = [
+            handle.call(method, [items[index] for index in indexes])
+            for handle, indexes in zip(self.handles, shares, strict=True)
+        ]
+        return Then(lambda: merge_in_order(shares, [call.result() for call in calls]))
+
+    def stop(self) -> None:
+        """Stop every replica."""
+        for handle in self.handles:
+            handle.stop()
+
+
+class JudgeGroup(Pool):
+    """All verifier engines as one."""
+
+    def answer(self, requests: Sequence[ChatRequest]) -> Pending[list[Reply | None]]:
+        """Split by length of the answer, ask everywhere, return in order."""
+        costs = [1.0 if request.yes_no else float(request.max_tokens) for request in requests]
+        return self.spread(lambda actor: actor.answer, requests, costs)
+
+
+class RewardGroup:
+    """One actor (or several) per kind, whose scores are stacked to (S, K, C), or for all kinds."""
+
+    def __init__(self, handles: Sequence[Sequence[Handle]]) -> None:
+        """``handles``: the actors of each kind in order, or those that score all kinds."""
+        self._kinds = [Pool(replicas) for replicas in handles]
+
+    def score(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> Pending[list[SegmentScores]]:
+        """Score every kind at the same time."""
+        items = list(zip(responses, segments, strict=True))
+        costs = [float(len(response.token_ids)) for response in responses]
+        calls = [
+            group.spread(lambda actor: actor.score_pairs, items, costs) for group in self._kinds
+        ]
+
+        def finish() -> list[SegmentScores]:
+            kinds = [call.result() for call in calls]
+            if len(kinds) == 1:
+                return [SegmentScores(probs=probs) for probs in kinds[0]]
+            return [
+                SegmentScores(probs=np.stack(rows, axis=1)) for rows in zip(*kinds, strict=True)
+            ]
+
+        return Then(finish)
+
+    def stop(self) -> None:
+        """Stop every scorer."""
+        for group in self._kinds:
+            group.stop()

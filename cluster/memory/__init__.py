@@ -1,0 +1,1 @@
+"""What each actor needs of the devices' memory, and whether it fits."""

@@ -1,0 +1,218 @@
+"""What a command does with each stage, decided before anything starts; ``--dry-run`` shows it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.pipeline.aside import existing_outputs, next_aside
+from cluster.pipeline.keys import AFTER, ORDER, Stage
+from cluster.pipeline.stage_status import Found, Ledger, Status, check_resumable, fewer_steps
+from cluster.placement import Role, plan_roles, plan_table
+from fgaif.checkpoint import latest_checkpoint, read_state
+from fgaif.config import Config
+from fgaif.data.rows import read_rows
+from fgaif.errors import ConfigError, DataError
+from fgaif.feedback.plan import measure, plan_feedback
+from fgaif.feedback.store import label_store, response_store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """What is done with a stage.
+
+    It is skipped, goes on from what is there (``goes_on``), or is done anew, before which
+    ``outputs`` (relative to the run folder) are moved aside. ``why`` says what made it so.
+    """
+
+    stage: Stage
+    found: Status
+    runs: bool
+    goes_on: bool = False
+    outputs: tuple[str, ...] = ()
+    why: str = ""
+
+    def moving(self, run_dir: Path, *, done_to: Path | None = None) -> str:
+        """A line that says what will be moved where and why, or has been, to ``done_to``."""
+        verb, target = ("moved", done_to) if done_to else ("moves", next_aside(run_dir, self.stage))
+        return f"{self.stage}: {verb} {', '.join(self.outputs)} to {target}: {self.why}"
+
+
+def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Console) -> None:
+    """Show placement and what each stage would do, and start nothing.
+
+    Raises:
+        ConfigError: the training cannot go on as asked; see :func:`plan_stages`.
+    """
+    if bundles := plan_roles(config, stage_roles(config, stages)):
+        console.print(plan_table(bundles))
+    plans = plan_stages(Ledger(config.run_dir), config, stages, force)
+    table = Table(title=f"stages of {config.run_dir}", title_justify="left")
+    for column in ("stage", "found", "would"):
+        table.add_column(column)
+    for plan in plans:
+        table.add_row(plan.stage, plan.found, _would(plan))
+    console.print(table)
+    for plan in plans:
+        if plan.outputs:
+            console.print(plan.moving(config.run_dir), markup=False, soft_wrap=True)
+        elif plan.goes_on and plan.why:
+            console.print(f"{plan.stage}: {plan.why}", markup=False, soft_wrap=True)
+    if any(plan.stage == "annotate" and plan.runs for plan in plans):
+        console.print(feedback_table(config))
+
+
+def _would(plan: StagePlan) -> str:
+    if not plan.runs:
+        return "skip, up to date"
+    if plan.goes_on:
+        return "go on"
+    return "move aside, run" if plan.outputs else "run"
+
+
+def stage_roles(config: Config, stages: Sequence[Stage]) -> set[Role]:
+    """The actors that stages need: a machine for annotation alone has no room for PPO."""
+    roles: dict[Stage, set[Role]] = {
+        "sample": set() if config.data.responses else {"rollout"},
+        "annotate": {"judge"},
+        "train-reward": {"trainer"},
+        "eval-before": {"rollout", "reward"},
+        "train": {"rollout", "reward", "reference", "learner"},
+        "eval-after": {"rollout", "reward"},
+    }
+    return {role for stage in stages for role in roles.get(stage, ())}
+
+
+def plan_stages(
+    ledger: Ledger, config: Config, wanted: Sequence[Stage], force: bool
+) -> list[StagePlan]:
+    """Decide for the wanted stages, in order. Nothing is changed.
+
+    A stage that was made with another value of a result key, whose inputs are made anew, or that
+    is forced is done anew; one that was interrupted or is to go further goes on.
+
+    Raises:
+        ConfigError: a training cannot go on as asked: its settings differ, it has gone further
+            already, or ``force`` asks for the opposite.
+        CheckpointError: ``ppo.resume`` names a checkpoint that cannot be read.
+    """
+    plans: dict[Stage, StagePlan] = {}
+    for stage in (stage for stage in ORDER if stage in wanted):
+        inputs = [plans[name] for name in AFTER[stage] if name in plans and plans[name].runs]
+        plans[stage] = _plan(stage, ledger.found(config, stage), inputs, config, force)
+    return list(plans.values())
+
+
+def _plan(
+    stage: Stage, found: Found, inputs: Sequence[StagePlan], config: Config, force: bool
+) -> StagePlan:
+    if stage == "report":  # always made, of whatever is there
+        return StagePlan(stage=stage, found=found.status, runs=True)
+    status = _training(config, found, force) if stage == "train" else found.status
+    anew = [plan.stage for plan in inputs if not (stage == "annotate" and plan.goes_on)]
+    if force:
+        why = "--force"
+    elif status == "stale":
+        why = found.why
+    elif status == "missing":
+        why = "not listed in stages.json"
+    elif anew or (inputs and status == "done"):
+        why = f"{', '.join(anew) or inputs[0].stage} is done again"
+    elif status == "done":
+        return StagePlan(stage=stage, found=status, runs=False)
+    else:
+        return StagePlan(stage=stage, found=status, runs=True, goes_on=True, why=found.why)
+    outputs = existing_outputs(config.run_dir, stage)
+    if stage == "train" and outputs and _from_own_folder(config):
+        raise ConfigError(
+            f"ppo.resume = {config.ppo.resume!r} lies in {config.run_dir / 'policy'}, which is to "
+            f"be moved aside ({why}): leave out ppo.resume to train anew"
+        )
+    return StagePlan(stage=stage, found=found.status, runs=True, outputs=outputs, why=why)
+
+
+def _training(config: Config, found: Found, force: bool) -> Status:
+    """The status of the training, given what is to be resumed; refuses what cannot be."""
+    resume, folder = config.ppo.resume, config.run_dir / "policy"
+    if force:
+        if resume is not None:
+            raise ConfigError(
+                f"--force trains anew, ppo.resume = {resume!r} goes on with a training: leave out "
+                "one of them"
+            )
+        return found.status
+    if resume not in (None, "latest"):
+        check_resumable(config, read_state(Path(resume)), Path(resume))
+    kept = None
+    if found.status in ("long", "short"):
+        kept = latest_checkpoint(folder / "checkpoints")
+    if found.status == "long":  # an interrupted one may end earlier, if it is not beyond that
+        done = found.changes[0].was if found.finished else read_state(kept)["step"] if kept else 0
+        if done > config.ppo.steps:
+            raise ConfigError(fewer_steps(config, done, folder))
+        return "partial"
+    if found.status == "short" and kept is None and resume in (None, "latest"):
+        raise ConfigError(
+            f"{found.why}, but {folder / 'checkpoints'} holds no whole checkpoint to go on from: "
+            "keep the steps that are done, or use --force to train anew (what is there is moved "
+            "aside, not removed)"
+        )
+    if found.status == "stale" and resume == "latest":
+        raise ConfigError(
+            f"ppo.resume = 'latest': the training in {folder} was made with other settings: "
+            f"{found.why}. Restore them to go on with it; to train anew with these, leave out "
+            "ppo.resume (what is there is moved aside, not removed)"
+        )
+    if found.status == "missing" and (resume == "latest" or _from_own_folder(config)):
+        # Its line in stages.json is lost. The checkpoint itself tells whether it fits.
+        return "partial" if folder.exists() else "missing"
+    return found.status
+
+
+def _from_own_folder(config: Config) -> bool:
+    resume, folder = config.ppo.resume, config.run_dir / "policy"
+    return resume not in (None, "latest") and folder.resolve() in Path(resume).resolve().parents
+
+
+def require_upstream(ledger: Ledger, config: Config, todo: Sequence[Stage]) -> None:
+    """Refuse a stage whose input was never made, or was made with another configuration."""
+    for stage in todo:
+        for upstream in AFTER[stage]:
+            found = ledger.found(config, upstream)
+            if upstream in todo or found.status == "done":
+                continue
+            what = {"missing": "has not run", "partial": "is not finished"}.get(
+                found.status, f"ran with other settings ({found.why})"
+            )
+            raise DataError(
+                f"{stage} needs {upstream}, which {what} in {config.run_dir}: run "
+                f"`fgaif {'eval run' if 'eval' in upstream else upstream}` "
+                "with this configuration first, or `fgaif run`"
+            )
+
+
+def feedback_table(config: Config) -> Table:
+    """What annotating will ask of each model, and about what it costs."""
+    responses = response_store(config.run_dir / "responses" / "responses.jsonl")
+    labels = label_store(config.run_dir / "feedback" / "labels.jsonl")
+    count = len(responses)
+    if not count and config.data.responses is not None:
+        count = sum(1 for _ in read_rows(config.data.responses, ("image",)))
+    elif not count:
+        count = config.data.feedback_prompts * config.feedback.samples_per_prompt
+    plan = plan_feedback(config, count, measure(labels, responses, config))
+    table = Table(
+        title=f"annotating {count:,} responses takes about this; stored replies are free",
+        title_justify="left",
+    )
+    for column in ("role", "model", "requests", "tokens", "cost"):
+        table.add_column(column, justify="left" if column in ("role", "model") else "right")
+    for row in plan:
+        tokens, cost = (f"{row.tokens:,}", f"{row.cost:,.2f}") if row.tokens else ("", "")
+        table.add_row(row.role, row.model, f"{row.requests:,}", tokens, cost)
+    table.add_section()
+    total = sum(row.cost for row in plan)
+    table.add_row("all", "", f"{sum(row.requests for row in plan):,}", "", f"{total:,.2f}")
+    return table

@@ -1,0 +1,112 @@
+"""What a run's labels are like: their summary, the audit by the oracle, and the audit by hand."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from fgaif.config import Config
+from fgaif.errors import DataError
+from fgaif.feedback.annotate import feedback_losses
+from fgaif.feedback.audit import audit_sample, read_answers, read_items, write_audit
+from fgaif.feedback.audit_report import AuditReport, audit_report, audit_tables, oracle_report
+from fgaif.feedback.labels import Oracle, class_balance, feedback_accuracy
+from fgaif.feedback.parquet import read_labels
+from fgaif.feedback.store import JsonlStore, label_store
+from fgaif.files import write_json
+from fgaif.types import LabeledResponse
+
+
+def write_summary(
+    folder: Path,
+    labeled: Iterable[LabeledResponse],
+    truth: Oracle | None,
+    skipped_rows: int,
+    console: Console,
+) -> None:
+    """Write classes, losses and, where the truth is known, accuracy; say what was left out.
+
+    ``labeled`` is iterated several times; ``audit/oracle.json`` has the whole audit.
+    """
+    kinds = feedback_accuracy(labeled, truth) if truth else {}
+    losses = feedback_losses(labeled)
+    responses = losses.pop("responses", 0)
+    write_json(
+        folder / "summary.json",
+        {
+            "accuracy": {kind: item.accuracy for kind, item in kinds.items() if item.judged},
+            "facts": {kind: asdict(item) for kind, item in kinds.items()},
+            "classes": class_balance(labeled),
+            "responses": responses,
+            "losses": losses,
+            "skipped": {"rows": skipped_rows},
+        },
+    )
+    if truth:
+        report = oracle_report(labeled, truth)
+        write_json(folder / "audit" / "oracle.json", report.to_json())
+    if any(losses.values()):
+        text = ", ".join(f"{count} {name}" for name, count in losses.items() if count)
+        console.print(f"left out of {responses} responses: {text}", markup=False)
+    if losses.get("facts failed") or losses.get("responses failed"):
+        console.print(
+            "`fgaif annotate --force` asks failed requests again and pays for no stored reply"
+        )
+
+
+def open_labels(config: Config) -> JsonlStore[LabeledResponse]:
+    """The label table of a run.
+
+    Raises:
+        DataError: there is none yet.
+    """
+    path = config.run_dir / "feedback" / "labels.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path}: does not exist; run `fgaif annotate` first")
+    return label_store(path)
+
+
+def prepare_audit(config: Config, size: int, console: Console) -> None:
+    """Write the page with a sample of the run's verdicts, drawn by the run's seed."""
+    page = write_audit(audit_folder(config), audit_sample(open_labels(config), size, config.seed))
+    console.print(
+        f"wrote {page}\nOpen it in a browser, answer, download the answers, then: "
+        "fgaif annotate --audit --answers FILE",
+        markup=False,
+    )
+
+
+def report_audit(
+    config: Config, answers: Path, second: Path | None, console: Console
+) -> AuditReport:
+    """Compare the verdicts with a person's answers; print it and write ``audit/report.json``.
+
+    ``second`` is the label file, .jsonl or .parquet, of another verifier on the same responses.
+
+    Raises:
+        DataError: a file is missing, broken, or of another sample.
+    """
+    folder = audit_folder(config)
+    items = read_items(folder)
+    report = audit_report(
+        open_labels(config),
+        items,
+        read_answers(answers, items),
+        second=read_labels(second) if second else None,
+    )
+    show_audit(report, folder / "report.json", console.print)
+    return report
+
+
+def show_audit(report: AuditReport, path: Path, say: Callable[[object], None]) -> None:
+    """Print a report's tables and write it as JSON."""
+    for table in audit_tables(report):
+        say(table)
+    write_json(path, report.to_json())
+    say(f"wrote {path}")
+
+
+def audit_folder(config: Config) -> Path:
+    """Where a run's audit lies."""
+    return config.run_dir / "feedback" / "audit"

@@ -1,0 +1,359 @@
+"""The stages of a run, each reading what the one before wrote into the run folder."""
+
+import shutil
+import time
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import psutil
+from rich.console import Console
+
+from cluster.cli.doctor import untested_engine
+from cluster.console import StepDisplay, progress_bars
+from cluster.driver import PpoData, PpoDriver
+from cluster.launch import Cluster
+from cluster.pipeline.annotate import annotate_responses
+from cluster.pipeline.aside import move_aside
+from cluster.pipeline.dry_run import StagePlan, plan_stages, require_upstream, stage_roles
+from cluster.pipeline.feedback_report import write_summary
+from cluster.pipeline.keys import ORDER, Stage
+from cluster.pipeline.sample import sample_all
+from cluster.pipeline.stage_status import Ledger
+from cluster.pipeline.train_rewards import train_rewards
+from cluster.roles import Roles
+from fgaif.chat.limits import Usage
+from fgaif.config import Config, dump_config, with_overrides
+from fgaif.data.order import request_seed
+from fgaif.data.scenes.facts import oracle
+from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
+from fgaif.eval.captions import JudgedCaption, judged_by_scores
+from fgaif.eval.policy import Captions, Judge, evaluate_policy
+from fgaif.eval.pope import PopeQuestion
+from fgaif.eval.report import build_report, console_table
+from fgaif.eval.run_results import Phase, write_eval
+from fgaif.eval.scenes import SceneJudge, scene_questions
+from fgaif.feedback.external import read_responses
+from fgaif.feedback.facts import SceneFacts
+from fgaif.feedback.labels import Oracle
+from fgaif.feedback.segment import segment_response
+from fgaif.feedback.store import label_store, response_store
+from fgaif.files import write_json
+from fgaif.lvlm.model import load_processor, resolve_checkpoint
+from fgaif.lvlm.weights import manifest_from_adapter
+from fgaif.reward.checkpoint import checkpoint_digest
+from fgaif.reward.metrics import calibration_bins, reward_metrics
+from fgaif.tracking import Tracker
+from fgaif.types import KINDS, GenerationRequest, Json, Response, Segment
+
+
+def run_stages(
+    config: Config, stages: Sequence[Stage], force: bool, console: Console
+) -> Path | None:
+    """Run the stages that are not up to date, in order; return the report's path if it was made.
+
+    Outputs that are made anew are moved aside first, as ``plan_stages`` says.
+
+    Raises:
+        FgaifError: whatever stopped a stage. Finished stages stay finished.
+    """
+    ledger = Ledger(config.run_dir)
+    plans = plan_stages(ledger, config, stages, force)
+    for plan in plans:
+        if not plan.runs:
+            console.print(f"{plan.stage}: up to date")
+    todo = [plan for plan in plans if plan.runs]
+    if not todo:
+        return None
+    require_upstream(ledger, config, [plan.stage for plan in todo])
+    ledger.keep_values()
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    heavy = [plan for plan in todo if plan.stage != "report"]
+    if heavy:
+        if warning := untested_engine():
+            console.print(warning, style="yellow", markup=False)
+        roles = stage_roles(config, [plan.stage for plan in heavy])
+        with Cluster(config, roles, live=True) as cluster:
+            run = Run(config, cluster, console)
+            if config.feedback.local_verifier and any(p.stage == "annotate" for p in heavy):
+                cluster.judges()  # loads while the policy samples
+            for plan in heavy:
+                run.prepare(plan, ledger)
+                if cluster.monitoring.run_monitor:
+                    cluster.monitoring.run_monitor.publisher.stage(plan.stage)
+                with ledger.record(config, plan.stage):
+                    run.stage(plan.stage)
+    if todo[-1].stage != "report":
+        return None
+    whole = len(todo) == len(ORDER)
+    return make_report(config, console, _process_seconds() if whole else None)
+
+
+def make_report(config: Config, console: Console, wall_seconds: float | None = None) -> Path:
+    """Build the report from the run folder and print its table and path."""
+    path = build_report(config.run_dir, wall_seconds)
+    console.print(console_table(config.run_dir))
+    console.print(f"report: {path}")
+    return path
+
+
+class Run:
+    """One run's stages over one cluster: engines started by one stage serve the next."""
+
+    def __init__(self, config: Config, cluster: Cluster, console: Console) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._console = console
+        self._dir = config.run_dir
+        self._policy_path = resolve_checkpoint(config.policy.model)
+        self._resume = False
+        self._tokenizer = load_processor(self._policy_path).tokenizer
+
+    def prepare(self, plan: StagePlan, ledger: Ledger) -> None:
+        """Go on with what is there, or move it aside; nothing that was finished is removed."""
+        if plan.goes_on:
+            self._say(f"{plan.stage}: going on: {plan.why or 'where it stopped'}")
+            self._resume = plan.stage == "train"
+        elif plan.outputs:
+            note = {"why": plan.why, "stages.json": ledger.entry(plan.stage)}
+            target = move_aside(self._dir, plan.stage, plan.outputs, note)
+            ledger.forget(plan.stage)
+            self._say(plan.moving(self._dir, done_to=target))
+
+    def stage(self, name: Stage) -> None:
+        """Run one stage."""
+        actions: dict[Stage, Callable[[], None]] = {
+            "sample": self.sample,
+            "annotate": self.annotate,
+            "train-reward": self.train_reward,
+            "eval-before": lambda: self.evaluate("before"),
+            "train": self.train,
+            "eval-after": lambda: self.evaluate("after"),
+        }
+        self._console.rule(name, align="left")
+        actions[name]()
+
+    @cached_property
+    def train_source(self) -> Source:
+        """Prompts of steps 1 and 3."""
+        data = self._config.data
+        return self._open(data.train, data.feedback_prompts + data.ppo_prompts)
+
+    @cached_property
+    def held_out(self) -> Source:
+        """Prompts of the evaluation."""
+        return self._open(self._config.data.held_out, self._config.data.eval_prompts)
+
+    def sample(self) -> None:
+        """Step 1a: responses of the policy."""
+        config = self._config
+        store = response_store(self._dir / "responses" / "responses.jsonl")
+        known = {response.id for response in store}
+        if config.data.responses is not None:
+            given = self._given(config.data.responses)
+            store.append(response for response in given if response.id not in known)
+            return
+        prompts, _ = split_prompts(self.train_source, config)
+        requests = [
+            GenerationRequest(
+                prompt=prompt,
+                sample=sample,
+                seed=request_seed(config.seed, "sample", prompt.id, sample),
+                temperature=config.policy.temperature,
+                max_new_tokens=config.policy.max_new_tokens,
+            )
+            for prompt in prompts
+            for sample in range(config.feedback.samples_per_prompt)
+        ]
+        todo = [r for r in requests if f"{r.prompt.id}#{r.sample}" not in known]
+        sample_all(self._cluster, todo, "sampling", self._console, len(known), store.append)
+
+    def _given(self, path: Path) -> Sequence[Response]:
+        """Responses that another tool sampled."""
+        data = self._config.data
+        found = read_responses(
+            path, self._tokenizer, root=data.image_root, max_pixels=data.max_image_pixels
+        )
+        if warning := found.warning():
+            self._console.print(warning, style="yellow", markup=False)
+        return found.responses
+
+    def annotate(self) -> None:
+        """Step 1b: segments, facts, verdicts, labels."""
+        config, folder = self._config, self._dir / "feedback"
+        labels = label_store(folder / "labels.jsonl")
+        judges, judge_name = None, ""
+        if config.feedback.local_verifier is not None:
+            judges = self._cluster.judges()
+            checkpoint = resolve_checkpoint(config.feedback.local_verifier)
+            judge_name = checkpoint_digest(checkpoint)[:16]
+        start = time.monotonic()
+        with progress_bars(self._console, "labelling responses") as progress:
+
+            def report(done: int, total: int, usage: Usage | None) -> None:
+                note = ""
+                if usage and usage.requests:
+                    rate = usage.replies / (time.monotonic() - start)
+                    note = f"{rate:.1f}/s, {usage.line()}"
+                progress(done, total, note=note)
+
+            annotate_responses(config, labels, self._tokenizer, judges, judge_name, report)
+        # Responses of another tool are not of `data.train`, which may not even be there.
+        given = config.data.responses is not None
+        skipped = 0 if given else len(self.train_source.prompts.skipped)
+        write_summary(folder, labels, self._oracle(), skipped, self._console)
+        self._cluster.stop("judge")
+
+    def train_reward(self) -> None:
+        """Step 2: one reward model per kind."""
+        labeled = list(label_store(self._dir / "feedback" / "labels.jsonl"))
+        with progress_bars(self._console, *KINDS) as progress:
+            train_rewards(
+                self._config,
+                labeled,
+                self._dir / "rewards",
+                lambda kind, done, total, _: progress(done, total, kind),
+            )
+
+    def evaluate(
+        self, phase: Phase, adapter: Path | None = None, folder: Path | None = None
+    ) -> None:
+        """Caption held-out images with the base or the trained policy and judge the captions.
+
+        ``adapter`` and ``folder`` default to the run's own.
+        """
+        rollouts = self._cluster.rollouts()
+        if phase == "after":
+            adapter = adapter or self._dir / "policy" / "adapter"
+            version = self._config.ppo.steps
+            rollouts.load_weights(manifest_from_adapter(adapter, version=version)).result()
+        source = self.held_out
+        report, captions = evaluate_policy(
+            lambda requests: sample_all(
+                self._cluster, requests, f"captions {phase}", self._console
+            ),
+            lambda asked: rollouts.p_yes(asked).result(),
+            source.prompts.prompts,
+            judge=self._caption_judge(source),
+            questions=self._pope_questions(source),
+            config=self._config,
+        )
+        write_eval(folder or self._dir / "eval", phase, report, captions)
+        if phase == "before" and source.scenes is not None:
+            self._check_rewards(captions)
+
+    def train(self) -> None:
+        """Step 3: PPO; a training that was interrupted goes on from its last checkpoint."""
+        config, folder, rewards = self._config, self._dir / "policy", self._dir / "rewards"
+        if self._resume and config.ppo.resume is None:
+            config = with_overrides(config, ["ppo.resume=latest"])
+        roles = Roles(
+            rollouts=self._cluster.rollouts(),
+            learner=self._cluster.learner(),
+            reference=self._cluster.reference(rewards),
+            rewards=self._cluster.rewards(rewards),
+        )
+        source = self.train_source
+        _, prompts = split_prompts(source, config)
+        data = PpoData(
+            prompts=prompts,
+            anchors=open_anchors(config, source, prompts),
+            digest=source.prompts.digest,
+        )
+        driver = PpoDriver(config, roles, data, self._segmenter, self._malformed)
+        with (
+            Tracker(folder, config.tracking, name=config.name, say=self._console.print) as tracker,
+            StepDisplay(config.ppo.steps, self._console) as display,
+        ):
+            for report in driver.run():
+                tracker.log(report)
+                display.update(report)
+                if self._cluster.live:
+                    self._cluster.live.step(report)
+        self._save_adapter(roles, folder / "adapter")
+
+    def _save_adapter(self, roles: Roles, path: Path) -> None:
+        """Write the adapter beside its place, then rename; that of fewer steps is moved aside."""
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
+        roles.learner.save_adapter(partial).result()
+        if path.exists():
+            why = f"the training went on to ppo.steps = {self._config.ppo.steps}"
+            name = path.relative_to(self._dir).as_posix()
+            target = move_aside(self._dir, "train", [name], {"why": why})
+            self._say(f"train: moved {name} to {target}: {why}")
+        partial.rename(path)
+
+    def _check_rewards(self, captions: Captions) -> None:
+        """Compare the reward models with the truth on the held-out images' sampled captions."""
+        labeled = [caption.labeled for caption in captions.sampled]
+        rewards = self._cluster.rewards(self._dir / "rewards")
+        scores = rewards.score(
+            [item.response for item in labeled], [item.segments for item in labeled]
+        ).result()
+        probs = np.concatenate([score.probs for score in scores])
+        truth = np.concatenate([item.labels for item in labeled])
+        metrics: Json = {
+            kind: {
+                **reward_metrics(probs[:, index], truth[:, index]).as_floats(),
+                "calibration": calibration_bins(probs[:, index], truth[:, index]),
+            }
+            for index, kind in enumerate(KINDS)
+        }
+        write_json(self._dir / "eval" / "rewards.json", metrics)
+
+    def _caption_judge(self, source: Source) -> Judge:
+        """The oracle where the world is known, else the reward models."""
+        if source.scenes is not None:
+            return SceneJudge(source.scene_of, self._segmenter)
+        rewards = self._cluster.rewards(self._dir / "rewards")
+
+        def judge(responses: Sequence[Response]) -> list[JudgedCaption]:
+            segments = [self._segmenter(response) for response in responses]
+            scores = rewards.score(responses, segments).result()
+            return [
+                judged_by_scores(*item) for item in zip(responses, segments, scores, strict=True)
+            ]
+
+        return judge
+
+    def _pope_questions(self, source: Source) -> list[PopeQuestion]:
+        if source.scenes is None:
+            return []
+        return scene_questions(
+            source.prompts.prompts,
+            source.scene_of,
+            per_image=self._config.eval.pope_questions_per_image,
+            seed=self._config.eval.seed,
+        )
+
+    def _oracle(self) -> Oracle | None:
+        if self._config.data.responses is not None or self.train_source.scenes is None:
+            return None
+        source = self.train_source
+        return lambda response, fact: oracle(source.scene_of(response.prompt), fact)
+
+    def _segmenter(self, response: Response) -> tuple[Segment, ...]:
+        return segment_response(response, self._tokenizer, self._config.segment.min_words)
+
+    def _malformed(self, response: Response, segments: Sequence[Segment]) -> Collection[int]:
+        """Segments that are no sentences of the embedded world; unknown for other images."""
+        if self._config.feedback.extractor != "scenes":
+            return ()
+        return SceneFacts().parse(response, segments).malformed
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def _open(self, name: str, limit: int) -> Source:
+        source = open_source(name, self._config, limit)
+        if warning := source.prompts.warning():
+            self._console.print(f"[yellow]{warning}[/yellow]", highlight=False)
+        return source
+
+
+def _process_seconds() -> float:
+    """Seconds since this process started, imports included."""
+    return time.time() - psutil.Process().create_time()

@@ -1,0 +1,1 @@
+"""Trained reward models on Ray Serve."""
