@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cluster.pipeline.keys import stage_values
-from cluster.pipeline.stage_status import check_resumable
 from cluster.roles import Roles
 from cluster.weight_sync import PROBE_RESPONSES, SyncReport, sync
 from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint
@@ -34,7 +32,7 @@ from fgaif.ppo.kl import KlState, update_kl
 from fgaif.ppo.metrics import rollout_metrics
 from fgaif.ppo.rollout_dump import keep_rollouts
 from fgaif.reward.dense import RewardCenters, dense_rewards
-from fgaif.types import GenerationRequest, Prompt, Response, Segment, StepReport
+from fgaif.types import GenerationRequest, Json, Prompt, Response, Segment, StepReport
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +43,18 @@ FindMalformed = Callable[[Response, Sequence[Segment]], Collection[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PpoData:
-    """What the loop reads: prompts to answer, and questions whose answers must not drift."""
+    """What the loop reads: prompts to answer, and questions whose answers must not drift.
+
+    ``settings`` are the values that make the training what it is; checkpoints carry them, and
+    ``check_resumable`` is given the state of one, with its path, before the loop goes on from it:
+    it raises ConfigError where the two do not go together.
+    """
 
     prompts: Sequence[Prompt]
     anchors: Sequence[Prompt]
     digest: str
+    settings: Json
+    check_resumable: Callable[[Json, Path], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +289,7 @@ class PpoDriver:
             "step": step,
             "kl": asdict(self._state.kl),
             "centers": self._state.centers.to_json(),
-            "config": stage_values(self._config, "train"),
+            "config": self._data.settings,
             "data": self._data.digest,
         }
         path = write_checkpoint(
@@ -307,7 +312,7 @@ class PpoDriver:
         if path is None:
             return
         state = read_state(path)
-        check_resumable(self._config, state, path)
+        self._data.check_resumable(state, path)
         if state["data"] != self._data.digest:
             raise ConfigError(
                 f"ppo.resume = {wanted!r}: {path} was made with data {state['data']} but this run "

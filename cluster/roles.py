@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from fgaif.pending import Pending
 from fgaif.types import (
@@ -19,8 +19,34 @@ from fgaif.types import (
     WeightsManifest,
 )
 
-if TYPE_CHECKING:
-    from cluster.weight_sync import Probe, SyncCheck
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncCheck:
+    """What one engine showed after loading a version.
+
+    Differences are of log-probs of the probe's tokens, learner against engine; ``noise`` is the
+    mean difference under the checkpoint, reference against engine.
+    """
+
+    arrived: float
+    mean_abs_diff: float = 0.0
+    max_abs_diff: float = 0.0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Responses, and log-probs of their tokens one after the other (N,): ``expected`` under the
+    version, from the learner, and ``reference`` under the checkpoint, from the reference."""
+
+    responses: Sequence[Response]
+    expected: FloatArray
+    reference: FloatArray
+
+    @property
+    def effect(self) -> float:
+        """Mean |difference| that the version makes."""
+        return float(abs(self.expected - self.reference).mean())
 
 
 class Rollouts(Protocol):
@@ -39,9 +65,7 @@ class Rollouts(Protocol):
         """Probability of answering yes rather than no, per prompt."""
         ...
 
-    def load_weights(
-        self, manifest: WeightsManifest, probe: "Probe"
-    ) -> Pending[Sequence["SyncCheck"]]:
+    def load_weights(self, manifest: WeightsManifest, probe: Probe) -> Pending[Sequence[SyncCheck]]:
         """Load a version on every engine and check what each holds of it; what they showed.
 
         Raises (from the result):

@@ -17,7 +17,7 @@ from math import isfinite
 
 import numpy as np
 
-from cluster.roles import Learner, Reference, Rollouts
+from cluster.roles import Learner, Probe, Reference, Rollouts, SyncCheck
 from fgaif.errors import SyncError
 from fgaif.pending import Pending, Then
 from fgaif.types import Arrived, FloatArray, LoadedWeights, Response
@@ -33,39 +33,6 @@ _LEAST_OF_LAYER = 0.5
 _NOISE_FACTOR = 3.0
 _EFFECT_FACTOR = 0.01
 _FLOOR = 1e-4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncCheck:
-    """What one engine showed after loading a version.
-
-    Differences are of log-probs of the probe's tokens, learner against engine; ``noise`` is the
-    mean difference under the checkpoint, reference against engine.
-    """
-
-    arrived: float
-    mean_abs_diff: float = 0.0
-    max_abs_diff: float = 0.0
-    noise: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
-    """Responses, and log-probs of their tokens one after the other (N,): ``expected`` under the
-    version, from the learner, and ``reference`` under the checkpoint, from the reference."""
-
-    responses: Sequence[Response]
-    expected: FloatArray
-    reference: FloatArray
-
-    @property
-    def effect(self) -> float:
-        """Mean |difference| that the version makes."""
-        return _mean(self.expected - self.reference)
-
-    def limit(self, noise: float) -> float:
-        """Largest mean difference between learner and engine that noise explains."""
-        return max(_FLOOR, _NOISE_FACTOR * noise) + _EFFECT_FACTOR * self.effect
 
 
 def check_load(
@@ -85,7 +52,7 @@ def check_load(
     if loaded.base_logprobs is not None:
         noise = _mean(np.concatenate(loaded.base_logprobs) - probe.reference)
     difference = np.concatenate(loaded.logprobs) - probe.expected
-    mean, limit = _mean(difference), probe.limit(noise)
+    mean, limit = _mean(difference), _limit(noise, probe.effect)
     if not mean <= limit:  # also catches NaN
         raise SyncError(
             f"weights version {version}: log-probs of the probe differ by {mean:.3g} on average "
@@ -192,6 +159,11 @@ def sync(
         )
 
     return Then(finish)
+
+
+def _limit(noise: float, effect: float) -> float:
+    """Largest mean difference between learner and engine that noise explains."""
+    return max(_FLOOR, _NOISE_FACTOR * noise) + _EFFECT_FACTOR * effect
 
 
 def _mean(difference: FloatArray) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.roles import Roles
-from cluster.weight_sync import Probe, SyncCheck, check_load
+from cluster.roles import Probe, Roles, SyncCheck
+from cluster.weight_sync import check_load
 from fgaif.errors import ActorError
 from fgaif.pending import Ready, Then
 from fgaif.types import (

@@ -8,7 +8,7 @@ import ray
 from ray.train.torch import get_device
 from torch import nn
 
-from cluster import reward_worker
+from cluster.pipeline import reward_worker
 from cluster.pipeline.reward_task import Lane
 
 

@@ -22,8 +22,7 @@ import numpy as np
 import ray
 
 from actors.progress import beat
-from cluster.roles import Roles
-from cluster.weight_sync import SyncCheck
+from cluster.roles import Roles, SyncCheck
 from fgaif.config import Config
 from fgaif.pending import Ready
 from fgaif.types import (

@@ -7,6 +7,7 @@ writes what ``fgaif train`` writes, under the configuration's run folder.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,8 @@ import light_actors
 
 from cluster.driver import PpoData, PpoDriver
 from cluster.launch import Cluster
+from cluster.pipeline.keys import stage_values
+from cluster.pipeline.stage_status import check_resumable
 from cluster.placement import Role
 from cluster.roles import Roles
 from fgaif.config import Config, load_config
@@ -45,7 +48,7 @@ def roles_on(cluster: Cluster, config: Config) -> Roles:
     """All roles of a run, started on the cluster."""
     rewards = config.run_dir / "rewards"
     return Roles(
-        rollouts=cluster.groups.rollout_group(),
+        rollouts=cluster.rollouts(),
         learner=cluster.learner(),
         reference=cluster.reference(rewards),
         rewards=cluster.rewards(rewards),
@@ -56,7 +59,13 @@ def train(
     config: Config, roles: Roles, tell: Callable[[StepReport], None] = lambda report: None
 ) -> None:
     """Run PPO over prompts without images, as ``fgaif train`` does over real ones."""
-    data = PpoData(prompts=make_prompts(1000), anchors=[], digest="light")
+    data = PpoData(
+        prompts=make_prompts(1000),
+        anchors=[],
+        digest="light",
+        settings=stage_values(config, "train"),
+        check_resumable=partial(check_resumable, config),
+    )
     driver = PpoDriver(config, roles, data, light_actors.segments, lambda *_: ())
     with Tracker(config.run_dir / "policy", config.tracking, name=config.name) as tracker:
         for report in driver.run():
@@ -70,8 +79,8 @@ def main(path: Path) -> None:
     stand_in()
     config = load_config(path)
     with Cluster(config, ROLES, live=True) as cluster:
-        assert cluster.monitoring.run_monitor is not None
-        train(config, roles_on(cluster, config), cluster.monitoring.run_monitor.step)
+        assert cluster.live is not None
+        train(config, roles_on(cluster, config), cluster.live.step)
 
 
 if __name__ == "__main__":

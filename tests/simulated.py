@@ -22,8 +22,10 @@ import numpy as np
 
 from actors.pool import ElasticPool, Task
 from cluster.driver import PpoData, PpoDriver
-from cluster.roles import Roles
-from cluster.weight_sync import PROBE_RESPONSES, SyncCheck
+from cluster.pipeline.keys import stage_values
+from cluster.pipeline.stage_status import check_resumable
+from cluster.roles import Roles, SyncCheck
+from cluster.weight_sync import PROBE_RESPONSES
 from fgaif.config import Config
 from fgaif.errors import ActorError
 from fgaif.feedback.segment import segment_response
@@ -413,7 +415,13 @@ class Simulation:
                 reference=self.trained,
                 learner=self.trained,
             ),
-            PpoData(prompts=self.prompts, anchors=[], digest="simulated"),
+            PpoData(
+                prompts=self.prompts,
+                anchors=[],
+                digest="simulated",
+                settings=stage_values(config, "train"),
+                check_resumable=partial(check_resumable, config),
+            ),
             sampler.segmenter,
             lambda *_: (),
         )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from actors.rollout import RolloutActor
 from actors.served_adapter import lora_settings, write_adapter
-from cluster.weight_sync import SyncCheck, sync
+from cluster.roles import SyncCheck
+from cluster.weight_sync import sync
 from fgaif.checkpoint import arrays_digest
 from fgaif.config import Config, parse_config
 from fgaif.errors import ConfigError, SyncError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors import pulse
+from actors import progress
 from actors.pool import Member, Task
 from cluster.monitoring.heartbeat import Board, Look, Sign, Watch, board_name, log_to
 from cluster.monitoring.status import (
@@ -48,10 +48,10 @@ def settings(folder: Path) -> Config:
 
 
 def test_progress_is_a_sum_of_beats() -> None:
-    before = pulse.count()
-    pulse.beat()
-    pulse.beat(5)
-    assert pulse.count() - before == 6
+    before = progress.count()
+    progress.beat()
+    progress.beat(5)
+    assert progress.count() - before == 6
 
 
 def test_ages_and_rates_are_by_the_board_s_clock() -> None:

@@ -10,14 +10,14 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from cluster import doctor
-from cluster.cli.doctor import Finding, untested_engine
+from cluster.cli import doctor
+from fgaif.versions import Finding, Level, check_version, untested_engine
 
 GIB = 2**30
 
 
 def test_exit_code_is_one_only_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def exit_code(*levels: doctor.Level) -> tuple[int, str]:
+    def exit_code(*levels: Level) -> tuple[int, str]:
         made_up = [Finding(level=level, subject="x", found="[y]", advice="z") for level in levels]
         monkeypatch.setattr(doctor, "findings", lambda: made_up)
         screen = io.StringIO()
@@ -49,16 +49,16 @@ def test_python_range(
 
 
 def test_a_version_outside_the_declared_range_is_an_error() -> None:
-    assert doctor.check_version(Requirement("pytest>=8")).level == "ok"
-    old = doctor.check_version(Requirement("pytest<2"))
+    assert check_version(Requirement("pytest>=8")).level == "ok"
+    old = check_version(Requirement("pytest<2"))
     assert (old.level, old.subject) == ("error", "pytest")
     assert "<2" in old.found
-    missing = doctor.check_version(Requirement("fgaif-no-such-package>=1"))
+    missing = check_version(Requirement("fgaif-no-such-package>=1"))
     assert (missing.level, missing.found) == ("error", "not installed")
 
 
 def test_local_version_of_a_cpu_build_is_inside_the_range() -> None:
-    assert doctor.check_version(Requirement("torch>=2.11")).level == "ok"
+    assert check_version(Requirement("torch>=2.11")).level == "ok"
 
 
 @pytest.mark.parametrize(("gib", "level"), [(0.5, "error"), (1.0, "warn"), (5.0, "ok")])

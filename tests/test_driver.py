@@ -1,12 +1,15 @@
 """The PPO loop over fakes: order of events, versions, checkpoints, exact resume."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fakes import World, prompts, two_segments
 
 from cluster.driver import PpoData, PpoDriver
+from cluster.pipeline.keys import stage_values
+from cluster.pipeline.stage_status import check_resumable
 from fgaif.checkpoint import latest_checkpoint
 from fgaif.config import Config, load_config, with_overrides
 from fgaif.errors import ActorError, CheckpointError, ConfigError, SyncError
@@ -27,7 +30,13 @@ def config(tmp_path: Path, *overrides: str) -> Config:
 
 
 def driver(world: World, settings: Config, digest: str = "d", anchors: int = 0) -> PpoDriver:
-    data = PpoData(prompts=prompts(10), anchors=prompts(anchors), digest=digest)
+    data = PpoData(
+        prompts=prompts(10),
+        anchors=prompts(anchors),
+        digest=digest,
+        settings=stage_values(settings, "train"),
+        check_resumable=partial(check_resumable, settings),
+    )
     return PpoDriver(settings, world.roles(), data, two_segments, lambda *_: ())
 
 

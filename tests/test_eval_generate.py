@@ -21,7 +21,7 @@ from cluster.evaluation.generate import (
     pending_answers,
     policy_engines,
 )
-from cluster.weight_sync import SyncCheck
+from cluster.roles import SyncCheck
 from fgaif.data.scenes.files import MODELS
 from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.eval.answers import read_answers

@@ -11,7 +11,7 @@ from gpu_ranks import note_devices
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cluster import train_rewards
+from cluster.pipeline import train_rewards
 from cluster.pipeline.reward_task import Lane
 from fgaif.config import load_config
 from fgaif.errors import ConfigError
@@ -39,8 +39,8 @@ def test_every_rank_of_reward_training_computes_on_the_gpu_it_was_given(
     lanes: int, workers: int, gpus: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gloo = TorchConfig(backend="gloo")  # NCCL needs devices
-    monkeypatch.setattr(train_rewards, "TorchTrainer", partial(TorchTrainer, torch_config=gloo))
-    monkeypatch.setattr(train_rewards, "train_lane", note_devices)
+    noting = partial(TorchTrainer, note_devices, torch_config=gloo)
+    monkeypatch.setattr(train_rewards, "TorchTrainer", lambda _train, **rest: noting(**rest))
     for name, value in train_rewards._RAY_TRAIN_ENV.items():
         monkeypatch.setenv(name, value)
     config = load_config(

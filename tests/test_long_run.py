@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from ray._private.worker import global_worker
 
 from cluster.driver import PpoData, PpoDriver
 from cluster.launch import Cluster
+from cluster.pipeline.keys import stage_values
+from cluster.pipeline.stage_status import check_resumable
 from fgaif.config import Config, load_config
 
 EVERY = 10  # steps between checkpoints, which let go of the updates kept for a replay
@@ -76,7 +79,13 @@ def test_two_hundred_steps_leave_nothing_behind(tmp_path: Path) -> None:
     held: dict[int, Held] = {}
     with Cluster(config, nodes_job.ROLES) as cluster:
         roles = nodes_job.roles_on(cluster, config)
-        data = PpoData(prompts=nodes_job.make_prompts(1000), anchors=[], digest="light")
+        data = PpoData(
+            prompts=nodes_job.make_prompts(1000),
+            anchors=[],
+            digest="light",
+            settings=stage_values(config, "train"),
+            check_resumable=partial(check_resumable, config),
+        )
         driver = PpoDriver(config, roles, data, light_actors.segments, lambda *_: ())
         for report in driver.run():
             if report.step in (5 * EVERY, config.ppo.steps):

@@ -123,7 +123,7 @@ def test_the_installer_names_the_declared_pythons() -> None:
 
 
 def test_the_command_line_is_installed() -> None:
-    assert PROJECT["project"]["scripts"] == {"fgaif": "cluster.cli:main"}
+    assert PROJECT["project"]["scripts"] == {"fgaif": "cluster.cli.main:main"}
 
 
 def test_no_machine_path_and_no_registry_host_is_tracked() -> None:

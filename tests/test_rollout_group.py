@@ -14,7 +14,7 @@ from mortal_engine import MortalEngine
 from cluster.groups.rollout_group import RolloutGroup
 from cluster.launch import create_actor
 from cluster.placement import Bundle
-from cluster.weight_sync import Probe
+from cluster.roles import Probe
 from fgaif.config import ClusterConfig
 from fgaif.errors import ActorError, DataError, SyncError
 from fgaif.types import WeightsManifest

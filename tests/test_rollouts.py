@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 from cluster.groups.rollout_group import RolloutGroup, _RayTransport, _Weights
-from cluster.weight_sync import SyncCheck
+from cluster.roles import SyncCheck
 from fgaif.config import ClusterConfig
 
 

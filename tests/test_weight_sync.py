@@ -12,7 +12,8 @@ from engines import photo_prompts, requests, response_to, rollout_actor
 from peft import PeftModel
 
 from actors.rollout import RolloutActor
-from cluster.weight_sync import Probe, SyncCheck, check_load, sync
+from cluster.roles import Probe, SyncCheck
+from cluster.weight_sync import check_load, sync
 from fgaif.config import LoraConfig
 from fgaif.errors import SyncError
 from fgaif.lvlm.inputs import Encoder, image_token_count

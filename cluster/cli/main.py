@@ -21,7 +21,7 @@ from fgaif.config import Config, dump_config, load_config
 from fgaif.data.scenes.world import Split
 from fgaif.errors import CheckpointError, ConfigError, DataError, FgaifError
 
-_SCENES_CONFIG = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+_SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 
 # Typer may carry its own copy of click: the parent of its BadParameter is that click's usage error.
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -215,7 +215,7 @@ def pending_answers(model: ModelSpec, asked: Sequence[Asked], cache: Path) -> in
 
 def policy_engines(cluster: "Cluster", model: ModelSpec) -> "RolloutGroup":
     """Start the cluster's rollout pool, with the model's adapter loaded on every replica."""
-    rollouts = cluster.groups.rollout_group()
+    rollouts = cluster.rollouts()
     if model.adapter is not None:
         rollouts.load_weights(manifest_from_adapter(model.adapter, version=1)).result()
     return rollouts

@@ -21,7 +21,8 @@ from actors.pool import ElasticPool, Member, Task
 from cluster.groups.actor_group import Watcher
 from cluster.groups.failures import CREATION, cause_of_death, is_gone, translate
 from cluster.groups.placed_actor import node_of
-from cluster.weight_sync import Probe, SyncCheck, check_load
+from cluster.roles import Probe, SyncCheck
+from cluster.weight_sync import check_load
 from fgaif.config import ClusterConfig
 from fgaif.errors import ActorError, FgaifError, SyncError
 from fgaif.pending import Pending, Then

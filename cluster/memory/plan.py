@@ -6,7 +6,7 @@
     plan.problems                                           # empty where all fits
     check_memory(config, roles, devices, models)            # raises ConfigError with a proposal
 
-``config_facts`` is in `fgaif.lvlm.sizes`, ``parse_assumed`` in `cluster.memory.devices`, the arithmetic
+``config_facts`` is in `fgaif.lvlm.sizes`, ``parse_assumed`` in `cluster.memory.devices`, arithmetic
 per actor in `cluster.memory.actors`. Everything here is pure: no Ray, no device is asked.
 
 Actors are packed onto GPUs in the order in which a run starts them, each on the fullest GPU that

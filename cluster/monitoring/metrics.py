@@ -1,8 +1,8 @@
 """Metrics of a run for Prometheus, through Ray's own metrics: each node's agent exports them.
 
-Ray puts ``ray_`` before every name. ``cluster/monitoring/grafana.json`` is a dashboard of exactly these.
-Seconds are gauges, not histograms: what Ray exports of a histogram has the middles of its buckets
-for the values, so its sum, and any mean, would be wrong.
+Ray puts ``ray_`` before every name; ``grafana.json`` is a dashboard of exactly these. Seconds are
+gauges, not histograms: what Ray exports of a histogram has the middles of its buckets for the
+values, so its sum, and any mean, would be wrong.
 """
 
 from collections.abc import Sequence

@@ -23,12 +23,3 @@ class Lane:
     config: Config
     out_dir: Path
     queue: Any
-
-
-def train_lane(settings: dict[str, Lane]) -> None:
-    """Train the lane's kinds, in a Ray Train worker."""
-    from cluster.pipeline.reward_worker import (
-        run_lane,  # torch, transformers, peft: only where they work
-    )
-
-    run_lane(settings["lane"])

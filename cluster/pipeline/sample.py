@@ -34,7 +34,7 @@ def sample_all(
     lost = 0
     with progress_bars(console, what) as progress:
         progress(done, done + len(requests))
-        for sampled in sample_in_rounds(cluster.groups.rollout_group(), requests, cluster.engines):
+        for sampled in sample_in_rounds(cluster.rollouts(), requests, cluster.engines):
             chunk = [response for response in sampled if response is not None]
             keep(chunk)
             responses += chunk

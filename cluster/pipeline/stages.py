@@ -3,14 +3,13 @@
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import psutil
 from rich.console import Console
 
-from cluster.cli.doctor import untested_engine
 from cluster.console import StepDisplay, progress_bars
 from cluster.driver import PpoData, PpoDriver
 from cluster.launch import Cluster
@@ -18,9 +17,9 @@ from cluster.pipeline.annotate import annotate_responses
 from cluster.pipeline.aside import move_aside
 from cluster.pipeline.dry_run import StagePlan, plan_stages, require_upstream, stage_roles
 from cluster.pipeline.feedback_report import write_summary
-from cluster.pipeline.keys import ORDER, Stage
+from cluster.pipeline.keys import ORDER, Stage, stage_values
 from cluster.pipeline.sample import sample_all
-from cluster.pipeline.stage_status import Ledger
+from cluster.pipeline.stage_status import Ledger, check_resumable
 from cluster.pipeline.train_rewards import train_rewards
 from cluster.roles import Roles
 from fgaif.chat.limits import Usage
@@ -46,6 +45,7 @@ from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import calibration_bins, reward_metrics
 from fgaif.tracking import Tracker
 from fgaif.types import KINDS, GenerationRequest, Json, Response, Segment
+from fgaif.versions import untested_engine
 
 
 def run_stages(
@@ -81,8 +81,8 @@ def run_stages(
                 cluster.judges()  # loads while the policy samples
             for plan in heavy:
                 run.prepare(plan, ledger)
-                if cluster.monitoring.run_monitor:
-                    cluster.monitoring.run_monitor.publisher.stage(plan.stage)
+                if cluster.live:
+                    cluster.live.publisher.stage(plan.stage)
                 with ledger.record(config, plan.stage):
                     run.stage(plan.stage)
     if todo[-1].stage != "report":
@@ -261,6 +261,8 @@ class Run:
             prompts=prompts,
             anchors=open_anchors(config, source, prompts),
             digest=source.prompts.digest,
+            settings=stage_values(config, "train"),
+            check_resumable=partial(check_resumable, config),
         )
         driver = PpoDriver(config, roles, data, self._segmenter, self._malformed)
         with (

@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from cluster.pipeline.keys import kind_of, leaf_keys
-from cluster.pipeline.reward_task import Lane, train_lane
+from cluster.pipeline.reward_task import Lane
 from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
 from fgaif.lvlm.model import resolve_checkpoint
@@ -155,6 +155,13 @@ def _run_lanes(lanes: Sequence[Lane], queue: Queue, progress: Progress) -> None:
 
 
 def _fit(lane: Lane) -> None:
+    def train(settings: dict[str, Lane]) -> None:
+        # Nested, so that it travels by value: Ray Train's controller imports it too, and it should
+        # not wait for torch, transformers and peft, which only the workers need.
+        from cluster.pipeline.reward_worker import run_lane
+
+        run_lane(settings["lane"])
+
     settings = lane.config.reward
     scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=lane.out_dir)
     resources = {"CPU": settings.cpus_per_worker}
@@ -162,7 +169,7 @@ def _fit(lane: Lane) -> None:
         resources["GPU"] = settings.gpus_per_worker
     try:
         TorchTrainer(
-            train_lane,
+            train,
             train_loop_config={"lane": lane},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.workers,

@@ -215,7 +215,7 @@ def app(args: ServeArgs) -> Application:
 
 def default_config() -> Path:
     """The embedded world's configuration file."""
-    return Path(__file__).parents[1] / "configs" / "scenes.yaml"
+    return Path(__file__).parents[2] / "configs" / "scenes.yaml"
 
 
 def deploy(config: Config, args: ServeArgs) -> Application:

@@ -38,9 +38,8 @@ from fgaif.client.requests import (
     reward_body,
     start,
 )
-from fgaif.client.results import Event, ScoringError, ScoringRefused, read, rewards, unreached
+from fgaif.client.results import Event, ScoringError, read, rewards, unreached
 from fgaif.client.streams import exchange, exchange_async, open_stream, open_stream_async
-from fgaif.client.trl import trl_reward
 from fgaif.serving.schema import (
     DEFAULT_PROMPT,
     BatchResponse,
@@ -49,15 +48,6 @@ from fgaif.serving.schema import (
     ScoreResponse,
 )
 from fgaif.types import Kind
-
-__all__ = [
-    "AsyncRewardClient",
-    "RewardClient",
-    "ScoreItem",
-    "ScoringError",
-    "ScoringRefused",
-    "trl_reward",
-]
 
 P = ParamSpec("P")
 T = TypeVar("T")

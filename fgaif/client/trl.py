@@ -3,15 +3,13 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fgaif.client.client import RewardClient
 from fgaif.client.requests import Image, ScoreItem
 from fgaif.client.results import ScoringRefused, rewards
 from fgaif.errors import DataError
 from fgaif.types import Kind
-
-if TYPE_CHECKING:
-    from fgaif.client import RewardClient
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +23,7 @@ Message = dict[str, Any]
 class TrlReward:
     """A reward function for TRL's GRPOTrainer and RLOOTrainer; see :func:`trl_reward`."""
 
-    client: "RewardClient"
+    client: RewardClient
     kind: Kind | None = None
 
     @property
@@ -83,7 +81,7 @@ class TrlReward:
         return given
 
 
-def trl_reward(client: "RewardClient", kind: Kind | None = None) -> TrlReward:
+def trl_reward(client: RewardClient, kind: Kind | None = None) -> TrlReward:
     """The total reward, or that of one kind, as one of TRL's ``reward_funcs``."""
     return TrlReward(client=client, kind=kind)
 

@@ -24,12 +24,16 @@ import psutil
 import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from functools import partial
+
 import light_actors
 import nodes_job
 from bench_scale import machine
 
 from cluster.driver import PpoData, PpoDriver
 from cluster.launch import Cluster
+from cluster.pipeline.keys import stage_values
+from cluster.pipeline.stage_status import check_resumable
 from fgaif.config import Config, load_config
 from fgaif.types import (
     Evaluation,
@@ -123,7 +127,13 @@ def measure(depth: int, steps: int) -> Json:
         (settings.run_dir / "pace").write_text("0")  # no seconds per token of their own
         with Cluster(settings, nodes_job.ROLES) as cluster:
             roles = nodes_job.roles_on(cluster, settings)
-            data = PpoData(prompts=nodes_job.make_prompts(1000), anchors=[], digest="bench")
+            data = PpoData(
+                prompts=nodes_job.make_prompts(1000),
+                anchors=[],
+                digest="bench",
+                settings=stage_values(settings, "train"),
+                check_resumable=partial(check_resumable, settings),
+            )
             driver = PpoDriver(settings, roles, data, light_actors.segments, lambda *_: ())
             for report in driver.run():
                 reports.append(report)

@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, Cluster(config, {"rollout"}) as cluster:
         folder = Path(name)
         prompts = load_prompts("scenes:test", limit=options.questions, cache=folder).prompts
-        pool = cluster.groups.rollout_group()
+        pool = cluster.rollouts()
         direct(pool, prompts[:256])  # the engine warms up
         for number in range(options.rounds):
             seconds, tokens = direct(pool, prompts)

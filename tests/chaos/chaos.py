@@ -228,7 +228,7 @@ def run(trial: Trial, kills: int, seed: int) -> dict[str, Any]:
     try:
         connect(fire)
         with Cluster(fire, ROLES, live=True) as cluster:
-            killer = Killer(kills, seed, trial, cluster.groups.rollout_group().resize)
+            killer = Killer(kills, seed, trial, cluster.rollouts().resize)
             killer.start()
             trial.train(cluster)
             killer.end()
