@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from fgaif.config import LoraConfig
+from fgaif.data.prompts import load_prompts
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.inputs import Encoder, image_token_count
@@ -133,6 +134,21 @@ def test_cached_features_equal_fresh_ones(model, encoder, tmp_path):
     unprojected = FeatureCache(model, encoder, projected=False)(images)
     with torch.no_grad():
         torch.testing.assert_close(project(model, unprojected), fresh)
+
+
+def test_features_in_bfloat16_do_not_depend_on_what_was_kept_before(tmp_path):
+    """A resumed run has kept nothing; on the embedded policy one image alone is rounded otherwise
+    than in company."""
+    path = resolve_checkpoint("scenes:policy")
+    model = load_lvlm(path, dtype="bfloat16")
+    encoder = Encoder(load_processor(path), image_tokens=image_token_count(model.config))
+    images = [
+        prompt.image for prompt in load_prompts("scenes:val", limit=4, cache=tmp_path).prompts
+    ]
+    straight, resumed = FeatureCache(model, encoder), FeatureCache(model, encoder)
+    with torch.no_grad():
+        straight(images[:3])
+        assert torch.equal(straight(images), resumed(images))
 
 
 def test_next_token_logprobs_do_not_depend_on_padding(model, encoder, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from light_jobs import python_first
 from nodes import Nodes, lasting, steps, wait_for
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
@@ -223,6 +223,45 @@ def test_killed_and_resumed_gives_the_same_parameters(finished: tuple[Path, str]
     )
     assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
     assert_bitwise(adapter_of(run), expected)
+
+
+@pytest.mark.long
+def test_a_bfloat16_run_killed_in_ppo_and_run_again_equals_the_straight_one(tmp_path: Path) -> None:
+    """Policy, reward models, reference and engines in bfloat16, adapters served unmerged."""
+    straight, killed = (
+        command(tmp_path / name, "demo", "policy.dtype=bfloat16") for name in ("one", "two")
+    )
+    done = subprocess.run(straight, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    alone, run = tmp_path / "one" / "scenes", tmp_path / "two" / "scenes"
+    ignored = shutil.ignore_patterns("policy", "after*", "status.json", "live.json")
+    shutil.copytree(alone, run, ignore=ignored)
+    stages = json.loads((run / "stages.json").read_text())
+    del stages["train"], stages["eval-after"]
+    (run / "stages.json").write_text(json.dumps(stages))
+
+    training = subprocess.Popen(killed)
+    kept = run / "policy" / "checkpoints" / "step_000002" / "manifest.json"
+    try:
+        _wait_for(kept.exists, training)
+    finally:
+        training.send_signal(signal.SIGKILL)
+        training.wait()
+    assert not (run / "policy" / "adapter").exists()
+    again = subprocess.run(killed, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert "train: going on" in again.stdout
+
+    assert_bitwise(adapter_of(run), adapter_of(alone))
+    found, expected = (
+        [lasting(row["metrics"]) for row in steps(folder)] for folder in (run, alone)
+    )
+    assert found == expected
+    assert len(found) == STEPS
+    for step in range(1, STEPS + 1):
+        assert rollouts(run, step) == rollouts(alone, step)
+    after = (folder / "eval" / "after.json" for folder in (run, alone))
+    assert len({path.read_text() for path in after}) == 1
 
 
 @pytest.mark.slow

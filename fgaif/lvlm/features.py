@@ -54,9 +54,8 @@ class FeatureCache:
         missing = [image for digest, image in wanted.items() if digest not in self._kept]
         found = {digest: self._kept[digest] for digest in wanted if digest in self._kept}
         if missing:
-            pixels = self._encoder.pixel_batch(missing, self._like)
-            fresh = self._compute(self._model, pixels)
-            found |= {image.sha256: row for image, row in zip(missing, fresh, strict=True)}
+            rows = [row for part in self._parts(missing) for row in self._fresh(part)]
+            found |= {image.sha256: row for image, row in zip(missing, rows, strict=True)}
         for digest, features in found.items():
             self._keep(digest, features)
         device = self._like.device
@@ -64,6 +63,17 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def _parts(self, images: list[ImageRef]) -> list[list[ImageRef]]:
+        """What is computed together. Below float32 an image's features are rounded by how many
+        others came along, and who those are depends on what was kept before: a run that is resumed
+        has kept nothing."""
+        if self._like.dtype == torch.float32:
+            return [images]
+        return [[image] for image in images]
+
+    def _fresh(self, images: list[ImageRef]) -> Tensor:
+        return self._compute(self._model, self._encoder.pixel_batch(images, self._like))
 
     def _keep(self, digest: str, features: Tensor) -> None:
         if digest in self._kept:
