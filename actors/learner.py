@@ -19,7 +19,6 @@ from actors.deepspeed_setup import import_deepspeed, join_process_group
 from actors.engine import LoraEngine
 from actors.progress import beat
 from fgaif.config import Config
-from fgaif.errors import FgaifError
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.logprobs import next_token_logprobs, response_logprobs
@@ -33,6 +32,7 @@ from fgaif.lvlm.model import (
 from fgaif.lvlm.weights import make_manifest
 from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
 from fgaif.ppo.losses import anchor_kl, clipped_tokens, log_ratio, policy_loss
+from fgaif.ppo.metrics import require_finite
 from fgaif.ppo.schedule import lr_factor
 from fgaif.types import (
     FloatArray,
@@ -115,7 +115,7 @@ class LearnerActor:
         run out. The order of everything depends on the seed and the number of updates alone.
 
         Raises:
-            FgaifError: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
         started = time.perf_counter()
         config = self._config.ppo
@@ -132,18 +132,13 @@ class LearnerActor:
             norms.append(self._engine.step(losses, lr))
         self._updates += 1
         metrics = totals.means(tokens=config.epochs * float(batch.mask.sum()), steps=len(norms))
-        if not np.isfinite([*metrics.values(), *norms]).all():
-            raise FgaifError(
-                f"PPO step {self._updates}: the policy's loss is not finite ({metrics}); lower "
-                f"ppo.lr = {config.lr} and train anew, without ppo.resume: this training is "
-                "moved aside, not removed"
-            )
         metrics |= {
             "policy/grad_norm": float(np.mean(norms)),
             "policy/lr": lr,
             "policy/tokens": config.epochs * float(batch.mask.sum()),
             "policy/seconds": time.perf_counter() - started,
         }
+        require_finite(self._updates, metrics, "ppo.lr", config.lr)
         return UpdateReport(metrics=metrics)
 
     def publish(self, version: int) -> WeightsManifest:

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from actors.progress import beat
 from fgaif.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fgaif.config import Config
-from fgaif.errors import CheckpointError, ConfigError, FgaifError
+from fgaif.errors import CheckpointError, ConfigError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.inputs import EncodedBatch, Encoder, image_token_count
 from fgaif.lvlm.logprobs import gather_hidden, hidden_logprobs
@@ -33,6 +33,7 @@ from fgaif.lvlm.model import (
 from fgaif.ppo.advantages import explained_variance
 from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
 from fgaif.ppo.losses import value_loss
+from fgaif.ppo.metrics import require_finite
 from fgaif.ppo.schedule import lr_factor
 from fgaif.types import Evaluation, FloatArray, IntArray, Response, TrainBatch, UpdateReport
 
@@ -128,7 +129,7 @@ class ReferenceActor:
         """Fit the values to the returns: epochs x minibatches with their own seeded shuffles.
 
         Raises:
-            FgaifError: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
         started = time.perf_counter()
         config = self._config.ppo
@@ -146,12 +147,8 @@ class ReferenceActor:
         ]
         self._updates += 1
         loss, norm = np.mean(steps, axis=0).tolist()
-        if not np.isfinite([loss, norm]).all():
-            raise FgaifError(
-                f"PPO step {self._updates}: the value loss is not finite ({loss}); lower "
-                f"ppo.value_lr = {config.value_lr} and train anew, without ppo.resume: this "
-                "training is moved aside, not removed"
-            )
+        found = {"value/loss": loss, "value/grad_norm": norm}
+        require_finite(self._updates, found, "ppo.value_lr", config.value_lr)
         valid = batch.mask > 0
         return UpdateReport(
             metrics={

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from cluster.roles import Roles
 from cluster.weight_sync import PROBE_RESPONSES, SyncReport, sync
-from fgaif.checkpoint import latest_checkpoint, read_state, write_checkpoint
+from fgaif.checkpoint import latest_checkpoint, read_state, resume_point, write_checkpoint
 from fgaif.config import Config
 from fgaif.data.order import batch_indexes, draw, request_seed
-from fgaif.errors import ActorError, ConfigError, FgaifError
+from fgaif.errors import ActorError, CheckpointError, ConfigError, DivergedError, FgaifError
 from fgaif.feedback.store import response_store
 from fgaif.pending import Pending, Ready, gather
 from fgaif.ppo.batch import make_batch
@@ -269,7 +269,9 @@ class PpoDriver:
         step, path = self._kept
         if path is None:
             return type(error)(f"{error}\nNo step is kept yet in {self._checkpoints}")
-        how = "latest" if latest_checkpoint(self._checkpoints) == path else path
+        if isinstance(error, DivergedError):  # the same steps would follow
+            return DivergedError(f"{error}\nStep {step} is kept in {path}")
+        how = "latest" if _is_latest(path, self._checkpoints) else path
         return type(error)(f"{error}\nStep {step} is kept in {path}: go on with ppo.resume={how}")
 
     def _checkpoint(self) -> None:
@@ -304,13 +306,11 @@ class PpoDriver:
         self._kept = step, path
 
     def _resume(self) -> None:
-        """Continue from ``ppo.resume``; refuse another configuration or other data."""
+        """Continue from ``ppo.resume``; refuse what is damaged, of other settings or other data."""
         wanted = self._config.ppo.resume
         if wanted is None:
             return
-        path = latest_checkpoint(self._checkpoints) if wanted == "latest" else Path(wanted)
-        if path is None:
-            return
+        path = resume_point(wanted, self._checkpoints)
         state = read_state(path)
         self._data.check_resumable(state, path)
         if state["data"] != self._data.digest:
@@ -346,6 +346,13 @@ class PpoDriver:
 
 _AHEAD = "ahead/step_{:06d}.jsonl"
 """Responses of later steps that were sampled when a checkpoint was written."""
+
+
+def _is_latest(path: Path, root: Path) -> bool:
+    try:
+        return latest_checkpoint(root) == path
+    except CheckpointError:  # it lies elsewhere, and what is here is damaged
+        return False
 
 
 def _came(sampling: Pending[list[Response | None]]) -> bool:

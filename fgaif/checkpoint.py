@@ -85,20 +85,67 @@ def write_checkpoint(
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, or None; damaged ones are logged and passed by.
+    """Return the newest checkpoint that is whole, or None if there is none of any kind.
 
-    The one that ``latest`` names comes first, then the others from the newest.
+    The one that ``latest`` names comes first, then the others from the newest; damaged ones are
+    logged and passed by.
+
+    Raises:
+        CheckpointError: there are some, and not one of them is whole.
     """
     pointer = root / _LATEST
     named = [pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else []
-    for name in dict.fromkeys([*named, *_names(root)]):
+    damaged = []
+    for name in dict.fromkeys([*(n for n in named if n), *checkpoint_names(root)]):
         try:
             verify_checkpoint(root / name)
         except CheckpointError as error:
             log.warning("%s; falling back to the one before", error)
+            damaged.append(str(error))
         else:
             return root / name
+    if damaged:
+        raise CheckpointError(
+            f"{root}: none of the checkpoints is whole, so there is nothing to go on from: "
+            f"{'; '.join(damaged)}. Put the files back, or train anew with --force and without "
+            "ppo.resume (what is there is moved aside, not removed)"
+        )
     return None
+
+
+def resume_point(wanted: str, root: Path) -> Path:
+    """The checkpoint that ``ppo.resume`` means, with every file of it checked.
+
+    Args:
+        wanted: a checkpoint's folder, or ``latest``: the newest in ``root`` that is whole.
+
+    Raises:
+        CheckpointError: it is damaged or not there; says what is.
+    """
+    if wanted == _LATEST:
+        path = latest_checkpoint(root)
+        if path is None:
+            raise CheckpointError(
+                f"ppo.resume = 'latest': no step is kept in {root}: leave out ppo.resume; a "
+                "training that was interrupted goes on without it, any other begins at step 1"
+            )
+        return path
+    path = Path(wanted)
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        there = checkpoint_names(path.parent)
+        others = f"{path.parent} holds {', '.join(there) or 'no checkpoint'}"
+        raise CheckpointError(f"ppo.resume = {wanted!r}: {error}; {others}") from error
+    return path
+
+
+def checkpoint_names(root: Path) -> list[str]:
+    """Names of all folders that may be checkpoints in ``root``, whole or not, newest first."""
+    if not root.is_dir():
+        return []
+    found = (path.name for path in root.iterdir() if path.is_dir())
+    return sorted((name for name in found if not name.startswith(".")), reverse=True)
 
 
 def verify_checkpoint(path: Path) -> None:

@@ -21,6 +21,10 @@ class SyncError(FgaifError, RuntimeError):
     """Learner and rollout engine disagree after a weight sync."""
 
 
+class DivergedError(FgaifError, RuntimeError):
+    """A loss is not finite any more: going on from the last checkpoint would end the same."""
+
+
 class ActorError(FgaifError, RuntimeError):
     """A role died or did not answer; the message gives the first cause."""
 

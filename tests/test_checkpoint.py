@@ -15,6 +15,7 @@ from fgaif.checkpoint import (
     load_optimizer_tensors,
     optimizer_tensors,
     read_state,
+    resume_point,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -93,6 +94,29 @@ def test_a_torn_checkpoint_is_passed_by_with_a_message(tmp_path, caplog, tear):
     assert "step-000002" in caplog.text
     with pytest.raises(CheckpointError, match="step-000002"):
         verify_checkpoint(torn)
+
+
+@pytest.mark.parametrize("tear", [tear_content, tear_file, tear_manifest, lose_manifest])
+def test_checkpoints_that_are_all_damaged_are_named_not_passed_over(tmp_path, tear):
+    for step in (1, 2):
+        tear(write(tmp_path, step))
+    with pytest.raises(CheckpointError, match=r"none .* is whole.*step-000002.*step-000001"):
+        latest_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none .* is whole.*step-000002.*step-000001"):
+        resume_point("latest", tmp_path)
+
+
+def test_what_is_to_be_gone_on_from_is_checked_and_what_is_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no step is kept in .*: leave out ppo\.resume"):
+        resume_point("latest", tmp_path / "never")
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    assert resume_point("latest", tmp_path) == second
+    assert resume_point(str(first), tmp_path) == first
+    tear_content(first)
+    with pytest.raises(CheckpointError, match=r"is damaged .*; .* holds step-000002, step-000001$"):
+        resume_point(str(first), tmp_path)
+    with pytest.raises(CheckpointError, match=r"step-000007 is incomplete.* holds step-000002,"):
+        resume_point(str(tmp_path / "step-000007"), tmp_path)
 
 
 def test_a_kill_before_the_pointer_moved_keeps_the_named_one(tmp_path):

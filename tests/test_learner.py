@@ -16,7 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from actors.deepspeed_setup import free_port
 from actors.learner import LearnerActor
 from fgaif.config import Config
-from fgaif.errors import CheckpointError
+from fgaif.errors import CheckpointError, DivergedError
 from fgaif.types import Response
 
 ANCHOR = {"weight": 2.0, "batch_size": 3}
@@ -45,6 +45,17 @@ def hf_logprobs(model: torch.nn.Module, directory: Path, response: Response) -> 
     start = inputs["input_ids"].shape[1]
     rows = (logits[start - 1 : -1].float() / 0.7).log_softmax(-1)
     return rows.gather(1, ids[0, start:, None])[:, 0].numpy()
+
+
+def test_a_loss_that_is_no_number_names_the_figure_and_the_key_to_lower(tiny_llava_dir, tmp_path):
+    learner = one_rank(tiny_config(tiny_llava_dir, tmp_path, lr=0.5))
+    responses = make_responses(tmp_path, 4)
+    batch = make_train_batch(responses, learner.logprobs(responses))
+    batch = replace(batch, advantages=np.full_like(batch.advantages, np.nan))
+    with pytest.raises(
+        DivergedError, match=r"PPO step 1: not finite: policy/loss = nan.*; lower ppo\.lr = 0\.5 "
+    ):
+        learner.update(batch, [])
 
 
 def test_logprobs_equal_hugging_face_before_and_after_an_update(tiny_llava_dir, tmp_path):

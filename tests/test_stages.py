@@ -6,6 +6,8 @@ and evaluations are files that say what they were made from.
 
 import io
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from cluster.pipeline.aside import OUTPUTS, move_aside, next_aside
 from cluster.pipeline.dry_run import print_plan
 from cluster.pipeline.keys import ORDER, Stage
 from fgaif.config import Config, load_config
-from fgaif.errors import ActorError, ConfigError
+from fgaif.errors import ActorError, CheckpointError, ConfigError, DivergedError
 from fgaif.feedback.store import response_store
 from fgaif.pending import Then
+from fgaif.ppo.metrics import require_finite
 from fgaif.types import GenerationRequest, Response
 
 SMALL = [
@@ -40,6 +43,7 @@ class Roles(World):
         self.sampled: list[str] = []
         self.restored: list[str] = []
         self.dies_at_update = 0
+        self.diverges_at: float | None = None
 
     def __enter__(self) -> "Roles":
         return self
@@ -74,6 +78,8 @@ class Roles(World):
     def update(self, *arguments: Any) -> Any:
         if self.updates + 1 == self.dies_at_update:
             raise ActorError("learner-0 died")
+        if self.diverges_at is not None and self.updates == 2:
+            require_finite(3, {"policy/loss": float("nan")}, "ppo.lr", self.diverges_at)
         return super().update(*arguments)
 
     def restore(self, path: Path) -> Any:
@@ -103,6 +109,9 @@ class Runs:
 
     def config(self, *overrides: str) -> Config:
         return load_config(None, [f"dir={self._root}", *SMALL, *overrides])
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "policy" / "checkpoints" / f"step_{step:06d}"
 
     def __call__(self, *overrides: str, only: Sequence[Stage] = ORDER, force: bool = False) -> None:
         """Run a command; ``done`` lists the stages that ran, ``printed`` what it said."""
@@ -233,11 +242,8 @@ def test_an_interrupted_training_goes_on_with_another_micro_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two checkpoints of an interrupted run were lost to such a key."""
-    runs = Runs(tmp_path, monkeypatch)
-    runs.roles.dies_at_update = 4
-    with pytest.raises(ActorError):
-        runs()
-    (kept,) = (runs.folder / "policy" / "checkpoints").glob("step_*")
+    runs = interrupted(tmp_path, monkeypatch, at=4)
+    kept = runs.checkpoint(3)
     before = files(kept)
     runs("ppo.resume=latest", "ppo.micro_batch=1")
     assert set(runs.roles.restored) == {kept.name}
@@ -261,6 +267,99 @@ def test_what_cannot_go_on_is_refused_before_anything_changes(
         with pytest.raises(ConfigError, match=message):
             command(*overrides, force=force)
     assert files(runs.folder) == before
+
+
+@pytest.mark.parametrize("place", ["own", "elsewhere"])
+def test_a_result_key_changed_on_a_named_checkpoint_is_refused_with_both_values(
+    runs: Runs, place: str, tmp_path: Path
+) -> None:
+    checkpoint = runs.checkpoint(2)
+    if place == "elsewhere":
+        checkpoint = shutil.copytree(checkpoint, tmp_path / "kept" / checkpoint.name)
+    before = files(runs.folder)
+    for command in (runs, runs.dry):
+        with pytest.raises(
+            ConfigError,
+            match=rf"{checkpoint} was made with other settings: ppo\.lr was 3e-05, is 1e-05",
+        ):
+            command(f"ppo.resume={checkpoint}", "ppo.lr=1e-5", only=["train"])
+    assert files(runs.folder) == before
+
+
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> Runs:
+    runs = Runs(tmp_path, monkeypatch)
+    runs.roles.dies_at_update = at
+    with pytest.raises(ActorError):
+        runs("ppo.checkpoint_every=1")
+    return runs
+
+
+def damage(checkpoint: Path) -> None:
+    (checkpoint / "learner" / "state.json").write_text('{"parameter": 7, "values": 7}')
+
+
+@pytest.mark.parametrize("which", ["named", "latest", "unsaid"])
+def test_damaged_checkpoints_are_neither_trained_on_nor_overwritten(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = interrupted(tmp_path, monkeypatch, at=4)
+    for step in (1, 2, 3):
+        damage(runs.checkpoint(step))
+    before = files(runs.folder)
+    named = f"ppo.resume={runs.checkpoint(2)}"
+    override = {"named": [named], "latest": ["ppo.resume=latest"], "unsaid": []}[which]
+    for command in (runs, runs.dry):
+        with pytest.raises(CheckpointError, match=r"step_000002.*damaged") as refused:
+            command(*override, only=["train"])
+        assert "step_000003" in str(refused.value), "says what is there"
+    assert files(runs.folder) == before
+
+
+def test_latest_passes_by_a_damaged_one_where_an_older_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = interrupted(tmp_path, monkeypatch, at=4)
+    damage(runs.checkpoint(3))
+    runs("ppo.resume=latest", only=["train"])
+    assert set(runs.roles.restored) == {"step_000002"}
+
+
+def test_latest_with_nothing_there_is_refused_and_without_it_the_training_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(tmp_path, monkeypatch)
+    for command in (runs, runs.dry):
+        with pytest.raises(CheckpointError, match=r"no step is kept in .*leave out ppo\.resume"):
+            command("ppo.resume=latest")
+    assert not runs.folder.exists()
+    runs = interrupted(tmp_path, monkeypatch, at=1)
+    with pytest.raises(CheckpointError, match="no step is kept"):
+        runs("ppo.resume=latest")
+    runs.roles.dies_at_update = 0
+    runs()
+    assert runs.roles.restored == []
+    assert runs.roles.updates == runs.config().ppo.steps
+
+
+def test_the_advice_after_a_loss_that_is_no_number_can_be_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lower the named key by the named value, leave out ppo.resume: nothing is lost, it trains."""
+    runs = Runs(tmp_path, monkeypatch)
+    runs.roles.diverges_at = runs.config().ppo.lr
+    with pytest.raises(DivergedError) as stopped:
+        runs()
+    message = str(stopped.value)
+    assert message.endswith(f"\nStep 2 is kept in {runs.checkpoint(2)}")
+    assert "ppo.resume=latest" not in message, "going on from there would end the same"
+    advice = re.search(r"lower (\S+) = (\S+) and train anew, without ppo\.resume", message)
+    assert advice
+    before = files(runs.folder)
+    runs(f"{advice[1]}={float(advice[2]) / 10}", only=["train"])
+    assert runs.roles.updates == runs.config().ppo.steps
+    assert runs.roles.restored == []
+    assert missing(before, files(runs.folder)) == []
+    assert (runs.folder / "aside" / "train-1" / "policy" / "checkpoints" / "step_000002").is_dir()
 
 
 def test_nothing_aside_is_ever_overwritten(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from cluster.pipeline.aside import existing_outputs, next_aside
 from cluster.pipeline.keys import AFTER, ORDER, Stage
 from cluster.pipeline.stage_status import Found, Ledger, Status, check_resumable, fewer_steps
 from cluster.placement import Role, plan_roles, plan_table
-from fgaif.checkpoint import latest_checkpoint, read_state
+from fgaif.checkpoint import latest_checkpoint, read_state, resume_point
 from fgaif.config import Config
 from fgaif.data.rows import read_rows
 from fgaif.errors import ConfigError, DataError
@@ -96,7 +96,8 @@ def plan_stages(
     Raises:
         ConfigError: a training cannot go on as asked: its settings differ, it has gone further
             already, or ``force`` asks for the opposite.
-        CheckpointError: ``ppo.resume`` names a checkpoint that cannot be read.
+        CheckpointError: ``ppo.resume`` names a checkpoint that is not there or damaged, or all
+            that the training has are damaged.
     """
     plans: dict[Stage, StagePlan] = {}
     for stage in (stage for stage in ORDER if stage in wanted):
@@ -127,8 +128,9 @@ def _plan(
     outputs = existing_outputs(config.run_dir, stage)
     if stage == "train" and outputs and _from_own_folder(config):
         raise ConfigError(
-            f"ppo.resume = {config.ppo.resume!r} lies in {config.run_dir / 'policy'}, which is to "
-            f"be moved aside ({why}): leave out ppo.resume to train anew"
+            f"ppo.resume = {config.ppo.resume!r} goes on with what lies in "
+            f"{config.run_dir / 'policy'}, which is to be moved aside ({why}): leave out "
+            "ppo.resume to train anew"
         )
     return StagePlan(stage=stage, found=found.status, runs=True, outputs=outputs, why=why)
 
@@ -143,37 +145,45 @@ def _training(config: Config, found: Found, force: bool) -> Status:
                 "one of them"
             )
         return found.status
+    checkpoints = folder / "checkpoints"
     if resume not in (None, "latest"):
-        check_resumable(config, read_state(Path(resume)), Path(resume))
-    kept = None
-    if found.status in ("long", "short"):
-        kept = latest_checkpoint(folder / "checkpoints")
-    if found.status == "long":  # an interrupted one may end earlier, if it is not beyond that
-        done = found.changes[0].was if found.finished else read_state(kept)["step"] if kept else 0
-        if done > config.ppo.steps:
-            raise ConfigError(fewer_steps(config, done, folder))
-        return "partial"
-    if found.status == "short" and kept is None and resume in (None, "latest"):
-        raise ConfigError(
-            f"{found.why}, but {folder / 'checkpoints'} holds no whole checkpoint to go on from: "
-            "keep the steps that are done, or use --force to train anew (what is there is moved "
-            "aside, not removed)"
-        )
+        check_resumable(config, read_state(resume_point(resume, checkpoints)), Path(resume))
     if found.status == "stale" and resume == "latest":
         raise ConfigError(
             f"ppo.resume = 'latest': the training in {folder} was made with other settings: "
             f"{found.why}. Restore them to go on with it; to train anew with these, leave out "
             "ppo.resume (what is there is moved aside, not removed)"
         )
-    if found.status == "missing" and (resume == "latest" or _from_own_folder(config)):
+    if found.status in ("stale", "done"):
+        return found.status
+    kept = resume_point("latest", checkpoints) if resume == "latest" else None
+    if found.status == "missing":
         # Its line in stages.json is lost. The checkpoint itself tells whether it fits.
-        return "partial" if folder.exists() else "missing"
+        if kept is not None:
+            check_resumable(config, read_state(kept), kept)
+        goes_on = kept is not None or (_from_own_folder(config) and folder.exists())
+        return "partial" if goes_on else "missing"
+    if resume is None:
+        kept = latest_checkpoint(checkpoints)
+    if found.status == "long":  # an interrupted one may end earlier, if it is not beyond that
+        done = found.changes[0].was if found.finished else read_state(kept)["step"] if kept else 0
+        if done > config.ppo.steps:
+            raise ConfigError(fewer_steps(config, done, folder))
+        return "partial"
+    if found.status == "short" and kept is None and resume is None:
+        raise ConfigError(
+            f"{found.why}, but {checkpoints} holds no checkpoint to go on from: keep the steps "
+            "that are done, or use --force to train anew (what is there is moved aside, not "
+            "removed)"
+        )
     return found.status
 
 
 def _from_own_folder(config: Config) -> bool:
     resume, folder = config.ppo.resume, config.run_dir / "policy"
-    return resume not in (None, "latest") and folder.resolve() in Path(resume).resolve().parents
+    if resume in (None, "latest"):
+        return resume == "latest"
+    return folder.resolve() in Path(resume).resolve().parents
 
 
 def require_upstream(ledger: Ledger, config: Config, todo: Sequence[Stage]) -> None:

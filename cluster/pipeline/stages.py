@@ -23,6 +23,7 @@ from cluster.pipeline.stage_status import Ledger, check_resumable
 from cluster.pipeline.train_rewards import train_rewards
 from cluster.roles import Roles
 from fgaif.chat.limits import Usage
+from fgaif.checkpoint import checkpoint_names
 from fgaif.config import Config, dump_config, with_overrides
 from fgaif.data.order import request_seed
 from fgaif.data.scenes.facts import oracle
@@ -247,7 +248,7 @@ class Run:
     def train(self) -> None:
         """Step 3: PPO; a training that was interrupted goes on from its last checkpoint."""
         config, folder, rewards = self._config, self._dir / "policy", self._dir / "rewards"
-        if self._resume and config.ppo.resume is None:
+        if self._resume and config.ppo.resume is None and checkpoint_names(folder / "checkpoints"):
             config = with_overrides(config, ["ppo.resume=latest"])
         roles = Roles(
             rollouts=self._cluster.rollouts(),

@@ -1,9 +1,11 @@
 """What a step's rollouts look like, as scalars; names are explained in ``fgaif.tracking``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import numpy as np
 
+from fgaif.errors import DivergedError
 from fgaif.ppo.batch import pad
 from fgaif.ppo.kl import kl_k1, mismatch
 from fgaif.reward.dense import DenseRewards
@@ -53,3 +55,22 @@ def _per_kind(scores: Sequence[SegmentScores], rewards: DenseRewards) -> dict[st
         if judged.size:
             metrics[f"hallu/{kind}"] = float((judged == SegmentClass.HALLU).mean())
     return metrics
+
+
+def require_finite(step: int, figures: Mapping[str, float], key: str, lr: float) -> None:
+    """Stop a training whose losses or gradients are no numbers any more.
+
+    Args:
+        step: PPO step, from 1.
+        figures: of the step's update, by name.
+        key: of the learning rate that it was made with, ``lr``.
+
+    Raises:
+        DivergedError: names the figures that are not finite.
+    """
+    bad = ", ".join(f"{name} = {value}" for name, value in figures.items() if not isfinite(value))
+    if bad:
+        raise DivergedError(
+            f"PPO step {step}: not finite: {bad}; lower {key} = {lr} and train anew, without "
+            "ppo.resume: this training is moved aside, not removed"
+        )
