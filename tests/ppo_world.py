@@ -1,5 +1,7 @@
 """Small PPO inputs on real image files, shared by the tests of learner and reference."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,3 +84,13 @@ def questions(responses: Sequence[Response]) -> list[Prompt]:
         Prompt(id=f"q{i}", image=response.prompt.image, text=f"Is there a {words[i % 2]}?")
         for i, response in enumerate(responses)
     ]
+
+
+def with_attention_dropout(model: Path, folder: Path) -> Path:
+    """The checkpoint as one whose base drops attention weights in training."""
+    shutil.copytree(model, folder)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["text_config"]["attention_dropout"] = 0.5
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return folder

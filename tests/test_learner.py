@@ -1,8 +1,6 @@
 """The DeepSpeed learner on one CPU rank, against torch, Hugging Face, itself resumed, two ranks."""
 
-import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from ppo_world import make_responses, make_train_batch, questions, tiny_config
+from ppo_world import (
+    make_responses,
+    make_train_batch,
+    questions,
+    tiny_config,
+    with_attention_dropout,
+)
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from actors.deepspeed_setup import free_port
@@ -91,6 +95,18 @@ def test_an_update_raises_the_probability_of_rewarded_responses(tiny_llava_dir, 
     assert report["policy/grad_norm"] > 0
     assert report["policy/tokens"] == 2 * batch.mask.sum()
     assert report["policy/anchor_kl"] == 0
+
+
+def test_an_update_from_far_old_logprobs_stays_finite(tiny_llava_dir, tmp_path):
+    """Ratios of e^495 count as e^20, and such tokens pass no gradient."""
+    learner = one_rank(tiny_config(tiny_llava_dir, tmp_path))
+    responses = make_responses(tmp_path, 8)
+    old = learner.logprobs(responses)
+    far = [row - 500 * (np.arange(len(row)) == 1).astype(np.float32) for row in old]
+    report = learner.update(make_train_batch(responses, far), []).metrics
+    assert np.isfinite(list(report.values())).all()
+    assert report["policy/ratio_max"] == pytest.approx(np.exp(20), rel=1e-5)
+    assert all(np.isfinite(row).all() for row in learner.logprobs(responses))
 
 
 def test_importance_weights_scale_the_gradient_of_their_tokens(tiny_llava_dir, tmp_path):
@@ -177,16 +193,6 @@ def test_zero_stages_agree(tiny_llava_dir, tmp_path):
     for tensors in published[1:]:
         for name, value in published[0].items():
             np.testing.assert_allclose(tensors[name], value, atol=1e-6, err_msg=name)
-
-
-def with_attention_dropout(model: Path, folder: Path) -> Path:
-    """The checkpoint as one whose base drops attention weights in training."""
-    shutil.copytree(model, folder)
-    file = folder / "config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["text_config"]["attention_dropout"] = 0.5
-    file.write_text(json.dumps(settings), encoding="utf-8")
-    return folder
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

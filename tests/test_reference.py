@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ppo_world import make_responses, make_train_batch, tiny_config
+from ppo_world import make_responses, make_train_batch, tiny_config, with_attention_dropout
 from transformers import LlavaForConditionalGeneration
 
 from actors.reference import ReferenceActor
@@ -119,3 +119,30 @@ def test_value_model_may_start_from_a_reward_adapter(tiny_llava_dir, tmp_path):
     assert step(actor, responses)[0].metrics["value/grad_norm"] > 0
     with pytest.raises(CheckpointError, match="no adapter_model"):
         ReferenceActor(tiny_config(tiny_llava_dir, tmp_path, value_init="relation"), tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_values_are_trained_as_they_are_evaluated(tiny_llava_dir, tmp_path, checkpointing):
+    """One step's loss is that of the values from before it: nothing drops out of either."""
+    base = with_attention_dropout(tiny_llava_dir, tmp_path / "base")
+    config = tiny_config(base, tmp_path, epochs=1, minibatch=6, value_clip=None)
+    lora = config.ppo.value_lora.model_copy(update={"dropout": 0.2})  # as an older configuration
+    changes = {
+        "ppo": config.ppo.model_copy(update={"value_lora": lora}),
+        "policy": config.policy.model_copy(update={"gradient_checkpointing": checkpointing}),
+    }
+    actor = ReferenceActor(config.model_copy(update=changes), tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a fresh head gives zeros, and a fresh adapter adds none
+        for name, value in actor._parameters.items():
+            if "lora_B" in name or name == "head.weight":
+                value.normal_(0, 0.3, generator=generator)
+    responses = make_responses(tmp_path, 6)
+    evaluations = actor.evaluate(responses)
+    batch = make_train_batch(responses, [e.reference_logprobs for e in evaluations])
+    returns = [row[mask > 0] for row, mask in zip(batch.returns, batch.mask, strict=True)]
+    errors = [e.values - row for e, row in zip(evaluations, returns, strict=True)]
+    report = actor.update_values(batch).metrics
+    expected = 0.5 * float(np.square(np.concatenate(errors)).mean())
+    assert report["value/loss"] == pytest.approx(expected, rel=1e-4)
+    assert report["value/grad_norm"] > 0

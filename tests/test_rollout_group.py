@@ -148,7 +148,6 @@ def test_the_death_of_an_engine_without_work_is_noticed(start: Start, tmp_path: 
 def test_a_sample_that_kills_is_set_aside(start: Start) -> None:
     group = start(2, restarts=9)
     assert ask(group, [1, -1, 3]).result() == [(2, 0), None, (6, 0)]
-    assert group.set_aside() == 1
 
 
 def test_restarts_in_a_row_are_bounded_and_the_first_cause_is_told(

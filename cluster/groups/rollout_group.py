@@ -157,10 +157,6 @@ class RolloutGroup:
         """Grow or shrink to so many engines; takes effect while work goes on."""
         self._put(partial(self._pool.resize, engines))
 
-    def set_aside(self) -> int:
-        """Number of samples given up so far because they keep killing engines."""
-        return len(self._pool.set_aside)
-
     def stop(self) -> None:
         """Stop every engine and the thread."""
         self._put(None)

@@ -1,4 +1,4 @@
-"""KL estimates from samples, the KL coefficient's controller, and the engine mismatch."""
+"""The KL estimate from samples, the KL coefficient's controller, and the engine mismatch."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -20,16 +20,6 @@ def kl_k1(logprobs: FloatArray, reference_logprobs: FloatArray, mask: FloatArray
     """
     check_padded(mask, logprobs, reference_logprobs)
     return np.where(mask > 0, logprobs - reference_logprobs, 0.0).astype(np.float32)
-
-
-def kl_k3(logprobs: FloatArray, reference_logprobs: FloatArray, mask: FloatArray) -> FloatArray:
-    """Estimate KL(policy || reference) per sampled token: exp(d) - 1 - d, d = log pi_ref - log pi.
-
-    Unbiased, never negative, of lower variance: for monitoring, with d bounded. (B, T), zero at
-    padding.
-    """
-    difference = bounded(-kl_k1(logprobs, reference_logprobs, mask))
-    return np.expm1(difference) - difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
