@@ -154,7 +154,7 @@ def test_two_workers_under_zero_3_equal_one(
     """The workers' feature caches miss different images. Were the vision tower sharded, one worker
     would wait for the other's forward pass, here until gloo's minute is over."""
     impatient = partial(TorchTrainer, torch_config=TorchConfig(timeout_s=60))
-    monkeypatch.setattr("cluster.train_rewards.TorchTrainer", impatient)
+    monkeypatch.setattr("cluster.pipeline.train_rewards.TorchTrainer", impatient)
     rows = reward_samples.labelled(wide_llava_dir, reward_samples.images(tmp_path, 12), 40)
     config = reward_samples.settings(
         wide_llava_dir, lr=1e-3, batch_size=4, micro_batch=1, epochs=1, evals=2,
