@@ -13,8 +13,8 @@ from rich.console import Console
 from fgaif.config import Config, TrackingConfig, dump_config
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
+from fgaif.eval.before_after import CAPTIONS, compare
 from fgaif.eval.captions import JudgedCaption
-from fgaif.eval.figures import CAPTIONS, compare
 from fgaif.eval.plots import INK, calibration_figure, curves_figure, errors_figure
 from fgaif.eval.policy import Captions
 from fgaif.eval.pope import pope_metrics

@@ -1,10 +1,9 @@
-"""How figures are shown: names, meanings, which way is better, and before against after."""
+"""How figures are shown: names, meanings, and which way is better."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fgaif.types import KINDS, CaptionMetrics, PopeMetrics
+from fgaif.types import KINDS
 
 Verdict = Literal["better", "worse", "same", ""]
 
@@ -42,104 +41,6 @@ class Figure:
         if abs(delta) < (0.001 if self.share else 0.01):
             return "same"
         return "better" if delta > 0 else "worse"
-
-
-_OF_KIND = "Hallucinated share of the segments that state a fact of this kind"
-CAPTIONS = (
-    Figure(key="object", title="object errors", meaning=_OF_KIND, better=-1),
-    Figure(key="attribute", title="attribute errors", meaning=_OF_KIND, better=-1),
-    Figure(key="relation", title="relation errors", meaning=_OF_KIND, better=-1),
-    Figure(
-        key="any",
-        title="any error",
-        meaning="Share of the segments with facts that hold a hallucination of some kind",
-        better=-1,
-    ),
-    Figure(
-        key="chair_s",
-        title="CHAIR_s",
-        meaning="Captions that name an object which the image does not show",
-        better=-1,
-    ),
-    Figure(
-        key="chair_i",
-        title="CHAIR_i",
-        meaning="Object mentions that the image does not show",
-        better=-1,
-    ),
-    Figure(
-        key="recall",
-        title="object recall",
-        meaning="Objects of the image that the caption names",
-        better=1,
-    ),
-    Figure(
-        key="true_facts",
-        title="true facts",
-        meaning="Distinct true facts per caption",
-        better=1,
-        share=False,
-    ),
-    Figure(
-        key="length",
-        title="length",
-        meaning="Tokens per caption; should stay about where it was",
-        better=0,
-        share=False,
-    ),
-    Figure(
-        key="repetition",
-        title="repetition",
-        meaning="Segments that repeat an earlier one of their caption",
-        better=-1,
-    ),
-    Figure(
-        key="malformed",
-        title="malformed",
-        meaning="Segments that are not English of this world; an empty caption counts as one",
-        better=-1,
-    ),
-)
-POPE = (
-    Figure(key="accuracy", title="accuracy", meaning="Questions answered right", better=1),
-    Figure(key="precision", title="precision", meaning="Yes answers that are right", better=1),
-    Figure(key="recall", title="recall", meaning="Objects there that are confirmed", better=1),
-    Figure(key="f1", title="F1", meaning="Harmonic mean of precision and recall", better=1),
-    Figure(
-        key="yes_ratio",
-        title="yes ratio",
-        meaning="Questions answered yes; half of the right answers are",
-        better=0,
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """One figure before and after, ready to print."""
-
-    figure: Figure
-    before: str
-    after: str
-    change: str
-    verdict: Verdict
-
-
-def compare(
-    before: CaptionMetrics | PopeMetrics | None, after: CaptionMetrics | PopeMetrics | None
-) -> Iterator[Change]:
-    """Yield the figures of two evaluations side by side; either may be missing."""
-    some = before or after
-    for figure in () if some is None else POPE if isinstance(some, PopeMetrics) else CAPTIONS:
-        old = getattr(before, figure.key, None)
-        new = getattr(after, figure.key, None)
-        yield Change(
-            figure=figure,
-            before=figure.show(old),
-            after=figure.show(new),
-            change=figure.change(old, new),
-            verdict=figure.verdict(old, new),
-        )
 
 
 _RELATIVE = "100 x mean grade / mean grade of the reference answers"

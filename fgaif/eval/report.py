@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fgaif.data.images import load_image
 from fgaif.errors import DataError
-from fgaif.eval.figures import Change, compare
+from fgaif.eval.before_after import Change, compare
 from fgaif.eval.plots import (
     KIND_COLOURS,
     calibration_figure,
