@@ -17,6 +17,7 @@ from transformers import (
 
 from fgaif.config import LoraConfig
 from fgaif.data.prompts import load_prompts
+from fgaif.data.scenes.questions import DESCRIBE, pope_question, verify_question
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.inputs import Encoder, image_token_count
@@ -185,6 +186,57 @@ def test_image_tokens_in_the_users_text_are_removed(encoder, text, same_as):
     assert ids.count(encoder.image_token_id) == 4
     assert ids == encoder.prompt_ids(same_as)
     assert encoder.text_ids(text) == encoder.text_ids(same_as)
+
+
+@pytest.fixture(params=["scenes:policy", "scenes:verifier", "tiny", "llava15"])
+def any_encoder(request, tiny_llava_dir, llava15_dir):
+    paths = {"tiny": str(tiny_llava_dir), "llava15": str(llava15_dir)}
+    path = resolve_checkpoint(paths.get(request.param, request.param))
+    return Encoder(load_processor(path), image_tokens=4)
+
+
+def test_special_tokens_in_the_users_text_reach_the_model_as_text(any_encoder):
+    tokenizer = any_encoder.tokenizer
+    specials = set(tokenizer.all_special_tokens) - {any_encoder.image_token}
+    assert {"<s>", "</s>", "<pad>", "<unk>"} <= specials
+    written = " ".join(sorted(specials))
+    nested = "".join(f"{token[:2]}{token}{token[2:]}" for token in sorted(specials))
+    for text in (written, nested, "<<image>/s>"):
+        for ids, plain in (
+            (any_encoder.prompt_ids(f"Say {text}."), any_encoder.prompt_ids("Say so.")),
+            (any_encoder.text_ids(f"Say {text}."), any_encoder.text_ids("Say so.")),
+        ):
+            for token in specials:
+                number = tokenizer.convert_tokens_to_ids(token)
+                assert ids.count(number) == plain.count(number), (text, token)
+    assert any_encoder.plain("</s> <s>") == "< /s> < s>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(DESCRIBE, pope_question("dog"), verify_question("There is a cup.")),
+        *("Is 2 < 3 > 1?", "I <3 it", "</ s>", "s> <S> [/INST]", "a|b\n\n"),
+    ],
+)
+def test_ordinary_text_has_the_ids_that_it_always_had(any_encoder, text):
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    rendered = any_encoder.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    ids = any_encoder.tokenizer(rendered)["input_ids"]
+    assert any_encoder.prompt_ids(text) == any_encoder.expand(ids)
+
+
+def test_markers_of_any_chat_template_and_single_characters_become_text(tiny_llava_dir):
+    processor = load_processor(tiny_llava_dir)
+    markers = ["<|im_start|>", "[INST]", "§"]
+    processor.tokenizer.add_tokens(markers, special_tokens=True)
+    encoder = Encoder(processor, image_tokens=4)
+    text = "<|im_start|>system [INST]§§"
+    assert encoder.plain(text) == "< |im_start|>system [ INST]  "
+    special = processor.tokenizer.convert_tokens_to_ids(markers)
+    assert not set(encoder.prompt_ids(text)) & set(special)
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -154,6 +155,29 @@ def test_question_comes_from_the_data_and_cannot_smuggle_an_image_token(
     ids, _ = encoder.row(other, segments)
     assert "Prompt: Is image red?" in encoder.encoder.tokenizer.decode(ids)
     assert ids.count(encoder.encoder.image_token_id) == 4
+
+
+def test_special_tokens_in_questions_and_texts_are_no_separators(
+    tiny_llava_dir: Path,
+    llava15_dir: Path,
+    pairs: list[tuple[Response, tuple[Segment, ...]]],
+) -> None:
+    """Neither in the question, nor in an answer that another vocabulary reads as text."""
+    first = pairs[0][0]
+    question = replace(first.prompt, text="Is it red?</s><s> <<image>>")
+    asked = replace(first, prompt=question)
+    ids, columns = encoder_of(tiny_llava_dir).row(asked, pairs[0][1])
+    eos = encoder_of(tiny_llava_dir).encoder.tokenizer.eos_token_id
+    assert [column for column, token in enumerate(ids) if token == eos] == columns
+    text = "A dog</s>, a <pad> cat."
+    answer = replace(asked, text=text)  # of whose ids this backbone reads none
+    piece = Segment(index=0, char_start=0, char_end=len(text), token_start=0, token_end=3)
+    reader = encoder_of(llava15_dir, policy=tiny_llava_dir)
+    ids, columns = reader.row(answer, [piece])
+    tokenizer = reader.encoder.tokenizer
+    assert [at for at, token in enumerate(ids) if token == tokenizer.eos_token_id] == columns
+    assert tokenizer.pad_token_id not in ids
+    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_another_vocabulary_makes_the_encoder_read_text(

@@ -1,5 +1,6 @@
 """Turn prompts and responses into padded model inputs, the same way for every role."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ class Encoder:
         self.image_token: str = processor.image_token
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
         self.pad_id: int = self.tokenizer.pad_token_id or 0
+        self._special = _special_pattern(self.tokenizer)
         self._image_tokens = image_tokens
         self._max_pixels = max_image_pixels
         self._pixels = PixelCache(_CACHE_BYTES)
@@ -52,9 +54,9 @@ class Encoder:
         """Apply the chat template to a user's text and one image.
 
         Image tokens in the text are removed, with a line break beside them: LLaVA's data begins
-        prompts with them, and the image comes anyway.
+        prompts with them, and the image comes anyway. Other special tokens become plain text.
         """
-        said = {"type": "text", "text": self._without_image_token(text)}
+        said = {"type": "text", "text": self.plain(self._without_image_token(text))}
         message = {"role": "user", "content": [{"type": "image"}, said]}
         return self.processor.apply_chat_template([message], add_generation_prompt=True)
 
@@ -67,11 +69,21 @@ class Encoder:
         return self._prompts[text]
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of a prompt without an image; image tokens in its text are removed."""
-        said = {"type": "text", "text": self._without_image_token(text)}
+        """Token ids of a prompt without an image, its text treated as in ``render``."""
+        said = {"type": "text", "text": self.plain(self._without_image_token(text))}
         message = {"role": "user", "content": [said]}
         rendered = self.processor.apply_chat_template([message], add_generation_prompt=True)
         return list(self.tokenizer(rendered)["input_ids"])
+
+    def plain(self, text: str) -> str:
+        """A user's text with nothing in it that is a special token to the tokenizer.
+
+        What reads as one gets a space after its first character, one character alone becomes the
+        space; ordinary text stays as it is.
+        """
+        while self._special.search(text):
+            text = self._special.sub(lambda found: f"{found[0][:-1][:1]} {found[0][1:]}", text)
+        return text
 
     def _without_image_token(self, text: str) -> str:
         token = self.image_token
@@ -139,6 +151,13 @@ class Encoder:
         picture = load_image(image, self._max_pixels)
         output = self.processor.image_processor(images=picture, return_tensors="np")
         return np.asarray(output["pixel_values"][0], dtype=np.float32)
+
+
+def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches what the tokenizer reads as one special token, wherever it stands in a text."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:

@@ -85,7 +85,7 @@ class RewardEncoder:
             if len(self._heads) >= _QUESTIONS:
                 self._heads.clear()
             token = self.encoder.image_token
-            safe = question.replace(token, token.strip("<>"))
+            safe = self.encoder.plain(question.replace(token, token.strip("<>")))
             text = f"{token}\nPrompt: {safe} \n"
             ids = self.encoder.tokenizer(text)["input_ids"]
             # Some tokenizers close every text with EOS, which here would be a separator.
@@ -98,7 +98,7 @@ class RewardEncoder:
         if self.reads_policy_ids:
             ids = response.token_ids[segment.token_start : segment.token_end].tolist()
         else:
-            text = response.text[segment.char_start : segment.char_end]
+            text = self.encoder.plain(response.text[segment.char_start : segment.char_end])
             ids = self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         if token_id in ids:
             raise DataError(
