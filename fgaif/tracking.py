@@ -28,6 +28,15 @@ class Metric:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def healthy(self) -> str:
+        """The healthy range in words, empty if there is none."""
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        if self.high is not None:
+            return f"at most {self.high:g}"
+        return f"at least {self.low:g}" if self.low is not None else ""
+
     def ok(self, value: float) -> bool:
         """Say whether a value lies in the healthy range."""
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)

@@ -128,9 +128,14 @@ def test_the_glossary_explains_names_of_a_group() -> None:
     assert explain("something/else") is None
 
 
-def test_healthy_ranges_are_closed() -> None:
-    both, none = Metric(meaning="", low=0, high=1), Metric(meaning="")
+def test_healthy_ranges_are_closed_and_readable() -> None:
+    both, high, none = (
+        Metric(meaning="", low=0, high=1),
+        Metric(meaning="", high=0.005),
+        Metric(meaning=""),
+    )
     assert [both.ok(value) for value in (-0.1, 0, 1, 1.1)] == [False, True, True, False]
+    assert [entry.healthy for entry in (both, high, none)] == ["0 to 1", "at most 0.005", ""]
     assert none.ok(1e9)
 
 
