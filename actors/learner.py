@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from actors.deepspeed_setup import import_deepspeed, join_process_group
 from actors.engine import LoraEngine
-from actors.progress import beat
+from actors.progress import advance
 from fgaif.config import Config
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.inputs import Encoder, image_token_count
@@ -243,7 +243,7 @@ class LearnerActor:
         return _AnchorPiece(compute=compute, reference=self._engine.run(compute), weights=weight)
 
     def _anchor_loss(self, piece: "_AnchorPiece", totals: "_Totals") -> Tensor:
-        beat(len(piece.weights))
+        advance(len(piece.weights))
         kl = anchor_kl(piece.reference, self._engine.run(piece.compute))
         mean = (kl * piece.weights).sum()
         totals.anchor_kl += mean.detach()
@@ -251,7 +251,7 @@ class LearnerActor:
 
     def _logprobs(self, responses: Sequence[Response]) -> Tensor:
         """Log-probs (B, T) of the responses under the policy, zero at padding."""
-        beat(sum(len(response.token_ids) for response in responses))
+        advance(sum(len(response.token_ids) for response in responses))
         batch = self._encoder.encode(responses, self._like, pixels=False)
         compute = self._seeing(
             [response.prompt.image for response in responses],

@@ -72,7 +72,7 @@ class Task:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Member:
+class Replica:
     """One replica. ``life`` tells its incarnations apart, so that late news of the dead is known as
     such; ``weights`` is what it has loaded, 0 being the checkpoint."""
 
@@ -129,7 +129,7 @@ class ElasticPool:
     autoscale: AutoscaleConfig | None = None
     weights: int = 0
     """Newest weights; what the next submitted job is done with, unless it says otherwise."""
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, Replica] = field(default_factory=dict)
     queue: deque[Task] = field(default_factory=deque)
     set_aside: list[Any] = field(default_factory=list)
     failure: Exception | None = None
@@ -283,15 +283,15 @@ class ElasticPool:
         taken = set(self.members)
         number = next(n for n in range(len(taken) + 1) if f"rollout-{n}" not in taken)
         self._born += 1
-        member = Member(name=f"rollout-{number}", life=self._born)
+        member = Replica(name=f"rollout-{number}", life=self._born)
         self.members[member.name] = member
         self.transport.start(member.name, member.life)
 
-    def _remove(self, member: Member) -> None:
+    def _remove(self, member: Replica) -> None:
         del self.members[member.name]
         self.transport.stop(member.name, member.life)
 
-    def living(self, name: str, life: int) -> Member | None:
+    def living(self, name: str, life: int) -> Replica | None:
         """The member, unless it has left or been replaced since that life."""
         member = self.members.get(name)
         return member if member is not None and member.life == life else None
@@ -301,7 +301,7 @@ class ElasticPool:
             if member.state == "idle":
                 self._feed(member)
 
-    def _feed(self, member: Member) -> None:
+    def _feed(self, member: Replica) -> None:
         """Give a member that is free the next chunk, else the newest weights."""
         if member.state == "leaving":
             self._remove(member)
@@ -313,7 +313,7 @@ class ElasticPool:
             member.state = "idle"
         self._settle_loads()
 
-    def _give(self, member: Member, task: Task) -> None:
+    def _give(self, member: Replica, task: Task) -> None:
         member.state, member.task = "busy", task
         self.transport.work(member.name, member.life, task, member.weights != task.weights)
 

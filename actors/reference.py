@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from actors.progress import beat
+from actors.progress import advance
 from fgaif.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError
@@ -51,7 +51,7 @@ class _Reader:
 
     def hidden(self, responses: Sequence[Response]) -> tuple[EncodedBatch, Tensor]:
         """Encoded responses and their last hidden states (B, L, D)."""
-        beat(sum(len(response.token_ids) for response in responses))
+        advance(sum(len(response.token_ids) for response in responses))
         like = base_of(self.model).get_input_embeddings().weight
         batch = self.encoder.encode(responses, like, pixels=False)
         features = self.features([response.prompt.image for response in responses])

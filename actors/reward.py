@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from actors.progress import beat
+from actors.progress import advance
 from fgaif.config import Config
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import base_of, resolve_checkpoint
@@ -67,7 +67,7 @@ class _Scorer:
             segments,
             micro_batch=self._micro_batch,
             device=self._device,
-            beat=beat,
+            advance=advance,
         )
 
 

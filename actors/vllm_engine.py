@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import save
 from transformers import LlavaConfig
 
-from actors.progress import beat
+from actors.progress import advance
 from actors.served_adapter import lora_settings, write_adapter
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.config import Config
@@ -158,7 +158,7 @@ class VllmEngine:
                 self._served = number + 1
             if not engine.has_unfinished_requests():
                 break
-            beat(min(engine.get_num_unfinished_requests(), self._room // 2))  # a token for each
+            advance(min(engine.get_num_unfinished_requests(), self._room // 2))  # a token for each
             outputs |= {int(done.request_id): done for done in engine.step() if done.finished}
         ordered = [outputs[number] for number in range(first, self._served)]
         self._tokens += sum(len(output.outputs[0].token_ids) for output in ordered)

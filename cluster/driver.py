@@ -301,8 +301,8 @@ class PpoDriver:
             keep=self._config.ppo.keep_checkpoints,
             state=state,
         )
-        self._roles.learner.settle(path / "learner")
-        self._roles.reference.settle(path / "reference")
+        self._roles.learner.set_restore_point(path / "learner")
+        self._roles.reference.set_restore_point(path / "reference")
         self._kept = step, path
 
     def _resume(self) -> None:

@@ -15,20 +15,20 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.deepspeed_setup import free_port
-from cluster.groups.actor_group import Limits, Team
-from cluster.groups.placed_actor import Member, group_name
+from cluster.groups.actor_group import ActorGroup, RestartLimits
+from cluster.groups.placed_actor import PlacedActor, group_name
 from cluster.groups.role_groups import (
-    Handle,
     JudgeGroup,
     LearnerGroup,
-    ReferenceClient,
+    ReferenceGroup,
     RewardGroup,
+    StatelessActor,
 )
 from cluster.groups.rollout_group import RolloutGroup
 from cluster.memory.devices import cluster_devices
 from cluster.memory.plan import check_memory
-from cluster.monitoring.heartbeat import Watch, make_pulse, with_pulse
-from cluster.monitoring.run_monitor import LiveRun
+from cluster.monitoring.heartbeat import HeartbeatMonitor, heartbeat_sender, with_heartbeats
+from cluster.monitoring.run_monitor import RunMonitor
 from cluster.monitoring.status import ActorStatus
 from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
 from fgaif.config import Config
@@ -49,17 +49,17 @@ class Cluster:
     def __init__(
         self, config: Config, roles: Collection[Role] = ROLES, *, live: bool = False
     ) -> None:
-        """``live``: show the run to `fgaif status`, watch its actors' signs of life."""
+        """``live``: show the run to `fgaif status`, and restart actors whose heartbeats stop."""
         self._config = config
         self._roles = roles
         self._cluster = config.cluster
-        self._pools: dict[str, list[Handle]] = {}
-        self._teams: dict[str, Team] = {}
+        self._pools: dict[str, list[StatelessActor]] = {}
+        self._actor_groups: dict[str, ActorGroup] = {}
         self._rollouts: RolloutGroup | None = None
         self._open = ExitStack()
         self._closing = threading.Event()
         self._live = live
-        self.live: LiveRun | None = None
+        self.live: RunMonitor | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # what was begun is ended if a later part raises
@@ -70,7 +70,7 @@ class Cluster:
             check_fits(self._bundles, ray.cluster_resources(), workers=self._config.reward.workers)
             check_memory(self._config, self._roles, cluster_devices())
             if self._live:
-                self.live = LiveRun(self._config, self._others)
+                self.live = RunMonitor(self._config, self._others)
             self._open = stack.pop_all()
         return self
 
@@ -79,7 +79,7 @@ class Cluster:
         with self._open as stack:  # each is done whatever those before it raise
             if self.live:
                 stack.callback(self.live.close, kind)
-            for name in reversed(["rollout", *self._pools, *self._teams]):
+            for name in reversed(["rollout", *self._pools, *self._actor_groups]):
                 stack.callback(self.stop, name)
 
     def rollouts(self) -> RolloutGroup:
@@ -93,7 +93,7 @@ class Cluster:
 
             def create(name: str) -> tuple[Any, PlacementGroup]:
                 bundle = replace(pattern, name=name)
-                cls = self._beating(bundle, RolloutActor)
+                cls = self._with_heartbeats(bundle, RolloutActor)
                 return create_actor(bundle, cls, (model, self._config), threads)
 
             hooks = self.live.hooks() if self.live else {}
@@ -128,27 +128,27 @@ class Cluster:
             return RewardGroup([self._start("reward", "reward", SharedRewardActor, arguments)])
         from actors.reward import RewardActor
 
-        def start(kind: Kind) -> list[Handle]:
+        def start(kind: Kind) -> list[StatelessActor]:
             arguments = (directory / kind, self._config)
             return self._start("reward", f"reward-{kind}", RewardActor, arguments)
 
         return RewardGroup([start(kind) for kind in KINDS])
 
-    def reference(self, rewards: Path) -> ReferenceClient:
+    def reference(self, rewards: Path) -> ReferenceGroup:
         """The reference and value actor; ``rewards`` may initialise the value model."""
         from actors.reference import ReferenceActor
 
-        def start(bundles: Sequence[Bundle]) -> list[Member]:
+        def start(bundles: Sequence[Bundle]) -> list[PlacedActor]:
             arguments = (self._config, rewards)
             return [self._member(bundle, ReferenceActor, arguments) for bundle in bundles]
 
-        return ReferenceClient(self._team("reference", start))
+        return ReferenceGroup(self._actor_group("reference", start))
 
     def learner(self) -> LearnerGroup:
         """The DeepSpeed ranks. They meet on the node of the first."""
         from actors.learner import LearnerActor
 
-        def start(bundles: Sequence[Bundle]) -> list[Member]:
+        def start(bundles: Sequence[Bundle]) -> list[PlacedActor]:
             with ExitStack() as undo:  # a group takes along the actors in it
                 groups = []
                 for bundle in bundles:
@@ -163,7 +163,7 @@ class Cluster:
                 undo.pop_all()
             return members
 
-        return LearnerGroup(self._team("learner", start))
+        return LearnerGroup(self._actor_group("learner", start))
 
     def stop(self, name: str) -> None:
         """Stop the role's actors (``judge``, ``rollout``, ...) if they run."""
@@ -173,31 +173,39 @@ class Cluster:
         for key in [key for key in self._pools if key == name or key.startswith(f"{name}-")]:
             for handle in self._pools.pop(key):
                 handle.stop()
-        if team := self._teams.pop(name, None):
-            team.stop()
+        if actor_group := self._actor_groups.pop(name, None):
+            actor_group.stop()
 
-    def _start(self, role: str, prefix: str, cls: type, arguments: tuple[Any, ...]) -> list[Handle]:
+    def _start(
+        self, role: str, prefix: str, cls: type, arguments: tuple[Any, ...]
+    ) -> list[StatelessActor]:
         if prefix not in self._pools:
             self._pools[prefix] = [
                 self._launch(bundle, cls, arguments) for bundle in self._planned(role, prefix)
             ]
         return self._pools[prefix]
 
-    def _launch(self, bundle: Bundle, cls: type, arguments: tuple[Any, ...]) -> Handle:
+    def _launch(self, bundle: Bundle, cls: type, arguments: tuple[Any, ...]) -> StatelessActor:
         threads = str(self._cluster.threads)
-        create = partial(create_actor, bundle, self._beating(bundle, cls), arguments, threads)
-        handle = Handle(bundle.name, create, self._limits(), self._watch())
+        create = partial(
+            create_actor, bundle, self._with_heartbeats(bundle, cls), arguments, threads
+        )
+        handle = StatelessActor(bundle.name, create, self._limits(), self._watch())
         if self.live and bundle.role != "judge":  # judges are replaced by those whom they answer
-            handle.team.tend()
+            handle.actor_group.supervise()
         return handle
 
-    def _team(self, role: str, start: Callable[[Sequence[Bundle]], list[Member]]) -> Team:
-        if role not in self._teams:
+    def _actor_group(
+        self, role: str, start: Callable[[Sequence[Bundle]], list[PlacedActor]]
+    ) -> ActorGroup:
+        if role not in self._actor_groups:
             bundles = self._planned(role, role)
-            self._teams[role] = Team(role, lambda: start(bundles), self._limits(), self._watch())
+            self._actor_groups[role] = ActorGroup(
+                role, lambda: start(bundles), self._limits(), self._watch()
+            )
             if self.live:
-                self._teams[role].tend()
-        return self._teams[role]
+                self._actor_groups[role].supervise()
+        return self._actor_groups[role]
 
     def _member(
         self,
@@ -205,33 +213,33 @@ class Cluster:
         cls: type,
         arguments: tuple[Any, ...],
         group: PlacementGroup | None = None,
-    ) -> Member:
-        cls = self._beating(bundle, cls)
+    ) -> PlacedActor:
+        cls = self._with_heartbeats(bundle, cls)
         placed = create_actor(bundle, cls, arguments, str(self._cluster.threads), group)
-        return Member(bundle.name, *placed)
+        return PlacedActor(bundle.name, *placed)
 
-    def _watch(self) -> Watch | None:
+    def _watch(self) -> HeartbeatMonitor | None:
         return self.live.watch if self.live else None
 
-    def _beating(self, bundle: Bundle, cls: type) -> type:
-        """The class as one that sends signs of life, in a run that is watched."""
+    def _with_heartbeats(self, bundle: Bundle, cls: type) -> type:
+        """The class as one that sends heartbeats, in a run that is monitored."""
         if self.live is None:
             return cls
-        return with_pulse(cls, make_pulse(self._config, bundle.name, bundle.role))
+        return with_heartbeats(cls, heartbeat_sender(self._config, bundle.name, bundle.role))
 
     def _others(self) -> list[ActorStatus]:
         """All actors but rollout engines, for who watches the run; called by another thread."""
         pools = [(key.partition("-")[0], pool) for key, pool in list(self._pools.items())]
-        teams = [(role, handle.team) for role, pool in pools for handle in pool]
+        actor_groups = [(role, handle.actor_group) for role, pool in pools for handle in pool]
         return [
             ActorStatus(
                 name=member.name,
                 role=role,
                 state="starting" if member.began() is None else "idle",
-                restarts=len(team.recoveries),
+                restarts=len(actor_group.recoveries),
             )
-            for role, team in [*teams, *list(self._teams.items())]
-            for member in list(team.members)
+            for role, actor_group in [*actor_groups, *list(self._actor_groups.items())]
+            for member in list(actor_group.members)
         ]
 
     def _planned(self, role: str, prefix: str) -> list[Bundle]:
@@ -239,9 +247,9 @@ class Cluster:
         assert bundles, f"{role} is not among {self._roles}"
         return bundles
 
-    def _limits(self) -> Limits:
+    def _limits(self) -> RestartLimits:
         settings = self._cluster
-        return Limits(
+        return RestartLimits(
             call_s=settings.call_timeout_s,
             start_s=settings.start_timeout_s,
             restarts=settings.max_restarts,

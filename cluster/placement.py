@@ -39,8 +39,8 @@ def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle,
     Ray Train starts them."""
     cluster, training = config.cluster, config.reward
     judges = cluster.judge.replicas if config.feedback.local_verifier is not None else 0
-    lanes = min(training.parallel, len(KINDS))
-    trainers = _names("trainer", lanes * training.workers)
+    tasks = min(training.parallel, len(KINDS))
+    trainers = _names("trainer", tasks * training.workers)
     worker = RoleConfig(cpus=training.cpus_per_worker, gpus=training.gpus_per_worker)
     wanted: list[tuple[Role, RoleConfig, tuple[str, ...]]] = [
         ("rollout", cluster.rollout, _names("rollout", cluster.rollout.replicas)),

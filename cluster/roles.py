@@ -100,7 +100,7 @@ class Reference(Protocol):
         """Write the value model and its optimiser into ``path``."""
         ...
 
-    def settle(self, path: Path) -> None:
+    def set_restore_point(self, path: Path) -> None:
         """What ``save`` wrote lies at ``path`` for good now: a lost state is rebuilt from there."""
         ...
 
@@ -128,7 +128,7 @@ class Learner(Protocol):
         """Write adapter, optimiser, schedule and RNG into ``path``."""
         ...
 
-    def settle(self, path: Path) -> None:
+    def set_restore_point(self, path: Path) -> None:
         """What ``save`` wrote lies at ``path`` for good now: a lost state is rebuilt from there."""
         ...
 

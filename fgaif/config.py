@@ -516,9 +516,9 @@ class ClusterConfig(_Section):
     """Times in a row that an actor is replaced when it dies or hangs, without having answered in
     between; the run stops after that."""
     heartbeat_s: float = Field(5.0, gt=0)
-    """Time between two signs of life of an actor's process."""
+    """Time between two heartbeats of an actor's process."""
     heartbeat_timeout_s: float = Field(60.0, gt=0)
-    """An actor without a sign of life for so long is frozen, and is replaced."""
+    """An actor without a heartbeat for so long is frozen, and is replaced."""
     stall_timeout_s: float = Field(900.0, gt=0)
     """An actor at work that makes no progress for so long hangs, and is replaced."""
     start_timeout_s: float = Field(600.0, gt=0)

@@ -3,7 +3,7 @@
 import os
 import time
 
-from actors.progress import beat
+from actors.progress import advance
 
 
 class Beater:
@@ -13,7 +13,7 @@ class Beater:
         self._greeting = greeting
 
     def work(self, tokens: int) -> str:
-        beat(tokens)
+        advance(tokens)
         return f"{self._greeting} {tokens}"
 
     def hang(self, seconds: float) -> None:

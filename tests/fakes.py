@@ -160,7 +160,7 @@ class World:
         self.parameter, self.value_updates = state["parameter"], state["values"]
         return Ready(None)
 
-    def settle(self, path: Path) -> None:
+    def set_restore_point(self, path: Path) -> None:
         assert (path / "state.json").is_file()
 
     def save_adapter(self, path: Path) -> Ready[None]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.progress import beat
+from actors.progress import advance
 from cluster.roles import Roles, SyncCheck
 from fgaif.config import Config
 from fgaif.pending import Ready
@@ -80,7 +80,7 @@ class _Light:
         pace = self._pace() / _TRAINING_TOKENS
         for response in responses:
             time.sleep(pace * len(response.token_ids))
-            beat(len(response.token_ids))
+            advance(len(response.token_ids))
 
     def _pace(self) -> float:
         path = self._folder / "pace"
@@ -130,7 +130,7 @@ class LightRollout(_Light):
         pace = self._pace()
         for _ in tokens:
             time.sleep(pace)
-            beat()
+            advance()
         return Response(
             prompt=request.prompt,
             sample=request.sample,
@@ -349,5 +349,5 @@ class _Called:
     def __getattr__(self, name: str) -> Callable[..., Ready[Any]]:
         return lambda *arguments: Ready(getattr(self._actor, name)(*arguments))
 
-    def settle(self, path: Path) -> None:
+    def set_restore_point(self, path: Path) -> None:
         """Nothing is replayed here."""

@@ -304,7 +304,7 @@ class Trained:
     def save_adapter(self, path: Path) -> Pending[None]:
         return self.save(path)
 
-    def settle(self, path: Path) -> None:
+    def set_restore_point(self, path: Path) -> None:
         assert path.is_dir()
 
     def restore(self, path: Path) -> Pending[None]:

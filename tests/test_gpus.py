@@ -12,7 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cluster.pipeline import train_rewards
-from cluster.pipeline.reward_task import Lane
+from cluster.pipeline.reward_task import RewardTask
 from fgaif.config import load_config
 from fgaif.errors import ConfigError
 from fgaif.types import KINDS
@@ -32,11 +32,11 @@ def four_gpus() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("four_gpus")
 @pytest.mark.parametrize(
-    ("lanes", "workers", "gpus"),
+    ("tasks", "workers", "gpus"),
     [(2, 2, 1.0), *(pytest.param(3, 1, share, marks=pytest.mark.long) for share in (0.5, 0.33))],
 )
 def test_every_rank_of_reward_training_computes_on_the_gpu_it_was_given(
-    lanes: int, workers: int, gpus: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tasks: int, workers: int, gpus: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gloo = TorchConfig(backend="gloo")  # NCCL needs devices
     noting = partial(TorchTrainer, note_devices, torch_config=gloo)
@@ -52,16 +52,16 @@ def test_every_rank_of_reward_training_computes_on_the_gpu_it_was_given(
     )  # fmt: skip
     queue = Queue(actor_options={"num_cpus": 0})
     made = [
-        Lane(
+        RewardTask(
             kinds=(kind,), digests={}, backbone_digest="", rows=None, config=config,
             out_dir=tmp_path, queue=queue,
         )
-        for kind in KINDS[:lanes]
+        for kind in KINDS[:tasks]
     ]  # fmt: skip
     seen: list[dict[str, Any]] = []
-    train_rewards._run_lanes(made, queue, lambda *told: seen.append(told[3]))
+    train_rewards._run_tasks(made, queue, lambda *told: seen.append(told[3]))
     queue.shutdown(force=True)
-    assert len(seen) == lanes * workers
+    assert len(seen) == tasks * workers
     for rank in seen:
         assert rank["device"] == f"cuda:{rank['local_rank']}"
         assert [rank["visible"][rank["local_rank"]]] == rank["given"]

@@ -15,7 +15,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from cluster.groups.role_groups import JudgeGroup
 from cluster.launch import Cluster
-from cluster.monitoring.heartbeat import boards
+from cluster.monitoring.heartbeat import heartbeat_stores
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError, DataError
 
@@ -32,7 +32,7 @@ def test_ray_that_it_started_is_stopped_if_the_roles_do_not_fit(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_board_of_a_run_that_cannot_begin_goes_away(tmp_path: Path) -> None:
+def test_the_store_of_a_run_that_cannot_begin_goes_away(tmp_path: Path) -> None:
     settings = config(tmp_path)
     settings.run_dir.write_text("a file in the place of the folder")
     with (
@@ -40,7 +40,7 @@ def test_the_board_of_a_run_that_cannot_begin_goes_away(tmp_path: Path) -> None:
         Cluster(settings, (), live=True),
     ):
         pass
-    until(lambda: not boards("mine"))
+    until(lambda: not heartbeat_stores("mine"))
     assert ray.is_initialized()
 
 

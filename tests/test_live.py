@@ -1,4 +1,4 @@
-"""A living run on a local Ray: signs of life, `fgaif status` and `scale`, metrics of the node."""
+"""A living run on a local Ray: heartbeats, `fgaif status` and `scale`, metrics of the node."""
 
 import json
 import os
@@ -20,19 +20,19 @@ from typer.testing import CliRunner, Result
 
 import cluster.monitoring.heartbeat
 from actors.deepspeed_setup import free_port
-from actors.pool import Member, State
+from actors.pool import Replica, State
 from cluster.cli import runs
 from cluster.cli.main import app
 from cluster.monitoring.heartbeat import (
     NAMESPACE,
-    Watch,
-    board_name,
-    make_pulse,
-    start_board,
-    with_pulse,
+    HeartbeatMonitor,
+    heartbeat_sender,
+    start_heartbeat_store,
+    store_name,
+    with_heartbeats,
 )
-from cluster.monitoring.metrics import METRICS, Exporter
-from cluster.monitoring.status import ActorStatus, Publisher, RunStatus, write_live
+from cluster.monitoring.metrics import METRICS, MetricsExporter
+from cluster.monitoring.status import ActorStatus, RunStatus, StatusPublisher, write_run_address
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, DataError
 from fgaif.types import StepReport
@@ -73,18 +73,20 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def board(config: Config) -> Iterator[Any]:
-    """The run's board, with ``live.json`` as the driver writes it."""
-    handle = start_board(config)
+def store(config: Config) -> Iterator[Any]:
+    """The run's heartbeat store, with ``live.json`` as the driver writes it."""
+    handle = start_heartbeat_store(config)
     address = ray.get_runtime_context().gcs_address
-    write_live(config, address=address, namespace=NAMESPACE, board=board_name(config), job="01")
+    write_run_address(
+        config, address=address, namespace=NAMESPACE, store=store_name(config), job="01"
+    )
     yield handle
     ray.kill(handle)
 
 
 @pytest.fixture
-def publisher(config: Config, board: Any) -> Publisher:
-    return Publisher(config, [lambda status: ray.get(board.put.remote(status))])
+def publisher(config: Config, store: Any) -> StatusPublisher:
+    return StatusPublisher(config, [lambda status: ray.get(store.put.remote(status))])
 
 
 def until(true: Callable[[], object], seconds: float = 20) -> None:
@@ -94,27 +96,27 @@ def until(true: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.1)
 
 
-def engines(*states: State) -> list[Member]:
-    return [Member(name=f"rollout-{i}", state=state, restarts=i) for i, state in enumerate(states)]
+def engines(*states: State) -> list[Replica]:
+    return [Replica(name=f"rollout-{i}", state=state, restarts=i) for i, state in enumerate(states)]
 
 
-def tell(publisher: Publisher, *states: State, queued: int = 0) -> None:
+def tell(publisher: StatusPublisher, *states: State, queued: int = 0) -> None:
     publisher._last = float("-inf")  # as if the last was published long ago
     publisher.rollouts(engines(*states), queued, lambda weights: weights)
 
 
 def start(config: Config, name: str) -> Any:
-    beating = with_pulse(Beater, make_pulse(config, name, "rollout"))
+    beating = with_heartbeats(Beater, heartbeat_sender(config, name, "rollout"))
     return ray.remote(beating).options(num_cpus=0).remote("hello")
 
 
-def test_a_process_is_seen_working_hanging_frozen_and_replaced(config: Config, board: Any) -> None:
-    watch = Watch.of(board, config.cluster)
+def test_a_process_is_seen_working_hanging_frozen_and_replaced(config: Config, store: Any) -> None:
+    watch = HeartbeatMonitor.of(store, config.cluster)
     actor = start(config, "rollout-0")
     assert ray.get(actor.work.remote(7)) == "hello 7"
     pid = ray.get(actor.pid.remote())
-    until(lambda: "rollout-0" in watch.signs())
-    seen = watch.signs()["rollout-0"]
+    until(lambda: "rollout-0" in watch.heartbeats())
+    seen = watch.heartbeats()["rollout-0"]
     assert (seen.pid, seen.node) == (pid, ray.util.get_node_ip_address())
     assert seen.rss > 10 * 2**20
     assert watch.problem("rollout-0", busy_s=100) is None
@@ -125,38 +127,38 @@ def test_a_process_is_seen_working_hanging_frozen_and_replaced(config: Config, b
     assert watch.problem("rollout-0", busy_s=1) is None
 
     os.kill(pid, signal.SIGSTOP)
-    until(lambda: "no sign of life" in (watch.problem("rollout-0") or ""))
+    until(lambda: "sent no heartbeat" in (watch.problem("rollout-0") or ""))
     ray.kill(actor)
     os.kill(pid, signal.SIGKILL)
     watch.forget("rollout-0")
     assert watch.problem("rollout-0", busy_s=100) is None
 
     again = start(config, "rollout-0")
-    until(lambda: "rollout-0" in watch.signs())
-    assert watch.signs()["rollout-0"].pid != pid
+    until(lambda: "rollout-0" in watch.heartbeats())
+    assert watch.heartbeats()["rollout-0"].pid != pid
     ray.kill(again)
     log = (config.run_dir / "logs" / "rollout-0.log").read_text()
     assert f"rollout-0: pid {pid}, all output in /" in log
     assert log.count("rollout-0: pid") == 2
 
 
-def test_an_actor_without_a_board_works_and_says_so(tmp_path: Path) -> None:
+def test_an_actor_without_a_store_works_and_says_so(tmp_path: Path) -> None:
     config = load_config(None, [f"dir={tmp_path}", "cluster.heartbeat_s=0.1"])
     actor = start(config, "rollout-9")
     assert ray.get(actor.work.remote(1)) == "hello 1"
     log = config.run_dir / "logs" / "rollout-9.log"
-    until(lambda: "no board takes signs of life" in log.read_text())
+    until(lambda: "no heartbeat store can be reached" in log.read_text())
     time.sleep(0.5)
-    assert log.read_text().count("no board") == 1
+    assert log.read_text().count("no heartbeat store") == 1
     ray.kill(actor)
 
 
 def test_two_drivers_cannot_work_in_one_folder(
-    config: Config, board: Any, monkeypatch: pytest.MonkeyPatch
+    config: Config, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster.monitoring.heartbeat, "_NAME_FREE_WITHIN_S", 0.6)
     with pytest.raises(ActorError, match="another run works in this folder"):
-        start_board(config)
+        start_heartbeat_store(config)
 
 
 def test_nor_can_one_on_a_ray_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +166,13 @@ def test_nor_can_one_on_a_ray_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     config = load_config(None, [f"dir={tmp_path}", "name=twice"])
     config.run_dir.mkdir()
     other = subprocess.Popen(["sleep", "60"])
-    write_live(config, address="gone:1", namespace=NAMESPACE, board="run:/twice", job="01")
+    write_run_address(config, address="gone:1", namespace=NAMESPACE, store="run:/twice", job="01")
     live = config.run_dir / "live.json"
     live.write_text(live.read_text().replace(f'"pid": {os.getpid()}', f'"pid": {other.pid}'))
     with pytest.raises(ActorError, match=f"another run works in this folder .process {other.pid}"):
-        start_board(config)
+        start_heartbeat_store(config)
     other.kill()
-    ray.kill(start_board(config))  # it is none any more, even before anyone waits for it
+    ray.kill(start_heartbeat_store(config))  # it is none any more, even before anyone waits for it
     other.wait()
 
 
@@ -181,10 +183,10 @@ def fgaif(*arguments: object, fails: bool = False) -> Result:
     return result
 
 
-def test_status_shows_a_living_run(config: Config, board: Any, publisher: Publisher) -> None:
+def test_status_shows_a_living_run(config: Config, store: Any, publisher: StatusPublisher) -> None:
     publisher.step(StepReport(step=3, version=3, metrics={"reward/task": 0.25, "policy/lr": 1.0}))
     tell(publisher, "busy", "starting", queued=5)
-    ray.get(board.wish.remote(2))
+    ray.get(store.request_rollouts.remote(2))
     for run in (config.run_dir, "mine"):
         text = fgaif("status", run, "--once", "--address", _address()).stdout
         assert "step 3/9, weights v3, queue 5 + 0 in work, reward 0.25" in text
@@ -196,15 +198,15 @@ def test_status_shows_a_living_run(config: Config, board: Any, publisher: Publis
     assert "mine" in fgaif("list", config.dir).stdout
 
 
-def test_scale_leaves_a_wish_and_can_wait_for_it(
-    config: Config, board: Any, publisher: Publisher
+def test_scale_asks_for_engines_and_can_wait_for_it(
+    config: Config, store: Any, publisher: StatusPublisher
 ) -> None:
     tell(publisher, "busy", "leaving")
     text = fgaif("scale", config.run_dir, "--rollout", 3).stdout
     assert "mine: 1 -> 3 rollout engines" in text
     assert "2 start" in text
     assert "to start it again with so many: cluster.rollout.replicas=3" in text
-    assert ray.get(board.look.remote()).wished == 3
+    assert ray.get(store.view.remote()).wished == 3
 
     def grow() -> None:
         time.sleep(1)
@@ -223,7 +225,7 @@ def test_scale_leaves_a_wish_and_can_wait_for_it(
     assert fgaif("scale", config.run_dir, "--rollout", 0, fails=True).exit_code == 2
 
 
-@pytest.mark.usefixtures("board", "publisher")
+@pytest.mark.usefixtures("store", "publisher")
 def test_another_process_finds_the_run_by_its_folder(config: Config) -> None:
     # Ray's own settings, which this process has from starting Ray, are not there in another shell.
     ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -242,7 +244,7 @@ def _address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-@pytest.mark.usefixtures("board")
+@pytest.mark.usefixtures("store")
 def test_a_run_that_nobody_knows_is_told_from_one_that_lives(tmp_path: Path) -> None:
     error = fgaif("status", "yours", "--address", _address(), fails=True).exception
     assert isinstance(error, DataError)
@@ -257,7 +259,7 @@ def test_a_run_that_died_is_shown_as_it_was_last(tmp_path: Path) -> None:
     config = load_config(None, [f"dir={tmp_path}", "name=dead"])
     past = datetime.now(UTC) - timedelta(hours=3)
     config.run_dir.mkdir()
-    write_live(config, address=_address(), namespace=NAMESPACE, board="run:/dead", job="01")
+    write_run_address(config, address=_address(), namespace=NAMESPACE, store="run:/dead", job="01")
     status = RunStatus(run="dead", step=4, steps=9, updated_at=past)
     (config.run_dir / "status.json").write_text(status.model_dump_json())
     assert "out of reach" in fgaif("status", config.run_dir).stdout  # its driver, this test, lives
@@ -287,8 +289,10 @@ def test_a_run_that_died_is_shown_as_it_was_last(tmp_path: Path) -> None:
 
 
 def test_prometheus_finds_every_metric_at_the_node(config: Config) -> None:
-    Exporter("other").step(StepReport(step=1, version=1, metrics={}))  # runs one after the other
-    exporter = Exporter("mine")
+    MetricsExporter("other").step(
+        StepReport(step=1, version=1, metrics={})
+    )  # runs one after the other
+    exporter = MetricsExporter("mine")
     report = StepReport(
         step=3,
         version=3,

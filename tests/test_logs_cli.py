@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cluster.cli.main import app
-from cluster.monitoring.status import LIVE, STATUS, Live, RunState, RunStatus
+from cluster.monitoring.status import LIVE, STATUS, RunAddress, RunState, RunStatus
 
 LOGS = {
     "driver": [
@@ -43,10 +43,10 @@ def run(tmp_path: Path) -> Path:
 def say(folder: Path, state: RunState, pid: int | None = None) -> None:
     """Write the files by which a run says that it goes on, or how it ended."""
     status = RunStatus(run="mine", state=state, steps=9, updated_at=datetime.now(UTC))
-    live = Live(
+    live = RunAddress(
         address="10.0.0.1:6379",
         namespace="fgaif",
-        board="board",
+        store="board",
         job="01",
         host=socket.gethostname(),
         pid=pid or os.getpid(),

@@ -13,7 +13,7 @@ import ray
 from light_jobs import ROLES, assert_as_in_peace, python_first, settings, submit
 from nodes import Nodes, living, steps, wait_for, write_whole
 
-from cluster.monitoring.heartbeat import NAMESPACE, board_name
+from cluster.monitoring.heartbeat import NAMESPACE, store_name
 from cluster.monitoring.ray_jobs import Jobs
 
 
@@ -51,8 +51,8 @@ def test_a_job_outlives_scaling_and_the_loss_of_nodes_and_ends_the_same(
 
     second = nodes.add(cpus=2)
     ray.init(address=nodes.address, namespace=NAMESPACE, log_to_driver=False)
-    board = ray.get_actor(board_name(config))
-    ray.get(board.wish.remote(3))
+    store = ray.get_actor(store_name(config))
+    ray.get(store.request_rollouts.remote(3))
     wait_for("three engines", lambda: engines(3))
     assert sum(life["node"] == second.node_id for life in living(run, "rollout")) == 2
 
@@ -67,7 +67,7 @@ def test_a_job_outlives_scaling_and_the_loss_of_nodes_and_ends_the_same(
 
     third = nodes.add(cpus=2)
     wait_for("three engines", lambda: engines(3))
-    ray.get(board.wish.remote(1))
+    ray.get(store.request_rollouts.remote(1))
     wait_for("one engine", lambda: engines(1))
 
     shutil.rmtree(held)

@@ -212,7 +212,7 @@ def test_the_number_that_somebody_wishes_is_followed(start: Start, tmp_path: Pat
     group = start(
         1,
         wished=lambda: wished[-1] if wished else None,
-        tell=lambda members, queued, _: told.append((len(members), queued)),
+        report=lambda members, queued, _: told.append((len(members), queued)),
     )
     ask(group, [1]).result()
     wished.append(2)

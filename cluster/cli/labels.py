@@ -102,7 +102,7 @@ def dump_replies(overrides: Overrides = None, config: ConfigFile = None) -> None
 
 
 def _import(config: Config, form: Form, names: list[str], root: Path | None) -> None:
-    from cluster.pipeline.stage_status import Ledger
+    from cluster.pipeline.stage_status import StageStatus
     from fgaif.feedback.interchange import import_reference, import_stepwise, join_labels
     from fgaif.feedback.parquet import read_labels
     from fgaif.feedback.store import label_store, response_store
@@ -133,9 +133,9 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
         labeled = join_labels(sets) if form == "stepwise" else [x for part in sets for x in part]
     response_store(responses).append(item.response for item in labeled)
     label_store(target).append(labeled)
-    ledger = Ledger(config.run_dir)
+    stage_status = StageStatus(config.run_dir)
     for stage in ("sample", "annotate"):
-        ledger.adopt(config, stage)
+        stage_status.adopt(config, stage)
     out.print(f"imported {len(labeled)} labelled responses into {config.run_dir}", markup=False)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import typer
 from rich.console import Console
 
-from cluster.monitoring.status import driver_lives, read_live, read_status
+from cluster.monitoring.status import driver_is_alive, read_run_address, read_status
 from fgaif.errors import DataError
 
 out = Console()
@@ -116,7 +116,7 @@ def _print(lines: Sequence[_Line], files: Collection[str]) -> None:
 
 def _lives(folder: Path) -> bool:
     """Whether the run goes on: not said to have ended, nor its driver gone from this machine."""
-    status, live = read_status(folder), read_live(folder)
+    status, live = read_status(folder), read_run_address(folder)
     if live is None or (status is not None and status.state != "running"):
         return False
-    return driver_lives(live) is not False
+    return driver_is_alive(live) is not False

@@ -19,10 +19,10 @@ from rich.text import Text
 
 from cluster.monitoring.status import (
     AUTH_MODE,
-    Live,
+    RunAddress,
     RunStatus,
-    driver_lives,
-    read_live,
+    driver_is_alive,
+    read_run_address,
     read_status,
 )
 from fgaif.errors import ActorError, DataError
@@ -49,7 +49,7 @@ class _Found:
 
     name: str
     folder: Path | None
-    live: Live | None
+    live: RunAddress | None
     status: RunStatus | None
 
 
@@ -62,19 +62,19 @@ def status(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Once, as JSON.")] = False,
 ) -> None:
-    """Show what a run is doing: step, weights, queue, actors and their last sign of life.
+    """Show what a run is doing: step, weights, queue, actors and their last heartbeat.
 
     A run that has ended, or died, is shown as it was last.
     """
     found = _find(run, address)
     try:
-        with _board(found, address) as board:
+        with _store(found, address) as store:
             if as_json or not (out.is_terminal if watch is None else watch):
-                now = _ask(board)
+                now = _ask(store)
                 _show_once(now, now.state, alive=True, as_json=as_json)
             else:
-                _watch(board)
-    except _Gone as gone:
+                _watch(store)
+    except _MemberLost as gone:
         last = found.folder and read_status(found.folder)
         if not last:
             raise ActorError(str(gone)) from gone
@@ -99,13 +99,13 @@ def scale(
     finish what they have in hand. A run that is started again begins with its configuration.
     """
     found = _find(run, address)
-    with _board(found, address) as board:
+    with _store(found, address) as store:
         import ray
 
-        now = _ask(board)
+        now = _ask(store)
         here = [actor for actor in now.actors if actor.role == "rollout"]
         staying = sum(actor.state != "leaving" for actor in here)
-        ray.get(board.wish.remote(rollout))
+        ray.get(store.request_rollouts.remote(rollout))
         out.print(f"{now.run}: {staying} -> {rollout} rollout engines", highlight=False)
         if rollout > staying:
             out.print(f"{rollout - staying} start, and wait if there is no room for them yet")
@@ -114,7 +114,7 @@ def scale(
         keep = f"cluster.rollout.replicas={rollout}"
         out.print(f"until it ends or stops; to start it again with so many: {keep}", soft_wrap=True)
         if wait:
-            _wait_for(board, rollout, timeout)
+            _wait_for(store, rollout, timeout)
 
 
 def list_runs(
@@ -141,17 +141,17 @@ def list_runs(
     out.print(table)
 
 
-class _Gone(ActorError):
+class _MemberLost(ActorError):
     """The run cannot be reached: it has ended, or died, or its cluster is gone."""
 
 
-class _Lost(_Gone):
+class _Lost(_MemberLost):
     """Its cluster answers, and runs it no more."""
 
 
 def _find(run: str, address: str | None) -> _Found:
     for folder in (Path(run), Path("runs") / run):
-        live, last = read_live(folder), read_status(folder)
+        live, last = read_run_address(folder), read_status(folder)
         if live or last:
             return _Found(name=folder.resolve().name, folder=folder, live=live, status=last)
     if address is None:
@@ -164,13 +164,13 @@ def _find(run: str, address: str | None) -> _Found:
 
 
 @contextmanager
-def _board(found: _Found, address: str | None) -> Iterator[Any]:
-    """The living run's board, over a connection to its cluster that is closed afterwards."""
+def _store(found: _Found, address: str | None) -> Iterator[Any]:
+    """The living run's heartbeat store; the connection to its cluster is closed afterwards."""
     if found.status and found.status.state != "running" and address is None:
-        raise _Gone(f"{found.name}: {found.status.state} {_ago(found.status.updated_at)}")
+        raise _MemberLost(f"{found.name}: {found.status.state} {_ago(found.status.updated_at)}")
     where = address or (found.live.address if found.live else None)
     if where is None:
-        raise _Gone(f"{found.name}: its folder says no address; give --address")
+        raise _MemberLost(f"{found.name}: its folder says no address; give --address")
     if found.live and found.live.auth:  # Ray reads it when it is imported
         os.environ.setdefault(AUTH_MODE, found.live.auth)
     import ray  # takes a second
@@ -183,11 +183,11 @@ def _board(found: _Found, address: str | None) -> Iterator[Any]:
     try:
         name, gone = _board_name(found), f"{found.name}: the cluster at {where} runs it no more"
         try:
-            board = ray.get_actor(name, namespace=NAMESPACE)
+            store = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError as error:
             raise _Lost(gone) from error
         try:
-            yield board
+            yield store
         except ray.exceptions.ActorDiedError as error:
             raise _Lost(gone) from error
     finally:
@@ -207,47 +207,47 @@ def _connect(found: _Found, address: str) -> None:
         first = str(error).strip().splitlines()[0]
         if "InvalidAuthToken" in f"{error} {error.__cause__}":
             first = f"it wants its token: set {AUTH_MODE}=token, and RAY_AUTH_TOKEN or _PATH"
-        raise _Gone(f"{found.name}: no Ray cluster answers at {address} ({first})") from error
+        raise _MemberLost(f"{found.name}: no Ray cluster answers at {address} ({first})") from error
 
 
 def _board_name(found: _Found) -> str:
     if found.live is not None:
-        return found.live.board
-    from cluster.monitoring.heartbeat import boards
+        return found.live.store
+    from cluster.monitoring.heartbeat import heartbeat_stores
 
-    names = boards(found.name)
+    names = heartbeat_stores(found.name)
     if len(names) == 1:
         return names[0]
     if names:
         raise DataError(f"{found.name}: several runs are called so: {', '.join(names)}; give the "
                         "folder")  # fmt: skip
-    others = ", ".join(Path(name).name for name in boards("")) or "none"
+    others = ", ".join(Path(name).name for name in heartbeat_stores("")) or "none"
     raise DataError(f"{found.name}: no such run lives on this cluster; there are: {others}")
 
 
-def _ask(board: Any) -> RunStatus:
+def _ask(store: Any) -> RunStatus:
     import ray
 
-    found = ray.get(board.status.remote(), timeout=_ANSWER_S)
+    found = ray.get(store.status.remote(), timeout=_ANSWER_S)
     if found is None:
         raise ActorError("the run has just started and says nothing yet; try again")
     return RunStatus.model_validate(found)
 
 
-def _watch(board: Any) -> None:
+def _watch(store: Any) -> None:
     with LiveDisplay(console=out, auto_refresh=False) as display:
         while True:
-            now = _ask(board)
+            now = _ask(store)
             display.update(render(now), refresh=True)
             if now.state != "running":
                 return
             time.sleep(_REFRESH_S)
 
 
-def _wait_for(board: Any, wanted: int, timeout: float) -> None:
+def _wait_for(store: Any, wanted: int, timeout: float) -> None:
     end = time.monotonic() + timeout
     while True:
-        now = _ask(board)
+        now = _ask(store)
         engines = [actor for actor in now.actors if actor.role == "rollout"]
         ready = sum(actor.state in ("idle", "busy") for actor in engines)
         if ready == len(engines) == wanted:
@@ -326,21 +326,25 @@ def _line(folder: Path) -> tuple[str, str, str]:
     status = read_status(folder)
     if status is None:
         return "not trained", "", ""
-    state = _state(status, read_live(folder), believed="running")
+    state = _state(status, read_run_address(folder), believed="running")
     return state, f"{status.step}/{status.steps}", _when(status.updated_at)
 
 
 def _state(
-    status: RunStatus, live: Live | None, *, lost: bool = False, believed: str = "out of reach"
+    status: RunStatus,
+    live: RunAddress | None,
+    *,
+    lost: bool = False,
+    believed: str = "out of reach",
 ) -> str:
     """The state by now of a run that is not asked itself.
 
-    ``lost``: its cluster has no board of it. ``believed``: what is said of one that may still run,
-    as a driver does that has lost its board.
+    ``lost``: its cluster has no heartbeat store of it. ``believed``: what is said of one that may
+    still run, as a driver does that has lost its store.
     """
     if status.state != "running":
         return status.state
-    lives = driver_lives(live) if live else None
+    lives = driver_is_alive(live) if live else None
     silent = datetime.now(UTC) - status.updated_at > _SILENT
     return "died" if lives is False or (lives is None and lost and silent) else believed
 

@@ -1,12 +1,12 @@
-"""Actors that live and die together, and that come back in the state they had.
+"""Actors that share a distributed computation: restarted together, their state restored exactly.
 
-A team keeps a journal: the calls that changed its state since its base, a checkpoint or the fresh
-start, and the calls not answered yet. When a member dies or hangs, its fellows may wait for it in a
-collective for ever, so all are killed and started anew. They are brought to the base, and the
-journal is played again in order: a call that had been answered makes the same state again, and one
-that had not gets its answer now. So each takes effect exactly once, even where the dead had done it
-and only the answer was lost. Constructors are seeded and a base holds optimiser and random state,
-so the new state is bitwise the old one, as far as the hardware repeats its sums.
+When one actor of a DeepSpeed group dies or hangs, the others may wait for it in a collective for
+ever. So all are killed and started anew, restored from the last restore point (a checkpoint, or the
+fresh start), and the calls that changed their state since then are made again in order. A call that
+had been answered makes the same state again; one that had not gets its answer now. Each call
+therefore takes effect exactly once, even where the dead actor had done it and only the answer was
+lost. Constructors are seeded and checkpoints hold optimiser and random state, so the new state
+equals the old one bitwise, as far as the hardware repeats its sums.
 """
 
 import logging
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import ray
 
 from cluster.groups.failures import cause_of_death, is_gone, never_started, translate
-from cluster.groups.placed_actor import Member
+from cluster.groups.placed_actor import PlacedActor
 from fgaif.errors import ActorError, FgaifError
 from fgaif.pending import Pending, Then
 
@@ -29,13 +29,14 @@ Submit = Callable[[Sequence[Any]], list[ray.ObjectRef]]
 """Starts one call on each of the actors given; made again on fresh actors after a death."""
 
 _SLICE_S = 1.0
-_TEND_S = 0.2
+_SUPERVISE_S = 0.2
 _SYMPTOM_S = 30.0
-"""A member whose fellow dies in a collective may raise before Ray knows of the death."""
+"""How long an actor's error is held back while others still work: it may be the consequence of
+a death in a collective that Ray does not know of yet."""
 
 
-class Watcher(Protocol):
-    """Knows from signs of life whether an actor is frozen or hangs."""
+class FailureDetector(Protocol):
+    """Tells from heartbeats whether an actor is frozen or hangs."""
 
     def problem(self, name: str, busy_s: float = 0.0) -> str | None:
         """What is wrong with an actor that has been at work for so long; None if nothing."""
@@ -47,9 +48,9 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Seconds for a call and for a start; failures in a row, without an answer between, that are
-    mended."""
+class RestartLimits:
+    """Time-outs in seconds of a call and of a start, and the largest number of restarts in a row
+    (without an answer in between)."""
 
     call_s: float
     start_s: float
@@ -65,26 +66,28 @@ class _Call:
     deaths: int = 0
 
 
-class _Gone(Exception):
-    """A member is dead, frozen or hangs; the text is the first cause."""
+class _MemberLost(Exception):
+    """An actor of the group is dead, frozen or hangs; the text is the first cause."""
 
 
-class Team:
-    """Calls to all members at once, through their deaths. May be used by several threads.
+class ActorGroup:
+    """Makes each call on every actor of the group, and restarts the group when one fails.
+
+    May be used by several threads.
 
     Args:
         name: for messages.
         start: starts all members anew, without waiting for them.
-        limits: time-outs, and how many failures in a row are mended.
-        watch: asked about once a second for members that work.
+        limits: time-outs, and how many restarts in a row are tried.
+        watch: asked about once a second about actors at work.
     """
 
     def __init__(
         self,
         name: str,
-        start: Callable[[], Sequence[Member]],
-        limits: Limits,
-        watch: Watcher | None = None,
+        start: Callable[[], Sequence[PlacedActor]],
+        limits: RestartLimits,
+        watch: FailureDetector | None = None,
     ) -> None:
         self.name = name
         self.recoveries: list[float] = []
@@ -95,13 +98,13 @@ class Team:
         self._lock = threading.RLock()
         self._saving = False
         self._stopped = threading.Event()
-        self._tender: threading.Thread | None = None
+        self._supervisor: threading.Thread | None = None
         self._life = 0
         self._failures = 0
-        self._torn: FgaifError | None = None
+        self._inconsistent: FgaifError | None = None
         self._lost: FgaifError | None = None
         self._base: Submit | None = None
-        self._journal: list[_Call] = []
+        self._replay_log: list[_Call] = []
         self._saved: list[_Call] = []
         try:
             self.members = start()
@@ -111,29 +114,32 @@ class Team:
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process of the job gets the members and may replace them; calls and watch stay
         here. What it started dies with it, or with ``stop`` here."""
-        return _elsewhere, (self.name, self._start, self._limits, self.members)
+        return _rebuild, (self.name, self._start, self._limits, self.members)
 
     def call(self, submit: Submit, *, keep: bool = False) -> Pending[list[Any]]:
         """Start a call on every member; ``keep`` if it changes their state.
 
         Raises (also from the result):
-            ActorError: the team cannot be mended any more; the first cause is told.
-            FgaifError: what the work itself raised; that is no reason to start anyone again.
+            ActorError: the group failed and may not be restarted any more; names the first cause.
+            FgaifError: what the work itself raised, which is no reason for a restart.
         """
         with self._lock:
             if self._lost is not None:
                 raise self._lost
-            if self._torn is not None:
-                self._mend(str(self._torn))
+            if self._inconsistent is not None:
+                self._recover(str(self._inconsistent))
             references = submit([member.actor for member in self.members])
             call = _Call(submit=submit, keep=keep, references=references)
-            self._journal.append(call)
+            self._replay_log.append(call)
         return Then(lambda: self._result(call))
 
     def save(self, submit: Submit) -> Pending[list[Any]]:
-        """Start a call that writes the state; what came before it is what ``settle`` lets go of."""
+        """Start a call that writes the state to disk.
+
+        The calls before it need not be replayed once ``set_restore_point`` names what was written.
+        """
         with self._lock:
-            before = [call for call in self._journal if call.keep]
+            before = [call for call in self._replay_log if call.keep]
             call = self.call(submit)
             self._saving = True
 
@@ -144,33 +150,39 @@ class Team:
 
         return Then(finish)
 
-    def settle(self, base: Submit) -> None:
-        """From now on members are brought back by ``base``, which reads what ``save`` last wrote,
-        and by the calls after that."""
+    def set_restore_point(self, base: Submit) -> None:
+        """After a failure, restore by ``base``, which reads what ``save`` wrote last.
+
+        Only the calls after it are replayed.
+        """
         with self._lock:
-            assert all(call.answers is not None for call in self._saved), "settled too early"
-            self._journal = [call for call in self._journal if call not in self._saved]
+            assert all(call.answers is not None for call in self._saved), (
+                "the checkpoint is not complete"
+            )
+            self._replay_log = [call for call in self._replay_log if call not in self._saved]
             self._saved, self._base, self._saving = [], base, False
 
     def restore(self, base: Submit) -> Pending[list[Any]]:
-        """Give up the present state for what ``base`` reads."""
+        """Replace the present state by what ``base`` reads."""
         with self._lock:
-            self._journal, self._saved, self._base, self._saving = [], [], base, False
+            self._replay_log, self._saved, self._base, self._saving = [], [], base, False
             return self.call(base)
 
-    def tend(self) -> None:
-        """From now on, bring members back that die while nobody waits for an answer of theirs.
+    def supervise(self) -> None:
+        """Restart the group too when an actor dies while no call is running, in a thread.
 
-        Such deaths would else show with the next call only, which then waits for the start.
+        Otherwise the next call finds out, and waits for the restart.
         """
-        self._tender = threading.Thread(target=self._tend, name=f"{self.name} tender", daemon=True)
-        self._tender.start()
+        self._supervisor = threading.Thread(
+            target=self._supervise, name=f"{self.name} supervisor", daemon=True
+        )
+        self._supervisor.start()
 
     def stop(self) -> None:
-        """Kill every member; nobody is replaced from now on."""
+        """Kill every actor; none is restarted from now on."""
         self._stopped.set()
-        if self._tender is not None:
-            self._tender.join()
+        if self._supervisor is not None:
+            self._supervisor.join()
         with self._lock:
             self._lost = ActorError(f"{self.name} was stopped")
             self._kill()
@@ -185,17 +197,17 @@ class Team:
                 life, members, references = self._life, self.members, call.references
             try:
                 answers = self._collect(members, references)
-            except _Gone as gone:
+            except _MemberLost as gone:
                 with self._lock:
                     if self._life == life:  # nobody else has found it out before
                         call.deaths += 1
-                        self._mend(str(gone), call.deaths)
+                        self._recover(str(gone), call.deaths)
             except FgaifError as error:
                 with self._lock:
                     self._forget(call)
                     if call.keep or len(members) > 1:
                         # It may have changed half of the state, or left others in a collective.
-                        self._torn = error
+                        self._inconsistent = error
                 raise
             else:
                 with self._lock:
@@ -204,25 +216,25 @@ class Team:
                     if not call.keep:
                         self._forget(call)
 
-    def _tend(self) -> None:
-        """Look after members that have nothing to do, until the team is stopped."""
+    def _supervise(self) -> None:
+        """Restart actors that fail while no call is running, until the group is stopped."""
         said = ""
-        while not self._stopped.wait(_TEND_S):
+        while not self._stopped.wait(_SUPERVISE_S):
             with self._lock:
-                waited_for = any(call.answers is None for call in self._journal)
+                waited_for = any(call.answers is None for call in self._replay_log)
                 if waited_for or self._saving:  # who waits finds it out; the base is about to go
                     continue
                 try:
-                    if cause := self._bad_news():
-                        self._mend(cause)
+                    if cause := self._failure_while_idle():
+                        self._recover(cause)
                 except (FgaifError, ray.exceptions.RayError) as error:
                     if str(error) != said:  # whoever calls next is told too
                         log.warning("%s", said := str(error))
                 if self._lost is not None:
                     return
 
-    def _bad_news(self) -> str:
-        """What became of a member without work that is dead or frozen (the lock is held)."""
+    def _failure_while_idle(self) -> str:
+        """Why an idle actor is dead or frozen; empty if none is (the lock is held)."""
         for member in self.members:
             if error := cause_of_death(member.actor):
                 cause = translate(error, member.name, member.node())
@@ -230,13 +242,13 @@ class Team:
                     raise cause from error  # so would another
                 return str(cause)
             try:
-                self._look([member], time.monotonic())
-            except _Gone as gone:
+                self._check_alive([member], time.monotonic())
+            except _MemberLost as gone:
                 return str(gone)
         return ""
 
     def _forget(self, call: _Call) -> None:
-        self._journal = [other for other in self._journal if other is not call]
+        self._replay_log = [other for other in self._replay_log if other is not call]
 
     def _kill(self) -> None:
         for member in self.members:
@@ -244,8 +256,8 @@ class Team:
             if self._watch is not None:
                 self._watch.forget(member.name)
 
-    def _mend(self, cause: str, deaths: int = 0) -> None:
-        """Start everyone again, within bounds (the lock is held)."""
+    def _recover(self, cause: str, deaths: int = 0) -> None:
+        """Restart the group, as often as the limits allow (the lock is held)."""
         allowed = self._limits.restarts
         while True:
             failures = max(self._failures + 1, deaths)
@@ -255,14 +267,16 @@ class Team:
                 raise self._lost
             self._failures += 1
             try:
-                self._bring_back(f"{cause}\n{self.name} is replaced ({failures} of {allowed})")
-            except _Gone as again:
+                self._restart_and_replay(
+                    f"{cause}\n{self.name} is replaced ({failures} of {allowed})"
+                )
+            except _MemberLost as again:
                 cause = str(again)
             else:
                 return
 
-    def _bring_back(self, reason: str) -> None:
-        """Kill all, start all anew and play the journal (the lock is held)."""
+    def _restart_and_replay(self, reason: str) -> None:
+        """Kill and start all actors, restore their state and replay (the lock is held)."""
         log.warning("%s", reason)
         begun = time.monotonic()
         self._life += 1
@@ -273,22 +287,26 @@ class Team:
             self._collect(self.members, [member.ready for member in self.members], starting=True)
             if self._base is not None:
                 self._collect(self.members, self._base(actors))
-            for call in self._journal:
+            for call in self._replay_log:
                 call.references = call.submit(actors)
                 if call.answers is not None:
                     self._collect(self.members, call.references)
                     call.references = []
         except (ray.exceptions.RayError, TimeoutError) as error:
-            raise _Gone(str(translate(error, self.name))) from error
+            raise _MemberLost(str(translate(error, self.name))) from error
         except FgaifError as error:
             self._lost = ActorError(f"{self.name} cannot be brought back: {error}")
             raise self._lost from error
-        self._torn = None
+        self._inconsistent = None
         self.recoveries.append(time.monotonic() - begun)
         log.warning("%s is back after %.1f s", self.name, self.recoveries[-1])
 
     def _collect(
-        self, members: Sequence[Member], references: list[ray.ObjectRef], *, starting: bool = False
+        self,
+        members: Sequence[PlacedActor],
+        references: list[ray.ObjectRef],
+        *,
+        starting: bool = False,
     ) -> list[Any]:
         """Wait for everyone's answer, in slices between which the watch is asked.
 
@@ -308,16 +326,16 @@ class Team:
                 except (ray.exceptions.RayError, TimeoutError) as error:
                     cause = translate(error, members[index].name, members[index].node())
                     if is_gone(error) and (starting or not never_started(error)):
-                        raise _Gone(str(cause)) from error
+                        raise _MemberLost(str(cause)) from error
                     raised.add(cause)
-            raised.tell(bool(waiting))
+            raised.raise_when_sure(bool(waiting))
             if waiting and self._stopped.is_set():
                 raise ActorError(f"{self.name} was stopped")
             if waiting:
-                self._look([members[index] for index in waiting.values()], begun)
+                self._check_alive([members[index] for index in waiting.values()], begun)
         return answers
 
-    def _look(self, members: Sequence[Member], begun: float) -> None:
+    def _check_alive(self, members: Sequence[PlacedActor], begun: float) -> None:
         """Raise _Gone if one of those waited for since ``begun`` will not answer."""
         limits = self._limits
         for member in members:
@@ -325,7 +343,7 @@ class Team:
             if began is None:
                 if member.is_late(limits.start_s):
                     late = f"did not start within cluster.start_timeout_s = {limits.start_s:g}"
-                    raise _Gone(f"{member.name} {late}")
+                    raise _MemberLost(f"{member.name} {late}")
                 continue
             busy = time.monotonic() - max(begun, began)
             problem = self._watch.problem(member.name, busy) if self._watch else None
@@ -335,20 +353,23 @@ class Team:
                     "the work is that long"
                 )
             if problem:
-                raise _Gone(f"{member.name} {problem}")
+                raise _MemberLost(f"{member.name} {problem}")
 
 
-def _elsewhere(
-    name: str, start: Callable[[], Sequence[Member]], limits: Limits, members: Sequence[Member]
-) -> Team:
-    team = Team(name, lambda: members, limits)
-    team._start = start
-    return team
+def _rebuild(
+    name: str,
+    start: Callable[[], Sequence[PlacedActor]],
+    limits: RestartLimits,
+    members: Sequence[PlacedActor],
+) -> ActorGroup:
+    actor_group = ActorGroup(name, lambda: members, limits)
+    actor_group._start = start
+    return actor_group
 
 
 @dataclass(slots=True)
 class _Raised:
-    """The first error in the work, told at once unless it may be the echo of a fellow's death."""
+    """The first error that the work raised; held back while it may follow from another's death."""
 
     error: FgaifError | None = None
     since: float = field(default_factory=time.monotonic)
@@ -357,7 +378,7 @@ class _Raised:
         if self.error is None:
             self.error, self.since = error, time.monotonic()
 
-    def tell(self, others_work: bool) -> None:
+    def raise_when_sure(self, others_work: bool) -> None:
         if self.error is None:
             return
         ours = not isinstance(self.error, ActorError)

@@ -16,7 +16,7 @@ from ray.util.placement_group import (
 from fgaif.errors import ActorError
 
 
-class Member:
+class PlacedActor:
     """A running actor in a placement group of its own."""
 
     def __init__(self, name: str, actor: Any, group: PlacementGroup) -> None:

@@ -9,8 +9,8 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from actors.pool import merge_in_order, split_by_cost
-from cluster.groups.actor_group import Limits, Submit, Team, Watcher
-from cluster.groups.placed_actor import Member
+from cluster.groups.actor_group import ActorGroup, FailureDetector, RestartLimits, Submit
+from cluster.groups.placed_actor import PlacedActor
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.pending import Pending, Then
 from fgaif.types import (
@@ -26,43 +26,43 @@ from fgaif.types import (
 )
 
 
-class _Trained:
+class _StatefulGroup:
     """State that is saved, and brought back when an actor dies."""
 
-    def __init__(self, team: Team) -> None:
-        self.team = team
+    def __init__(self, actor_group: ActorGroup) -> None:
+        self.actor_group = actor_group
 
     def save(self, path: Path) -> Pending[None]:
         """Every actor writes its part of the state."""
-        return _first(self.team.save(_all(lambda actor: actor.save, path)))
+        return _first(self.actor_group.save(_all(lambda actor: actor.save, path)))
 
-    def settle(self, path: Path) -> None:
+    def set_restore_point(self, path: Path) -> None:
         """What ``save`` wrote lies at ``path`` now: bring the actors back from there."""
-        self.team.settle(_all(_restore, path))
+        self.actor_group.set_restore_point(_all(_restore, path))
 
     def restore(self, path: Path) -> Pending[None]:
         """Every actor reads its part."""
-        return _first(self.team.restore(_all(_restore, path)))
+        return _first(self.actor_group.restore(_all(_restore, path)))
 
     def stop(self) -> None:
         """Stop every actor."""
-        self.team.stop()
+        self.actor_group.stop()
 
 
-class ReferenceClient(_Trained):
+class ReferenceGroup(_StatefulGroup):
     """The reference and value actor. Values trained before it died are trained again."""
 
     def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
         """Reference log-probs and values."""
-        return _first(self.team.call(_all(lambda actor: actor.evaluate, responses)))
+        return _first(self.actor_group.call(_all(lambda actor: actor.evaluate, responses)))
 
     def update_values(self, batch: TrainBatch) -> Pending[UpdateReport]:
         """Train the value model."""
         submit = _all(lambda actor: actor.update_values, batch)
-        return _first(self.team.call(submit, keep=True))
+        return _first(self.actor_group.call(submit, keep=True))
 
 
-class LearnerGroup(_Trained):
+class LearnerGroup(_StatefulGroup):
     """All DeepSpeed ranks as one. Every rank takes part in every call; rank 0 answers for all.
 
     If one dies, all are started anew and trained again from the last checkpoint.
@@ -70,21 +70,21 @@ class LearnerGroup(_Trained):
 
     def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
         """Every rank scores its share of the responses."""
-        answers = self.team.call(_all(lambda actor: actor.logprobs, responses))
+        answers = self.actor_group.call(_all(lambda actor: actor.logprobs, responses))
         return Then(lambda: _merged(answers.result()))
 
     def update(self, batch: TrainBatch, anchors: Sequence[Prompt]) -> Pending[UpdateReport]:
         """Every rank takes its share of each minibatch."""
         submit = _all(lambda actor: actor.update, batch, anchors)
-        return _first(self.team.call(submit, keep=True))
+        return _first(self.actor_group.call(submit, keep=True))
 
     def publish(self, version: int) -> Pending[WeightsManifest]:
         """Gather the adapter (a collective under ZeRO-3) and number it."""
-        return _first(self.team.call(_all(lambda actor: actor.publish, version)))
+        return _first(self.actor_group.call(_all(lambda actor: actor.publish, version)))
 
     def save_adapter(self, path: Path) -> Pending[None]:
         """Write the adapter as a PEFT directory."""
-        return _first(self.team.call(_all(lambda actor: actor.save_adapter, path)))
+        return _first(self.actor_group.call(_all(lambda actor: actor.save_adapter, path)))
 
 
 def _restore(actor: Any) -> Any:
@@ -115,29 +115,29 @@ Create = Callable[[], tuple[Any, PlacementGroup]]
 """Starts an actor in a placement group of its own and returns both."""
 
 
-class Handle:
+class StatelessActor:
     """A named actor without state that matters; replaced when it dies, as ``limits`` allow."""
 
     def __init__(
-        self, name: str, create: Create, limits: Limits, watch: Watcher | None = None
+        self, name: str, create: Create, limits: RestartLimits, watch: FailureDetector | None = None
     ) -> None:
         self.name = name
-        self.team = Team(name, lambda: [Member(name, *create())], limits, watch)
+        self.actor_group = ActorGroup(name, lambda: [PlacedActor(name, *create())], limits, watch)
 
     def call(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
         """Start ``method(actor).remote(*arguments)``; ``result`` names the actor if it fails."""
-        answers = self.team.call(lambda actors: [method(actors[0]).remote(*arguments)])
+        answers = self.actor_group.call(lambda actors: [method(actors[0]).remote(*arguments)])
         return Then(lambda: answers.result()[0])
 
     def stop(self) -> None:
         """Kill the actor and free its resources."""
-        self.team.stop()
+        self.actor_group.stop()
 
 
-class Pool:
+class ReplicaGroup:
     """Replicas of one actor class: split work or ask everyone."""
 
-    def __init__(self, handles: Sequence[Handle]) -> None:
+    def __init__(self, handles: Sequence[StatelessActor]) -> None:
         self.handles = handles
 
     def spread(
@@ -157,7 +157,7 @@ class Pool:
             handle.stop()
 
 
-class JudgeGroup(Pool):
+class JudgeGroup(ReplicaGroup):
     """All verifier engines as one."""
 
     def answer(self, requests: Sequence[ChatRequest]) -> Pending[list[Reply | None]]:
@@ -169,9 +169,9 @@ class JudgeGroup(Pool):
 class RewardGroup:
     """One actor (or several) per kind, whose scores are stacked to (S, K, C), or for all kinds."""
 
-    def __init__(self, handles: Sequence[Sequence[Handle]]) -> None:
+    def __init__(self, handles: Sequence[Sequence[StatelessActor]]) -> None:
         """``handles``: the actors of each kind in order, or those that score all kinds."""
-        self._kinds = [Pool(replicas) for replicas in handles]
+        self._kinds = [ReplicaGroup(replicas) for replicas in handles]
 
     def score(
         self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]

@@ -17,8 +17,8 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from actors.pool import ElasticPool, Member, Task
-from cluster.groups.actor_group import Watcher
+from actors.pool import ElasticPool, Replica, Task
+from cluster.groups.actor_group import FailureDetector
 from cluster.groups.failures import CREATION, cause_of_death, is_gone, translate
 from cluster.groups.placed_actor import node_of
 from cluster.roles import Probe, SyncCheck
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Create = Callable[[str], tuple[Any, PlacementGroup]]
 """Starts a named actor in a placement group of its own and returns both."""
-Tell = Callable[[Sequence[Member], int, Callable[[int], int | None]], None]
+Report = Callable[[Sequence[Replica], int, Callable[[int], int | None]], None]
 """Told of members, chunks that wait, and how to make a version of a member's number of weights."""
 
 Method = Callable[[Any], Any]
@@ -69,13 +69,13 @@ class RolloutGroup:
         create: Create,
         cluster: ClusterConfig,
         *,
-        watch: Watcher | None = None,
+        watch: FailureDetector | None = None,
         wished: Callable[[], int | None] = lambda: None,
-        tell: Tell = lambda members, queued, version_of: None,
+        report: Report = lambda members, queued, version_of: None,
     ) -> None:
         self._cluster = cluster
         self._transport = _RayTransport(create, self._put, cluster, watch)
-        self._wished, self._tell = wished, tell
+        self._wished, self._report = wished, report
         self._followed: int | None = None
         autoscale = cluster.rollout.autoscale
         self._pool = ElasticPool(
@@ -181,7 +181,7 @@ class RolloutGroup:
                 now = time.monotonic()
                 if now - glanced >= _GLANCE_S:
                     glanced = now
-                    self._transport.look_for_dead()
+                    self._transport.find_dead()
                 if now - last >= _TICK_S:
                     last = now
                     self._tick(now)
@@ -200,9 +200,9 @@ class RolloutGroup:
             self._followed = wished
             self._pool.autoscale = None  # who scales by hand decides
             self._pool.resize(wished)
-        self._transport.look(now)
+        self._transport.poll(now)
         members = list(self._pool.members.values())
-        self._tell(members, len(self._pool.queue), self._version_of.get)
+        self._report(members, len(self._pool.queue), self._version_of.get)
 
 
 class _RayTransport:
@@ -213,7 +213,7 @@ class _RayTransport:
         create: Create,
         put: Callable[[Callable[[], None]], None],
         cluster: ClusterConfig,
-        watch: Watcher | None,
+        watch: FailureDetector | None,
     ) -> None:
         self._create, self._put, self._cluster, self._watch = create, put, cluster, watch
         self._actors: dict[str, tuple[Any, PlacementGroup]] = {}
@@ -269,7 +269,7 @@ class _RayTransport:
         for name in list(self._actors):
             self.stop(name, 0)
 
-    def look(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         """Replace those that hang.
 
         Raises:
@@ -285,7 +285,7 @@ class _RayTransport:
             )
         for member in members:
             if member.state == "starting":
-                self._look_at_start(member, now)
+                self._check_start(member, now)
                 continue
             waited = now - self._since[member.name] if member.task else 0.0
             problem = self._watch.problem(member.name, waited) if self._watch else None
@@ -295,7 +295,7 @@ class _RayTransport:
                 log.warning("%s %s and is replaced", member.name, problem)
                 self.pool.died(member.name, member.life, ActorError(f"{member.name} {problem}"))
 
-    def _look_at_start(self, member: Member, now: float) -> None:
+    def _check_start(self, member: Replica, now: float) -> None:
         """Replace one that has room but does not get ready; who waits for room may do so."""
         limit = self._cluster.start_timeout_s
         if now - self._since[member.name] <= limit:
@@ -309,7 +309,7 @@ class _RayTransport:
             log.warning("%s and is replaced", late)
             self.pool.died(member.name, member.life, ActorError(late))
 
-    def look_for_dead(self) -> None:
+    def find_dead(self) -> None:
         """Notice the deaths of idle engines, whose answers nobody waits for."""
         for member in list(self.pool.members.values()):
             if member.state != "idle":
@@ -370,7 +370,7 @@ class _RayTransport:
         self._checks[task.weights].append(check)
 
     def _failed(self, name: str, life: int, error: BaseException) -> None:
-        """Tell a death, which is mended, from an error in the work, which is not."""
+        """Restart after a death; an error that the work itself raised is passed on."""
         assert isinstance(error, Exception)
         if not self.pool.living(name, life):
             return

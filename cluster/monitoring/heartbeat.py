@@ -1,10 +1,11 @@
-"""Signs of life: every actor's process posts them on the run's board, and the driver looks there.
+"""Heartbeats: every actor's process sends them to the run's store, and the driver reads them there.
 
-    actor process: thread -- Sign --> Board (a Ray actor of its own) <-- Look -- Watch: driver
-    `fgaif status`, `fgaif scale` ------------^
+    actor process: HeartbeatSender -- Heartbeat --> HeartbeatStore (a Ray actor of its own)
+    driver: HeartbeatMonitor <-- StoreView ---------------^
+    `fgaif status`, `fgaif scale` ------------------------^
 
-The board keeps time by its own clock, so clocks of nodes need not agree. It is a help, not a part
-of the work: a run whose board is lost goes on without signs of life, and says so once.
+The store keeps time by its own clock, so the nodes' clocks need not agree. The work does not depend
+on it: a run that loses its store goes on without heartbeats, and logs that once.
 """
 
 import logging
@@ -23,7 +24,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.progress import count
-from cluster.monitoring.status import RunStatus, SignSeen, driver_lives, read_live, read_status
+from cluster.monitoring.status import (
+    HeartbeatSeen,
+    RunStatus,
+    driver_is_alive,
+    read_run_address,
+    read_status,
+)
 from fgaif.config import ClusterConfig, Config
 from fgaif.errors import ActorError, DataError
 
@@ -32,14 +39,14 @@ log = logging.getLogger(__name__)
 NAMESPACE = "fgaif"
 _PREFIX = "run:"
 _RATE_WINDOW_S = 30.0
-_LOOK_EVERY_S = 1.0
+_VIEW_EVERY_S = 1.0
 _ANSWER_WITHIN_S = 10.0
 _NAME_FREE_WITHIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sign:
-    """A sign of life of one process: tokens worked on since it started, resident bytes."""
+class Heartbeat:
+    """What one process reports: tokens worked on since it started, resident bytes."""
 
     name: str
     role: str
@@ -50,23 +57,23 @@ class Sign:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """What the driver reads at once: signs by actor name, and the wished number of engines."""
+class StoreView:
+    """One read of the store: heartbeats by actor name, and the number of engines asked for."""
 
-    signs: dict[str, SignSeen]
+    heartbeats: dict[str, HeartbeatSeen]
     wished: int | None
 
 
 @dataclass(slots=True, kw_only=True)
 class _Track:
-    sign: Sign
+    heartbeat: Heartbeat
     seen: float
     moved: float
     counts: deque[tuple[float, int]] = field(default_factory=deque)
 
 
-class Board:
-    """Holds the latest sign of each actor, the run's status, and wishes for its size."""
+class HeartbeatStore:
+    """Holds each actor's latest heartbeat, the run's status and the number of engines asked for."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -75,32 +82,32 @@ class Board:
         self._wished: int | None = None
         self._status: RunStatus | None = None
 
-    def beat(self, sign: Sign) -> None:
-        """Note a sign; one that comes late from a process that was replaced is not."""
-        if _process(sign) in self._gone:
+    def post(self, heartbeat: Heartbeat) -> None:
+        """Keep a heartbeat, unless it comes late from a process that was replaced."""
+        if _process(heartbeat) in self._gone:
             return
-        now, track = self._clock(), self._tracks.get(sign.name)
-        if track is None or _process(track.sign) != _process(sign):
-            track = self._tracks[sign.name] = _Track(sign=sign, seen=now, moved=now)
-        if sign.count != track.sign.count:
+        now, track = self._clock(), self._tracks.get(heartbeat.name)
+        if track is None or _process(track.heartbeat) != _process(heartbeat):
+            track = self._tracks[heartbeat.name] = _Track(heartbeat=heartbeat, seen=now, moved=now)
+        if heartbeat.count != track.heartbeat.count:
             track.moved = now
-        track.sign, track.seen = sign, now
-        track.counts.append((now, sign.count))
+        track.heartbeat, track.seen = heartbeat, now
+        track.counts.append((now, heartbeat.count))
         while track.counts[0][0] < now - _RATE_WINDOW_S and len(track.counts) > 2:
             track.counts.popleft()
 
     def forget(self, name: str) -> None:
-        """Drop an actor that was stopped; its successor of the same name starts without a sign."""
+        """Drop an actor that was stopped; its successor of that name starts without a heartbeat."""
         if track := self._tracks.pop(name, None):
-            self._gone.add(_process(track.sign))
+            self._gone.add(_process(track.heartbeat))
 
-    def look(self) -> Look:
-        """All signs, with ages by the board's clock, and the wish."""
-        return Look(signs={name: self._seen(t) for name, t in self._tracks.items()},
+    def view(self) -> StoreView:
+        """All heartbeats, with ages by the store's clock, and the number of engines asked for."""
+        return StoreView(heartbeats={name: self._seen(t) for name, t in self._tracks.items()},
                     wished=self._wished)  # fmt: skip
 
-    def wish(self, rollouts: int) -> None:
-        """Note how many rollout engines somebody wants; the run reads it with its next look."""
+    def request_rollouts(self, rollouts: int) -> None:
+        """Note how many rollout engines are asked for; the run reads it with its next view."""
         self._wished = rollouts
 
     def put(self, status: RunStatus) -> None:
@@ -108,50 +115,50 @@ class Board:
         self._status = status
 
     def status(self) -> RunStatus | None:
-        """The run's status with fresh signs; None before the first."""
-        return self._status and self._status.with_signs(self.look().signs, self._wished)
+        """The run's status with fresh heartbeats; None before the first."""
+        return self._status and self._status.with_heartbeats(self.view().heartbeats, self._wished)
 
-    def _seen(self, track: _Track) -> SignSeen:
+    def _seen(self, track: _Track) -> HeartbeatSeen:
         now, (first, start) = self._clock(), track.counts[0]
         span = track.seen - first
-        return SignSeen(
-            node=track.sign.node,
-            pid=track.sign.pid,
-            rss=track.sign.rss,
-            rate=(track.sign.count - start) / span if span > 0 else 0.0,
+        return HeartbeatSeen(
+            node=track.heartbeat.node,
+            pid=track.heartbeat.pid,
+            rss=track.heartbeat.rss,
+            rate=(track.heartbeat.count - start) / span if span > 0 else 0.0,
             age_s=now - track.seen,
             still_s=now - track.moved,
         )
 
 
-def _process(sign: Sign) -> tuple[str, str, int]:
-    return sign.name, sign.node, sign.pid
+def _process(heartbeat: Heartbeat) -> tuple[str, str, int]:
+    return heartbeat.name, heartbeat.node, heartbeat.pid
 
 
-def board_name(config: Config) -> str:
-    """The board's name among Ray's actors: one per run folder."""
+def store_name(config: Config) -> str:
+    """The store's name among Ray's actors: one per run folder."""
     return f"{_PREFIX}{config.run_dir.resolve()}"
 
 
-def boards(run: str) -> list[str]:
-    """Names of the living boards of runs called ``run``, or of all if it is empty."""
+def heartbeat_stores(run: str) -> list[str]:
+    """Names of the living stores of runs called ``run``, or of all runs if it is empty."""
     found = ray.util.list_named_actors(all_namespaces=True)
     names = [actor["name"] for actor in found if actor["namespace"] == NAMESPACE]
     names = [name for name in names if name.startswith(_PREFIX)]
     return [name for name in names if not run or Path(name.removeprefix(_PREFIX)).name == run]
 
 
-def start_board(config: Config) -> Any:
-    """Start the run's board beside its driver: only the node that ends the run takes it along.
+def start_heartbeat_store(config: Config) -> Any:
+    """Start the run's heartbeat store on the driver's node, whose loss ends the run anyway.
 
-    That of a run that has just ended gets time to go away.
+    The store of a run that has just ended gets time to disappear.
 
     Raises:
         ActorError: another driver works on the same run folder.
     """
-    name = board_name(config)
+    name = store_name(config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    make = ray.remote(Board).options(
+    make = ray.remote(HeartbeatStore).options(
         name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here
     )
     end = time.monotonic() + _NAME_FREE_WITHIN_S
@@ -173,74 +180,74 @@ def start_board(config: Config) -> Any:
 def _other_driver(config: Config) -> str | None:
     """A driver on this machine that works in the folder, perhaps over a Ray of its own."""
     try:
-        live, status = read_live(config.run_dir), read_status(config.run_dir)
+        live, status = read_run_address(config.run_dir), read_status(config.run_dir)
     except DataError:  # of another version, or damaged; both will be written anew
         return None
     if live is None or live.pid == os.getpid() or (status and status.state != "running"):
         return None
-    return f"process {live.pid}" if driver_lives(live) else None
+    return f"process {live.pid}" if driver_is_alive(live) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pulse:
-    """What an actor's process needs to send signs of life and to keep a log of its own."""
+class HeartbeatSender:
+    """Sends an actor's heartbeats from a thread of its process, and logs to a file of its own."""
 
     name: str
     role: str
-    board: str
+    store: str
     every_s: float
     log_file: Path
 
     def start(self) -> None:
-        """Log to the file and send signs from now on, until the process ends."""
+        """Log to the file and send heartbeats from now on, until the process ends."""
         log_to(self.log_file)
         log.info("%s: pid %d, all output in %s", self.name, os.getpid(), _stderr_file())
-        threading.Thread(target=self._send, name="pulse", daemon=True).start()
+        threading.Thread(target=self._send, name="heartbeat", daemon=True).start()
 
     def _send(self) -> None:
-        node, process, board, warned = ray.util.get_node_ip_address(), psutil.Process(), None, False
+        node, process, store, warned = ray.util.get_node_ip_address(), psutil.Process(), None, False
         while True:
-            sign = Sign(
+            heartbeat = Heartbeat(
                 name=self.name, role=self.role, node=node, pid=process.pid,
                 count=count(), rss=process.memory_info().rss,
             )  # fmt: skip
             try:
-                board = board or ray.get_actor(self.board, namespace=NAMESPACE)
-                ray.get(board.beat.remote(sign), timeout=_ANSWER_WITHIN_S)
+                store = store or ray.get_actor(self.store, namespace=NAMESPACE)
+                ray.get(store.post.remote(heartbeat), timeout=_ANSWER_WITHIN_S)
             except (ray.exceptions.RayError, ValueError) as error:  # ValueError: no such actor
-                board = None
+                store = None
                 if not warned:
-                    log.warning("%s: no board takes signs of life: %s", self.name, error)
+                    log.warning("%s: no heartbeat store can be reached: %s", self.name, error)
                     warned = True
             time.sleep(self.every_s)
 
 
-def make_pulse(config: Config, name: str, role: str) -> Pulse:
-    """The pulse of the run's actor ``name``."""
-    return Pulse(
+def heartbeat_sender(config: Config, name: str, role: str) -> HeartbeatSender:
+    """The sender of the run's actor ``name``."""
+    return HeartbeatSender(
         name=name,
         role=role,
-        board=board_name(config),
+        store=store_name(config),
         every_s=config.cluster.heartbeat_s,
         log_file=(config.run_dir / "logs" / f"{name}.log").resolve(),
     )
 
 
-def with_pulse(cls: type, pulse: Pulse) -> type:
-    """The class as one that starts ``pulse`` before anything else when it is made."""
+def with_heartbeats(cls: type, sender: HeartbeatSender) -> type:
+    """A subclass whose constructor starts ``sender`` before anything else."""
 
     def __init__(self: Any, *arguments: Any) -> None:
-        pulse.start()
-        super(beating, self).__init__(*arguments)
+        sender.start()
+        super(monitored, self).__init__(*arguments)
 
-    beating: Any = type(cls.__name__, (cls,), {"__init__": __init__, "__doc__": cls.__doc__})
-    return cast(type, beating)
+    monitored: Any = type(cls.__name__, (cls,), {"__init__": __init__, "__doc__": cls.__doc__})
+    return cast(type, monitored)
 
 
 def log_to(path: Path) -> logging.Handler | None:
-    """Write what this process logs to a file too; a folder that cannot be written is said.
+    """Also write this process's log to a file; warn if the folder cannot be written.
 
-    Returns the root logger's new handler, for who wants to take it off again.
+    Returns the root logger's new handler, so that it can be removed again.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,12 +273,12 @@ def _stderr_file() -> str:
         return "Ray's log folder"
 
 
-class Watch:
-    """The driver's view of the board: asks at most once a second and never waits for an answer."""
+class HeartbeatMonitor:
+    """The driver's view of the store: asks at most once a second and never waits for an answer."""
 
     def __init__(
         self,
-        ask: Callable[[], "Future[Look]"],
+        ask: Callable[[], "Future[StoreView]"],
         forget: Callable[[str], object],
         config: ClusterConfig,
         clock: Callable[[], float] = time.monotonic,
@@ -281,15 +288,15 @@ class Watch:
         self._config = config
         self._clock = clock
         self._lock = threading.Lock()
-        self._look = Look(signs={}, wished=None)
-        self._coming: Future[Look] | None = None
+        self._view = StoreView(heartbeats={}, wished=None)
+        self._coming: Future[StoreView] | None = None
         self._asked = float("-inf")
         self._lost = False
 
     @classmethod
-    def of(cls, board: Any, config: ClusterConfig) -> "Watch":
-        """Watch a running board actor."""
-        return cls(lambda: board.look.remote().future(), board.forget.remote, config)
+    def of(cls, store: Any, config: ClusterConfig) -> "HeartbeatMonitor":
+        """The monitor of a running store."""
+        return cls(lambda: store.view.remote().future(), store.forget.remote, config)
 
     def problem(self, name: str, busy_s: float = 0.0) -> str | None:
         """Say what is wrong with an actor that has started: frozen or hanging; None if nothing.
@@ -297,19 +304,19 @@ class Watch:
         ``busy_s`` is how long the actor has been at work without an answer, 0 if it is not: only
         then is progress expected of it.
         """
-        seen = self._refreshed().signs.get(name)
+        seen = self._refreshed().heartbeats.get(name)
         if seen is None:
             return None
         if seen.age_s > self._config.heartbeat_timeout_s:
-            return f"gave no sign of life for {seen.age_s:.0f} s"
+            return f"sent no heartbeat for {seen.age_s:.0f} s"
         still = min(seen.still_s, busy_s)
         if still > self._config.stall_timeout_s:
             return f"made no progress for {still:.0f} s"
         return None
 
-    def signs(self) -> dict[str, SignSeen]:
-        """The latest signs by actor name."""
-        return self._refreshed().signs
+    def heartbeats(self) -> dict[str, HeartbeatSeen]:
+        """The latest heartbeats by actor name."""
+        return self._refreshed().heartbeats
 
     def wished(self) -> int | None:
         """Rollout engines that ``fgaif scale`` asked for last; None if it never did."""
@@ -319,26 +326,30 @@ class Watch:
         """Drop what is known of an actor that was stopped, before its successor starts."""
         with self._lock:
             self._coming = None  # it was asked for before
-            signs = {other: seen for other, seen in self._look.signs.items() if other != name}
-            self._look = Look(signs=signs, wished=self._look.wished)
+            heartbeats = {
+                other: seen for other, seen in self._view.heartbeats.items() if other != name
+            }
+            self._view = StoreView(heartbeats=heartbeats, wished=self._view.wished)
             if not self._lost:
                 self._forget(name)
 
-    def _refreshed(self) -> Look:
+    def _refreshed(self) -> StoreView:
         with self._lock:
             if self._coming is not None and self._coming.done():
                 self._take(self._coming)
                 self._coming = None
-            due = self._clock() >= self._asked + _LOOK_EVERY_S
+            due = self._clock() >= self._asked + _VIEW_EVERY_S
             if due and self._coming is None and not self._lost:
                 self._asked = self._clock()
                 self._coming = self._ask()
-            return self._look
+            return self._view
 
-    def _take(self, answer: "Future[Look]") -> None:
+    def _take(self, answer: "Future[StoreView]") -> None:
         try:
-            self._look = answer.result()
+            self._view = answer.result()
         except ray.exceptions.RayError as error:
             self._lost = True
-            self._look = Look(signs={}, wished=None)
-            log.warning("the board is lost, the run goes on without signs of life: %s", error)
+            self._view = StoreView(heartbeats={}, wished=None)
+            log.warning(
+                "the heartbeat store is lost, the run goes on without heartbeats: %s", error
+            )

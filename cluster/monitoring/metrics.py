@@ -16,7 +16,7 @@ from fgaif.types import KINDS, StepReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
+class MetricSpec:
     """A metric: what it says, and the labels it has besides ``run``."""
 
     meaning: str
@@ -24,41 +24,47 @@ class Spec:
     type: Literal["gauge", "counter"] = "gauge"
 
 
-METRICS: dict[str, Spec] = {
-    "fgaif_step": Spec(meaning="finished PPO steps"),
-    "fgaif_weights_version": Spec(meaning="version of the policy's weights"),
-    "fgaif_reward": Spec(
+METRICS: dict[str, MetricSpec] = {
+    "fgaif_step": MetricSpec(meaning="finished PPO steps"),
+    "fgaif_weights_version": MetricSpec(meaning="version of the policy's weights"),
+    "fgaif_reward": MetricSpec(
         meaning="value per response of a kind, before its weight", labels=("kind",)
     ),
-    "fgaif_reward_task": Spec(meaning="reward per response without the KL term"),
-    "fgaif_hallucination_rate": Spec(
+    "fgaif_reward_task": MetricSpec(meaning="reward per response without the KL term"),
+    "fgaif_hallucination_rate": MetricSpec(
         meaning="hallucinated share of the segments with facts, by the reward models",
         labels=("kind",),
     ),
-    "fgaif_kl_response": Spec(meaning="KL to the reference, summed per response"),
-    "fgaif_kl_coef": Spec(meaning="weight of the KL in the reward"),
-    "fgaif_response_tokens": Spec(meaning="tokens per response"),
-    "fgaif_mismatch": Spec(meaning="mean |probability difference|, learner against engine"),
-    "fgaif_tokens_per_second": Spec(meaning="sampled tokens per second of the whole step"),
-    "fgaif_stage_seconds": Spec(meaning="seconds of a stage in the last step", labels=("stage",)),
-    "fgaif_sync_seconds": Spec(meaning="seconds of the last weight sync, probe included"),
-    "fgaif_sync_bytes_total": Spec(meaning="bytes of weights published", type="counter"),
-    "fgaif_queue_chunks": Spec(meaning="chunks of prompts, waiting or in work", labels=("state",)),
-    "fgaif_actors": Spec(meaning="actors of a role by state", labels=("role", "state")),
-    "fgaif_restarts_total": Spec(
+    "fgaif_kl_response": MetricSpec(meaning="KL to the reference, summed per response"),
+    "fgaif_kl_coef": MetricSpec(meaning="weight of the KL in the reward"),
+    "fgaif_response_tokens": MetricSpec(meaning="tokens per response"),
+    "fgaif_mismatch": MetricSpec(meaning="mean |probability difference|, learner against engine"),
+    "fgaif_tokens_per_second": MetricSpec(meaning="sampled tokens per second of the whole step"),
+    "fgaif_stage_seconds": MetricSpec(
+        meaning="seconds of a stage in the last step", labels=("stage",)
+    ),
+    "fgaif_sync_seconds": MetricSpec(meaning="seconds of the last weight sync, probe included"),
+    "fgaif_sync_bytes_total": MetricSpec(meaning="bytes of weights published", type="counter"),
+    "fgaif_queue_chunks": MetricSpec(
+        meaning="chunks of prompts, waiting or in work", labels=("state",)
+    ),
+    "fgaif_actors": MetricSpec(meaning="actors of a role by state", labels=("role", "state")),
+    "fgaif_restarts_total": MetricSpec(
         meaning="replacements of actors that died or hung", labels=("role",), type="counter"
     ),
-    "fgaif_actor_tokens_per_second": Spec(
+    "fgaif_actor_tokens_per_second": MetricSpec(
         meaning="tokens an actor works on per second", labels=("role", "actor")
     ),
-    "fgaif_actor_rss_bytes": Spec(
+    "fgaif_actor_rss_bytes": MetricSpec(
         meaning="resident memory of an actor's process", labels=("role", "actor")
     ),
-    "fgaif_actor_sign_age_seconds": Spec(
-        meaning="time since an actor's last sign of life", labels=("role", "actor")
+    "fgaif_actor_sign_age_seconds": MetricSpec(
+        meaning="time since an actor's last heartbeat", labels=("role", "actor")
     ),
-    "fgaif_set_aside_total": Spec(meaning="prompts that killed engines", type="counter"),
-    "fgaif_stale_dropped_total": Spec(meaning="responses too old to train on", type="counter"),
+    "fgaif_set_aside_total": MetricSpec(meaning="prompts that killed engines", type="counter"),
+    "fgaif_stale_dropped_total": MetricSpec(
+        meaning="responses too old to train on", type="counter"
+    ),
 }
 
 _OF_STEP = {
@@ -77,7 +83,7 @@ _ACTOR_GAUGES = {
 }
 
 
-class Exporter:
+class MetricsExporter:
     """Records a run's steps and states; Ray must be running."""
 
     def __init__(self, run: str) -> None:

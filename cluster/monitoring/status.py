@@ -1,4 +1,4 @@
-"""What a run is doing, as its driver publishes it: to the board, to a file and to metrics."""
+"""What a run is doing, as its driver publishes it: to the heartbeat store, a file and metrics."""
 
 import logging
 import math
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from actors.pool import Member
+from actors.pool import Replica
 from fgaif.config import Config
 from fgaif.errors import DataError
 from fgaif.files import write_whole
@@ -34,8 +34,8 @@ RunState = Literal["running", "ended", "failed", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SignSeen:
-    """An actor's last sign of life: when it came, when progress was last made, tokens a second."""
+class HeartbeatSeen:
+    """An actor's last heartbeat: when it came, when progress was last made, tokens a second."""
 
     node: str
     pid: int
@@ -92,24 +92,27 @@ class RunStatus(_Message):
     """Reward, KL, tokens and seconds of the last step."""
     updated_at: datetime
 
-    def with_signs(self, signs: Mapping[str, SignSeen], wished: int | None) -> "RunStatus":
-        """The status with what the actors' signs of life say."""
+    def with_heartbeats(
+        self, heartbeats: Mapping[str, HeartbeatSeen], wished: int | None
+    ) -> "RunStatus":
+        """The status with what the actors' heartbeats say."""
         actors = tuple(
-            actor.model_copy(update=_said(actor, signs[actor.name]))
-            if actor.name in signs
+            actor.model_copy(update=_said(actor, heartbeats[actor.name]))
+            if actor.name in heartbeats
             else actor
             for actor in self.actors
         )
         return self.model_copy(update={"actors": actors, "wished": wished})
 
 
-class Live(_Message):
-    """Where a run can be found while it lives."""
+class RunAddress(_Message):
+    """How to reach a run while it lives: its Ray cluster, its heartbeat store and its driver."""
 
     address: str
-    """Of Ray's control store."""
+    """Address of the Ray cluster's GCS, as host:port."""
     namespace: str
-    board: str
+    store: str = Field(validation_alias=AliasChoices("store", "board"))
+    """Name of the heartbeat store's actor; older versions wrote it as ``board``."""
     job: str
     auth: str = ""
     """The cluster's RAY_AUTH_MODE, empty if it was not set."""
@@ -119,7 +122,7 @@ class Live(_Message):
     started_at: datetime
 
 
-def _said(actor: ActorStatus, seen: SignSeen) -> dict[str, Any]:
+def _said(actor: ActorStatus, seen: HeartbeatSeen) -> dict[str, Any]:
     state = actor.state
     if actor.role != "rollout" and state != "starting":  # nobody keeps a list of their work
         state = "busy" if seen.still_s < _JUST_NOW_S else "idle"
@@ -136,7 +139,7 @@ def _said(actor: ActorStatus, seen: SignSeen) -> dict[str, Any]:
 _SHOWN = ("reward/", "hallu/", "kl/", "seconds/", "tokens_per_second", "sync/")
 
 
-class Publisher:
+class StatusPublisher:
     """The driver's side: gathers what changes and publishes it at most once a second.
 
     Steps and ends are always written. Safe to use from several threads.
@@ -155,16 +158,16 @@ class Publisher:
         self._engines: Sequence[ActorStatus] = ()
         self._others: Callable[[], Sequence[ActorStatus]] = tuple
         self._last = float("-inf")
-        self._signs: Callable[[], Mapping[str, SignSeen]] = dict
+        self._heartbeats: Callable[[], Mapping[str, HeartbeatSeen]] = dict
         self._status = RunStatus(run=config.name, steps=config.ppo.steps, updated_at=_now())
 
     def listen(
         self,
-        signs: Callable[[], Mapping[str, SignSeen]],
+        heartbeats: Callable[[], Mapping[str, HeartbeatSeen]],
         others: Callable[[], Sequence[ActorStatus]],
     ) -> None:
-        """Add the signs of life, and the actors besides rollout engines, that these give."""
-        self._signs, self._others = signs, others
+        """Set where heartbeats, and the actors besides rollout engines, are read."""
+        self._heartbeats, self._others = heartbeats, others
 
     def stage(self, name: str) -> None:
         """Publish that a stage of the run begins."""
@@ -190,7 +193,7 @@ class Publisher:
             )
 
     def rollouts(
-        self, members: Sequence[Member], queued: int, version_of: Callable[[int], int | None]
+        self, members: Sequence[Replica], queued: int, version_of: Callable[[int], int | None]
     ) -> None:
         """Publish the rollout engines and their queue in chunks; called at every change.
 
@@ -224,7 +227,7 @@ class Publisher:
         self._last = self._clock()
         everyone = (*self._engines, *self._others())
         status = self._status.model_copy(update={"actors": everyone, "updated_at": _now()})
-        self._status = status = status.with_signs(self._signs(), status.wished)
+        self._status = status = status.with_heartbeats(self._heartbeats(), status.wished)
         try:
             write_whole(self._file, status.model_dump_json(indent=2) + "\n")
         except DataError as error:  # a help to who watches, not a part of the work
@@ -233,12 +236,14 @@ class Publisher:
             sink(status)
 
 
-def write_live(config: Config, *, address: str, namespace: str, board: str, job: str) -> None:
+def write_run_address(
+    config: Config, *, address: str, namespace: str, store: str, job: str
+) -> None:
     """Write where the run can be found, for `fgaif status` and `fgaif scale`."""
-    live = Live(
+    live = RunAddress(
         address=address,
         namespace=namespace,
-        board=board,
+        store=store,
         job=job,
         auth=os.environ.get(AUTH_MODE, ""),
         host=socket.gethostname(),
@@ -253,12 +258,12 @@ def read_status(run_dir: Path) -> RunStatus | None:
     return _read(run_dir / STATUS, RunStatus)
 
 
-def read_live(run_dir: Path) -> Live | None:
+def read_run_address(run_dir: Path) -> RunAddress | None:
     """Where the run's last driver could be found; None if none ever was. Raises DataError."""
-    return _read(run_dir / LIVE, Live)
+    return _read(run_dir / LIVE, RunAddress)
 
 
-def driver_lives(live: Live) -> bool | None:
+def driver_is_alive(live: RunAddress) -> bool | None:
     """Whether the run's driver is still there; None where it was on another machine."""
     if live.host != socket.gethostname():
         return None

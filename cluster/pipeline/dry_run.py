@@ -9,7 +9,13 @@ from rich.table import Table
 
 from cluster.pipeline.aside import existing_outputs, next_aside
 from cluster.pipeline.keys import AFTER, ORDER, Stage
-from cluster.pipeline.stage_status import Found, Ledger, Status, check_resumable, fewer_steps
+from cluster.pipeline.stage_status import (
+    StageState,
+    StageStatus,
+    Status,
+    check_resumable,
+    fewer_steps,
+)
 from cluster.placement import Role, plan_roles, plan_table
 from fgaif.checkpoint import latest_checkpoint, read_state, resume_point
 from fgaif.config import Config
@@ -48,7 +54,7 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
     """
     if bundles := plan_roles(config, stage_roles(config, stages)):
         console.print(plan_table(bundles))
-    plans = plan_stages(Ledger(config.run_dir), config, stages, force)
+    plans = plan_stages(StageStatus(config.run_dir), config, stages, force)
     table = Table(title=f"stages of {config.run_dir}", title_justify="left")
     for column in ("stage", "found", "would"):
         table.add_column(column)
@@ -86,7 +92,7 @@ def stage_roles(config: Config, stages: Sequence[Stage]) -> set[Role]:
 
 
 def plan_stages(
-    ledger: Ledger, config: Config, wanted: Sequence[Stage], force: bool
+    stage_status: StageStatus, config: Config, wanted: Sequence[Stage], force: bool
 ) -> list[StagePlan]:
     """Decide for the wanted stages, in order. Nothing is changed.
 
@@ -102,12 +108,12 @@ def plan_stages(
     plans: dict[Stage, StagePlan] = {}
     for stage in (stage for stage in ORDER if stage in wanted):
         inputs = [plans[name] for name in AFTER[stage] if name in plans and plans[name].runs]
-        plans[stage] = _plan(stage, ledger.found(config, stage), inputs, config, force)
+        plans[stage] = _plan(stage, stage_status.found(config, stage), inputs, config, force)
     return list(plans.values())
 
 
 def _plan(
-    stage: Stage, found: Found, inputs: Sequence[StagePlan], config: Config, force: bool
+    stage: Stage, found: StageState, inputs: Sequence[StagePlan], config: Config, force: bool
 ) -> StagePlan:
     if stage == "report":  # always made, of whatever is there
         return StagePlan(stage=stage, found=found.status, runs=True)
@@ -135,7 +141,7 @@ def _plan(
     return StagePlan(stage=stage, found=found.status, runs=True, outputs=outputs, why=why)
 
 
-def _training(config: Config, found: Found, force: bool) -> Status:
+def _training(config: Config, found: StageState, force: bool) -> Status:
     """The status of the training, given what is to be resumed; refuses what cannot be."""
     resume, folder = config.ppo.resume, config.run_dir / "policy"
     if force:
@@ -186,11 +192,11 @@ def _from_own_folder(config: Config) -> bool:
     return folder.resolve() in Path(resume).resolve().parents
 
 
-def require_upstream(ledger: Ledger, config: Config, todo: Sequence[Stage]) -> None:
+def require_upstream(stage_status: StageStatus, config: Config, todo: Sequence[Stage]) -> None:
     """Refuse a stage whose input was never made, or was made with another configuration."""
     for stage in todo:
         for upstream in AFTER[stage]:
-            found = ledger.found(config, upstream)
+            found = stage_status.found(config, upstream)
             if upstream in todo or found.status == "done":
                 continue
             what = {"missing": "has not run", "partial": "is not finished"}.get(

@@ -9,7 +9,7 @@ from fgaif.types import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lane:
+class RewardTask:
     """The kinds that one worker group trains, one after the other.
 
     ``rows`` is an object reference; ``queue`` (a ``ray.util.queue.Queue``) takes (kind, steps done,

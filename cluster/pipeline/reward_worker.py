@@ -1,4 +1,4 @@
-"""What a Ray Train worker does: train the kinds of its lane, stepped by DeepSpeed."""
+"""What a Ray Train worker does: train the kinds of its task, stepped by DeepSpeed."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from actors.deepspeed_setup import deepspeed_config, import_deepspeed, join_process_group
-from cluster.pipeline.reward_task import Lane
+from cluster.pipeline.reward_task import RewardTask
 from fgaif.config import Config
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
@@ -24,11 +24,11 @@ from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
 from fgaif.types import KINDS, Kind, LabeledResponse
 
 
-def run_lane(lane: Lane) -> None:
-    """Train the lane's kinds, in a Ray Train worker."""
-    config = lane.config
+def run_reward_task(task: RewardTask) -> None:
+    """Train the task's kinds, in a Ray Train worker."""
+    config = task.config
     torch.set_num_threads(config.cluster.threads)
-    rows = ray.get(lane.rows)
+    rows = ray.get(task.rows)
     path = resolve_checkpoint(config.reward_backbone)
     encoder = load_reward_encoder(
         path,
@@ -37,8 +37,8 @@ def run_lane(lane: Lane) -> None:
     )
     backbone = _load_backbone(path, config)
     features = FeatureCache(backbone, encoder.encoder)
-    for kind in lane.kinds:
-        model = _train_kind(kind, lane, rows, backbone, encoder, features)
+    for kind in task.kinds:
+        model = _train_kind(kind, task, rows, backbone, encoder, features)
         if config.reward.zero_stage == 3:  # its parameters are sharded for good
             backbone = _load_backbone(path, config)
             features = FeatureCache(backbone, encoder.encoder)
@@ -59,13 +59,13 @@ def _load_backbone(path: Path, config: Config) -> LlavaForConditionalGeneration:
 
 def _train_kind(
     kind: Kind,
-    lane: Lane,
+    task: RewardTask,
     rows: Sequence[LabeledResponse],
     backbone: LlavaForConditionalGeneration,
     encoder: RewardEncoder,
     features: FeatureCache,
 ) -> RewardModel:
-    config, settings = lane.config, lane.config.reward
+    config, settings = task.config, task.config.reward
     data = read_data(kind, rows, config)
     seed = config.seed * len(KINDS) + KINDS.index(kind)
     model = new_reward_model(backbone, settings.lora, settings.head, seed)
@@ -75,7 +75,7 @@ def _train_kind(
         if "val_loss" in figures:
             ray.train.report({"kind": kind, "step": done, **figures})
         if engine.rank == 0 and ("val_loss" in figures or done % max(1, planned // 50) == 0):
-            lane.queue.put((kind, done, planned, figures))
+            task.queue.put((kind, done, planned, figures))
 
     result = train_reward_model(
         data, model, engine, encoder, features, settings, seed=seed, report=report
@@ -91,15 +91,15 @@ def _train_kind(
             kind=kind,
             head=settings.head,
             backbone=str(resolve_checkpoint(config.reward_backbone)),
-            backbone_digest=lane.backbone_digest,
+            backbone_digest=task.backbone_digest,
             tokenizer_digest=tokenizer_digest(encoder.encoder.tokenizer),
             min_words=config.segment.min_words,
-            input_digest=lane.digests[kind],
+            input_digest=task.digests[kind],
             noise=_noise_card(kind, config, data),
             metrics=metrics,
         )
-        save_reward_model(lane.out_dir / kind, model, result.state, card)
-        lane.queue.put((kind, result.planned_steps, result.planned_steps, metrics))
+        save_reward_model(task.out_dir / kind, model, result.state, card)
+        task.queue.put((kind, result.planned_steps, result.planned_steps, metrics))
     engine.close()
     return model
 

@@ -21,7 +21,7 @@ wanted than it was begun with. ``stale``: another result is wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class StageState:
     """What stages.json says of a stage, and the keys that differ from this configuration."""
 
     status: Status
@@ -38,18 +38,18 @@ class Found:
         return named
 
 
-class Ledger:
+class StageStatus:
     """stages.json of a run folder: per stage its seconds and the values it was made with."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._file = run_dir / "stages.json"
 
-    def found(self, config: Config, stage: Stage) -> Found:
+    def found(self, config: Config, stage: Stage) -> StageState:
         """Compare a stage with a configuration; keys of mere execution count for nothing."""
         entry = self._read().get(stage)
         if entry is None:
-            return Found(status="missing")
+            return StageState(status="missing")
         finished = entry["seconds"] is not None
         if "keys" in entry:
             differing = changes(config, stage, entry["keys"])
@@ -58,7 +58,7 @@ class Ledger:
             differing = ()
             same = entry["digest"] == old_digest(config, stage)
             status = _status(finished, differing) if same else "stale"
-        return Found(status=status, finished=finished, changes=differing)
+        return StageState(status=status, finished=finished, changes=differing)
 
     def status(self, config: Config, stage: Stage) -> Status:
         """The status alone; see :meth:`found`."""
@@ -158,15 +158,18 @@ def check_resumable(config: Config, state: Json, path: Path) -> None:
     made_with: Any = state["config"]
     if isinstance(made_with, str):  # the digest of an earlier version
         differing: tuple[Change, ...] = ()
-        known = (old_digest(config, "train"), Ledger(config.run_dir).entry("train").get("digest"))
+        known = (
+            old_digest(config, "train"),
+            StageStatus(config.run_dir).entry("train").get("digest"),
+        )
         status: Status = "done" if made_with in known else "stale"
     else:
         differing = changes(config, "train", made_with)
         status = _status(True, differing)
     if status == "stale":
+        why = StageState(status=status, changes=differing).why
         raise ConfigError(
-            f"{path} was made with other settings: "
-            f"{Found(status=status, changes=differing).why}. Restore them to go on from it; to "
+            f"{path} was made with other settings: {why}. Restore them to go on from it; to "
             "train anew with these, leave out ppo.resume (what is there is moved aside, not "
             "removed)"
         )

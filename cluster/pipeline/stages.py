@@ -19,7 +19,7 @@ from cluster.pipeline.dry_run import StagePlan, plan_stages, require_upstream, s
 from cluster.pipeline.feedback_report import write_summary
 from cluster.pipeline.keys import ORDER, Stage, stage_values
 from cluster.pipeline.sample import sample_all
-from cluster.pipeline.stage_status import Ledger, check_resumable
+from cluster.pipeline.stage_status import StageStatus, check_resumable
 from cluster.pipeline.train_rewards import train_rewards
 from cluster.roles import Roles
 from fgaif.chat.limits import Usage
@@ -59,16 +59,16 @@ def run_stages(
     Raises:
         FgaifError: whatever stopped a stage. Finished stages stay finished.
     """
-    ledger = Ledger(config.run_dir)
-    plans = plan_stages(ledger, config, stages, force)
+    stage_status = StageStatus(config.run_dir)
+    plans = plan_stages(stage_status, config, stages, force)
     for plan in plans:
         if not plan.runs:
             console.print(f"{plan.stage}: up to date")
     todo = [plan for plan in plans if plan.runs]
     if not todo:
         return None
-    require_upstream(ledger, config, [plan.stage for plan in todo])
-    ledger.keep_values()
+    require_upstream(stage_status, config, [plan.stage for plan in todo])
+    stage_status.keep_values()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     heavy = [plan for plan in todo if plan.stage != "report"]
@@ -81,10 +81,10 @@ def run_stages(
             if config.feedback.local_verifier and any(p.stage == "annotate" for p in heavy):
                 cluster.judges()  # loads while the policy samples
             for plan in heavy:
-                run.prepare(plan, ledger)
+                run.prepare(plan, stage_status)
                 if cluster.live:
                     cluster.live.publisher.stage(plan.stage)
-                with ledger.record(config, plan.stage):
+                with stage_status.record(config, plan.stage):
                     run.stage(plan.stage)
     if todo[-1].stage != "report":
         return None
@@ -112,15 +112,15 @@ class Run:
         self._resume = False
         self._tokenizer = load_processor(self._policy_path).tokenizer
 
-    def prepare(self, plan: StagePlan, ledger: Ledger) -> None:
+    def prepare(self, plan: StagePlan, stage_status: StageStatus) -> None:
         """Go on with what is there, or move it aside; nothing that was finished is removed."""
         if plan.goes_on:
             self._say(f"{plan.stage}: going on: {plan.why or 'where it stopped'}")
             self._resume = plan.stage == "train"
         elif plan.outputs:
-            note = {"why": plan.why, "stages.json": ledger.entry(plan.stage)}
+            note = {"why": plan.why, "stages.json": stage_status.entry(plan.stage)}
             target = move_aside(self._dir, plan.stage, plan.outputs, note)
-            ledger.forget(plan.stage)
+            stage_status.forget(plan.stage)
             self._say(plan.moving(self._dir, done_to=target))
 
     def stage(self, name: Stage) -> None:

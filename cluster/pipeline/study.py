@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.launch import Cluster
-from cluster.pipeline.stage_status import Ledger
+from cluster.pipeline.stage_status import StageStatus
 from cluster.pipeline.stages import Run, run_stages
 from fgaif.config import Config, with_overrides
 from fgaif.errors import ConfigError
@@ -94,9 +94,9 @@ def _train_variant(config: Config, variant: str, seed: int, console: Console) ->
     run.run_dir.mkdir(parents=True, exist_ok=True)
     for part in ("responses", "feedback", "rewards"):
         shutil.copytree(config.run_dir / part, run.run_dir / part, dirs_exist_ok=True)
-    ledger = Ledger(run.run_dir)
+    stage_status = StageStatus(run.run_dir)
     for stage in ("sample", "annotate", "train-reward"):
-        ledger.adopt(run, stage)
+        stage_status.adopt(run, stage)
     run_stages(run, ("train", "eval-after"), False, console)
     return run
 

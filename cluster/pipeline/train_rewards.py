@@ -1,8 +1,8 @@
 """Train the reward models on Ray Train, stepped by DeepSpeed.
 
-The kinds are dealt to lanes, as many as ``reward.parallel`` allows at the same time. A lane is one
+The kinds are dealt to tasks, as many as ``reward.parallel`` allows at the same time. A task is one
 Ray Train run of ``reward.workers`` workers that trains its kinds one after the other, so start-up
-and image features are paid once per lane. Each finished kind is in ``out_dir/KIND`` at once.
+and image features are paid once per task. Each finished kind is in ``out_dir/KIND`` at once.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from cluster.pipeline.keys import kind_of, leaf_keys
-from cluster.pipeline.reward_task import Lane
+from cluster.pipeline.reward_task import RewardTask
 from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
 from fgaif.lvlm.model import resolve_checkpoint
@@ -74,8 +74,8 @@ def train_rewards(
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
         slim = ray.put([replace(row, facts=(), verdicts={}) for row in rows])
         queue = Queue(actor_options={"num_cpus": 0})
-        lanes = [
-            Lane(
+        tasks = [
+            RewardTask(
                 kinds=tuple(str(kind) for kind in kinds),  # type: ignore[misc]
                 digests=digests,
                 backbone_digest=backbone,
@@ -87,7 +87,7 @@ def train_rewards(
             for kinds in np.array_split(pending, min(config.reward.parallel, len(pending)))
         ]
         try:
-            _run_lanes(lanes, queue, progress)
+            _run_tasks(tasks, queue, progress)
         finally:
             queue.shutdown(force=True)
     return {kind: read_card(out_dir / kind).metrics for kind in KINDS}
@@ -128,18 +128,18 @@ def _is_done(directory: Path, digests: Collection[str]) -> bool:
     return (directory / CARD).is_file() and read_card(directory).input_digest in digests
 
 
-def _run_lanes(lanes: Sequence[Lane], queue: Queue, progress: Progress) -> None:
-    """Run the lanes at the same time and pass on what they report, until all have ended."""
+def _run_tasks(tasks: Sequence[RewardTask], queue: Queue, progress: Progress) -> None:
+    """Run the tasks at the same time and pass on what they report, until all have ended."""
     failures: list[Exception] = []
 
-    def run(lane: Lane) -> None:
+    def run(task: RewardTask) -> None:
         try:
-            _fit(lane)
+            _fit(task)
         except Exception as error:  # kept for the main thread, which raises it
             failures.append(error)
 
     # Daemons: Ctrl-C in the main thread must not wait for them.
-    threads = [threading.Thread(target=run, args=(lane,), daemon=True) for lane in lanes]
+    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
     running = True
@@ -154,30 +154,30 @@ def _run_lanes(lanes: Sequence[Lane], queue: Queue, progress: Progress) -> None:
         raise explain_failure(failures[0]) from failures[0]
 
 
-def _fit(lane: Lane) -> None:
-    def train(settings: dict[str, Lane]) -> None:
+def _fit(task: RewardTask) -> None:
+    def train(settings: dict[str, RewardTask]) -> None:
         # Nested, so that it travels by value: Ray Train's controller imports it too, and it should
         # not wait for torch, transformers and peft, which only the workers need.
-        from cluster.pipeline.reward_worker import run_lane
+        from cluster.pipeline.reward_worker import run_reward_task
 
-        run_lane(settings["lane"])
+        run_reward_task(settings["task"])
 
-    settings = lane.config.reward
-    scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=lane.out_dir)
+    settings = task.config.reward
+    scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=task.out_dir)
     resources = {"CPU": settings.cpus_per_worker}
     if settings.gpus_per_worker:
         resources["GPU"] = settings.gpus_per_worker
     try:
         TorchTrainer(
             train,
-            train_loop_config={"lane": lane},
+            train_loop_config={"task": task},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.workers,
                 use_gpu=settings.gpus_per_worker > 0,
                 resources_per_worker=resources,
             ),
             run_config=ray.train.RunConfig(
-                name="-".join(lane.kinds),
+                name="-".join(task.kinds),
                 storage_path=scratch,
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),

@@ -112,12 +112,12 @@ def segment_probs(
     *,
     micro_batch: int,
     device: torch.device,
-    beat: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[FloatArray]:
     """Class probabilities (S, C), or (S, K, C) from shared models, of each response in order.
 
     Responses of similar length share a forward pass, which wastes little on padding; the result
-    does not depend on the order. A response without segments gives no rows. ``beat`` is told the
+    does not depend on the order. A response without segments gives no rows. ``advance`` is told the
     tokens of each pass before it.
     """
     probs = [np.zeros((0, *model.score_shape), dtype=np.float32)] * len(responses)
@@ -128,7 +128,7 @@ def segment_probs(
     for start in range(0, len(order), micro_batch):
         chunk = order[start : start + micro_batch]
         texts = [responses[index] for index in chunk]
-        beat(sum(len(response.token_ids) for response in texts))
+        advance(sum(len(response.token_ids) for response in texts))
         batch = encoder.encode(texts, [segments[index] for index in chunk], device)
         pictures = features([response.prompt.image for response in texts])
         logits = model(batch.input_ids, pictures, batch.separators)

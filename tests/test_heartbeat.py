@@ -1,4 +1,4 @@
-"""Signs of life by the board's clock, what the driver makes of them, and what it publishes."""
+"""Heartbeats by the store's clock, what the driver makes of them, and what it publishes."""
 
 import json
 import logging
@@ -10,14 +10,21 @@ import pytest
 import ray
 
 from actors import progress
-from actors.pool import Member, Task
-from cluster.monitoring.heartbeat import Board, Look, Sign, Watch, board_name, log_to
+from actors.pool import Replica, Task
+from cluster.monitoring.heartbeat import (
+    Heartbeat,
+    HeartbeatMonitor,
+    HeartbeatStore,
+    StoreView,
+    log_to,
+    store_name,
+)
 from cluster.monitoring.status import (
     ActorStatus,
-    Publisher,
+    HeartbeatSeen,
     RunStatus,
-    SignSeen,
-    read_live,
+    StatusPublisher,
+    read_run_address,
     read_status,
 )
 from fgaif.config import ClusterConfig, Config, load_config
@@ -35,12 +42,12 @@ class Clock:
         return self.now
 
 
-def sign(count: int = 0, name: str = "rollout-0", pid: int = 7) -> Sign:
-    return Sign(name=name, role="rollout", node="10.0.0.1", pid=pid, count=count, rss=1000)
+def heartbeat(count: int = 0, name: str = "rollout-0", pid: int = 7) -> Heartbeat:
+    return Heartbeat(name=name, role="rollout", node="10.0.0.1", pid=pid, count=count, rss=1000)
 
 
-def seen(age_s: float = 0.0, still_s: float = 0.0) -> SignSeen:
-    return SignSeen(node="10.0.0.1", pid=7, rss=1000, rate=5.0, age_s=age_s, still_s=still_s)
+def seen(age_s: float = 0.0, still_s: float = 0.0) -> HeartbeatSeen:
+    return HeartbeatSeen(node="10.0.0.1", pid=7, rss=1000, rate=5.0, age_s=age_s, still_s=still_s)
 
 
 def settings(folder: Path) -> Config:
@@ -49,73 +56,73 @@ def settings(folder: Path) -> Config:
 
 def test_progress_is_a_sum_of_beats() -> None:
     before = progress.count()
-    progress.beat()
-    progress.beat(5)
+    progress.advance()
+    progress.advance(5)
     assert progress.count() - before == 6
 
 
-def test_ages_and_rates_are_by_the_board_s_clock() -> None:
+def test_ages_and_rates_are_by_the_store_s_clock() -> None:
     """40 tokens in 10 s after the first sign, then 3 s of silence: 4 tokens a second."""
     clock = Clock()
-    board = Board(clock)
-    board.beat(sign(count=10))
+    store = HeartbeatStore(clock)
+    store.post(heartbeat(count=10))
     clock.now += 5
-    board.beat(sign(count=50))
+    store.post(heartbeat(count=50))
     clock.now += 5
-    board.beat(sign(count=50))
+    store.post(heartbeat(count=50))
     clock.now += 3
-    found = board.look().signs["rollout-0"]
+    found = store.view().heartbeats["rollout-0"]
     assert (found.age_s, found.still_s, found.rate) == (3, 8, 4)
     assert (found.node, found.pid, found.rss) == ("10.0.0.1", 7, 1000)
 
 
 def test_rates_forget_what_is_long_past() -> None:
     clock = Clock()
-    board = Board(clock)
+    store = HeartbeatStore(clock)
     for second in range(0, 100, 5):  # 1,000 tokens a second at first, none in the last minute
-        board.beat(sign(count=min(second, 40) * 1000))
+        store.post(heartbeat(count=min(second, 40) * 1000))
         clock.now += 5
-    assert board.look().signs["rollout-0"].rate == 0
+    assert store.view().heartbeats["rollout-0"].rate == 0
 
 
 def test_late_signs_of_a_process_that_was_replaced_are_not_its_successor_s() -> None:
     clock = Clock()
-    board = Board(clock)
-    board.beat(sign(count=10))
-    board.forget("rollout-0")
-    board.forget("never-there")
-    board.beat(sign(count=11))
-    assert board.look().signs == {}
+    store = HeartbeatStore(clock)
+    store.post(heartbeat(count=10))
+    store.forget("rollout-0")
+    store.forget("never-there")
+    store.post(heartbeat(count=11))
+    assert store.view().heartbeats == {}
     clock.now += 500
-    board.beat(sign(count=0, pid=8))
-    found = board.look().signs["rollout-0"]
+    store.post(heartbeat(count=0, pid=8))
+    found = store.view().heartbeats["rollout-0"]
     assert (found.pid, found.age_s, found.still_s) == (8, 0, 0)
 
 
 def test_a_new_process_under_an_old_name_starts_with_a_clean_slate() -> None:
     clock = Clock()
-    board = Board(clock)
-    board.beat(sign(count=1000))
+    store = HeartbeatStore(clock)
+    store.post(heartbeat(count=1000))
     clock.now += 50
-    board.beat(sign(count=0, pid=8))
-    assert board.look().signs["rollout-0"].still_s == 0
-    assert board.look().signs["rollout-0"].rate == 0
+    store.post(heartbeat(count=0, pid=8))
+    assert store.view().heartbeats["rollout-0"].still_s == 0
+    assert store.view().heartbeats["rollout-0"].rate == 0
 
 
 class Answers:
-    """A board that answers when the test says so."""
+    """A store that answers when the test says so."""
 
     def __init__(self) -> None:
-        self.asked: list[Future[Look]] = []
+        self.asked: list[Future[StoreView]] = []
         self.forgotten: list[str] = []
 
-    def ask(self) -> "Future[Look]":
+    def ask(self) -> "Future[StoreView]":
         self.asked.append(Future())
         return self.asked[-1]
 
-    def say(self, wished: int | None = None, **signs: SignSeen) -> None:
-        by_name = {name.replace("_", "-"): value for name, value in signs.items()}
-        self.asked[-1].set_result(Look(signs=by_name, wished=wished))
+    def say(self, wished: int | None = None, **heartbeats: HeartbeatSeen) -> None:
+        by_name = {name.replace("_", "-"): value for name, value in heartbeats.items()}
+        self.asked[-1].set_result(StoreView(heartbeats=by_name, wished=wished))
 
 
 @pytest.fixture
@@ -129,12 +136,12 @@ def answers() -> Answers:
 
 
 @pytest.fixture
-def watch(answers: Answers, clock: Clock) -> Watch:
-    return Watch(answers.ask, answers.forgotten.append, ClusterConfig(), clock)
+def watch(answers: Answers, clock: Clock) -> HeartbeatMonitor:
+    return HeartbeatMonitor(answers.ask, answers.forgotten.append, ClusterConfig(), clock)
 
 
 def test_the_driver_asks_once_a_second_and_never_waits(
-    watch: Watch, answers: Answers, clock: Clock
+    watch: HeartbeatMonitor, answers: Answers, clock: Clock
 ) -> None:
     assert watch.problem("rollout-0", busy_s=5000) is None
     clock.now += 10
@@ -153,15 +160,15 @@ def test_the_driver_asks_once_a_second_and_never_waits(
 
 
 def test_frozen_and_hanging_actors_are_told_from_working_and_idle_ones(
-    watch: Watch, answers: Answers
+    watch: HeartbeatMonitor, answers: Answers
 ) -> None:
-    watch.signs()
+    watch.heartbeats()
     answers.say(
         frozen=seen(age_s=61),
         quiet=seen(age_s=59, still_s=899),
         hung=seen(age_s=1, still_s=901),
     )
-    assert watch.problem("frozen") == "gave no sign of life for 61 s"
+    assert watch.problem("frozen") == "sent no heartbeat for 61 s"
     assert watch.problem("quiet", busy_s=899) is None
     assert watch.problem("hung", busy_s=950) == "made no progress for 901 s"
     assert watch.problem("hung", busy_s=3) is None  # was idle until 3 s ago
@@ -170,9 +177,9 @@ def test_frozen_and_hanging_actors_are_told_from_working_and_idle_ones(
 
 
 def test_what_was_asked_before_an_actor_was_replaced_is_not_believed(
-    watch: Watch, answers: Answers, clock: Clock
+    watch: HeartbeatMonitor, answers: Answers, clock: Clock
 ) -> None:
-    watch.signs()
+    watch.heartbeats()
     answers.say(rollout_0=seen(age_s=61))
     clock.now += 1
     assert watch.problem("rollout-0")  # asks again
@@ -182,10 +189,10 @@ def test_what_was_asked_before_an_actor_was_replaced_is_not_believed(
     assert answers.forgotten == ["rollout-0"]
 
 
-def test_a_lost_board_stops_nothing_and_is_said_once(
-    watch: Watch, answers: Answers, clock: Clock, caplog: pytest.LogCaptureFixture
+def test_a_lost_store_stops_nothing_and_is_said_once(
+    watch: HeartbeatMonitor, answers: Answers, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watch.signs()
+    watch.heartbeats()
     answers.say(rollout_0=seen(age_s=61))
     clock.now += 1
     assert watch.problem("rollout-0")
@@ -196,11 +203,11 @@ def test_a_lost_board_stops_nothing_and_is_said_once(
     watch.forget("rollout-0")
     assert len(answers.asked) == 2
     assert answers.forgotten == []
-    assert caplog.text.count("goes on without signs of life") == 1
+    assert caplog.text.count("goes on without heartbeats") == 1
 
 
-def test_the_board_s_name_is_the_run_folder_s(tmp_path: Path) -> None:
-    assert board_name(settings(tmp_path)) == f"run:{tmp_path}/mine"
+def test_the_store_s_name_is_the_run_folder_s(tmp_path: Path) -> None:
+    assert store_name(settings(tmp_path)) == f"run:{tmp_path}/mine"
 
 
 def report(step: int, **metrics: float) -> StepReport:
@@ -211,14 +218,14 @@ def test_steps_are_published_at_once_and_pool_changes_once_a_second(
     tmp_path: Path, clock: Clock
 ) -> None:
     got: list[RunStatus] = []
-    publisher = Publisher(settings(tmp_path), [got.append], clock)
+    publisher = StatusPublisher(settings(tmp_path), [got.append], clock)
     learner = ActorStatus(name="learner-0", role="learner", state="idle")
     scorer = ActorStatus(name="reward-object", role="reward", state="starting")
-    signs = {"rollout-0": seen(age_s=2), "learner-0": seen(still_s=9)}
-    publisher.listen(lambda: signs, lambda: [learner, scorer])
+    heartbeats = {"rollout-0": seen(age_s=2), "learner-0": seen(still_s=9)}
+    publisher.listen(lambda: heartbeats, lambda: [learner, scorer])
     publisher.step(report(1, **{"reward/task": 0.5, "kl/token": float("nan"), "policy/lr": 1.0}))
     chunk = Task(job=None, indexes=(), items=(), weights=2)
-    engine = Member(name="rollout-0", state="busy", weights=2, restarts=1, task=chunk)
+    engine = Replica(name="rollout-0", state="busy", weights=2, restarts=1, task=chunk)
     publisher.rollouts([engine], 4, {2: 7}.get)
     assert len(got) == 1
     clock.now += 1
@@ -236,7 +243,7 @@ def test_steps_are_published_at_once_and_pool_changes_once_a_second(
         "10.0.0.1", 1000, 5.0, 2,
     )  # fmt: skip
     assert last.actors[2].sign_age_s is None
-    signs["learner-0"] = seen(still_s=11)
+    heartbeats["learner-0"] = seen(still_s=11)
     publisher.stage("train")
     assert got[-1].stage == "train"
     assert got[-1].actors[1].state == "idle"
@@ -252,27 +259,29 @@ def test_a_status_that_cannot_be_written_is_said_and_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "mine").write_text("a file where the folder should be")
-    Publisher(settings(tmp_path)).step(report(1))
+    StatusPublisher(settings(tmp_path)).step(report(1))
     assert "status.json: cannot be written" in caplog.text
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     assert read_status(tmp_path) is None
-    assert read_live(tmp_path) is None
+    assert read_run_address(tmp_path) is None
     (tmp_path / "live.json").write_text(json.dumps({"adress": "x"}))
     with pytest.raises(DataError, match=r"live\.json: cannot be read"):
-        read_live(tmp_path)
+        read_run_address(tmp_path)
 
 
-def test_the_board_gives_the_last_status_with_fresh_signs(tmp_path: Path, clock: Clock) -> None:
-    board = Board(clock)
-    assert board.status() is None
-    publisher = Publisher(settings(tmp_path), [board.put], clock)
-    publisher.rollouts([Member(name="rollout-0"), Member(name="rollout-1")], 0, lambda _: None)
-    board.beat(sign())
-    board.wish(2)
+def test_the_store_gives_the_last_status_with_fresh_heartbeats(
+    tmp_path: Path, clock: Clock
+) -> None:
+    store = HeartbeatStore(clock)
+    assert store.status() is None
+    publisher = StatusPublisher(settings(tmp_path), [store.put], clock)
+    publisher.rollouts([Replica(name="rollout-0"), Replica(name="rollout-1")], 0, lambda _: None)
+    store.post(heartbeat())
+    store.request_rollouts(2)
     clock.now += 9
-    status = board.status()
+    status = store.status()
     assert status is not None
     assert [actor.sign_age_s for actor in status.actors] == [9, None]
     assert status.wished == 2

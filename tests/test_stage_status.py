@@ -8,66 +8,66 @@ import pytest
 
 from cluster.pipeline.keys import ORDER, Stage, stage_values
 from cluster.pipeline.old_digests import old_digest
-from cluster.pipeline.stage_status import Ledger, check_resumable
+from cluster.pipeline.stage_status import StageStatus, check_resumable
 from fgaif.config import Config, dump_config, load_config
 from fgaif.errors import ConfigError, DataError
 
 
-def finished(run_dir: Path, config: Config, stage: Stage) -> Ledger:
-    ledger = Ledger(run_dir)
-    with ledger.record(config, stage):
+def finished(run_dir: Path, config: Config, stage: Stage) -> StageStatus:
+    stage_status = StageStatus(run_dir)
+    with stage_status.record(config, stage):
         pass
-    return ledger
+    return stage_status
 
 
-def interrupted(run_dir: Path, config: Config, stage: Stage) -> Ledger:
-    ledger = Ledger(run_dir)
-    with pytest.raises(KeyboardInterrupt), ledger.record(config, stage):
+def interrupted(run_dir: Path, config: Config, stage: Stage) -> StageStatus:
+    stage_status = StageStatus(run_dir)
+    with pytest.raises(KeyboardInterrupt), stage_status.record(config, stage):
         raise KeyboardInterrupt
-    return ledger
+    return stage_status
 
 
 def test_a_finished_stage_is_done_and_stale_after_a_change_it_depends_on(tmp_path: Path) -> None:
-    ledger, config = Ledger(tmp_path), load_config(None)
-    assert ledger.status(config, "sample") == "missing"
-    with ledger.record(config, "sample"):
-        assert ledger.status(config, "sample") == "partial"
-    assert ledger.status(config, "sample") == "done"
-    assert ledger.seconds()["sample"] >= 0
-    found = ledger.found(load_config(None, ["policy.temperature=0.7"]), "sample")
+    stage_status, config = StageStatus(tmp_path), load_config(None)
+    assert stage_status.status(config, "sample") == "missing"
+    with stage_status.record(config, "sample"):
+        assert stage_status.status(config, "sample") == "partial"
+    assert stage_status.status(config, "sample") == "done"
+    assert stage_status.seconds()["sample"] >= 0
+    found = stage_status.found(load_config(None, ["policy.temperature=0.7"]), "sample")
     assert found.status == "stale"
     assert found.why == "policy.temperature was 1.0, is 0.7"
 
 
 def test_an_interrupted_stage_is_partial(tmp_path: Path) -> None:
     config = load_config(None)
-    ledger = interrupted(tmp_path, config, "train")
-    assert ledger.status(config, "train") == "partial"
-    assert "train" not in ledger.seconds()
+    stage_status = interrupted(tmp_path, config, "train")
+    assert stage_status.status(config, "train") == "partial"
+    assert "train" not in stage_status.seconds()
 
 
 def test_execution_keeps_a_stage_and_more_of_it_makes_it_short(tmp_path: Path) -> None:
-    ledger = finished(tmp_path, load_config(None, ["ppo.steps=4"]), "train")
+    stage_status = finished(tmp_path, load_config(None, ["ppo.steps=4"]), "train")
     for overrides, status, why in (
         (["ppo.steps=4", "ppo.micro_batch=1", "policy.attention=eager"], "done", ""),
         (["ppo.steps=6"], "short", "ppo.steps was 4, is 6"),
         (["ppo.steps=3"], "long", "ppo.steps was 4, is 3"),
         (["ppo.steps=6", "ppo.lr=1"], "stale", "ppo.lr was 3e-05, is 1.0"),
     ):
-        found = ledger.found(load_config(None, overrides), "train")
+        found = stage_status.found(load_config(None, overrides), "train")
         assert (found.status, found.why) == (status, why)
 
 
 def test_an_interrupted_stage_that_is_to_go_further_is_partial_still(tmp_path: Path) -> None:
-    ledger = interrupted(tmp_path, load_config(None, ["ppo.steps=4"]), "train")
-    assert ledger.status(load_config(None, ["ppo.steps=6"]), "train") == "partial"
-    assert ledger.status(load_config(None, ["ppo.steps=3"]), "train") == "long"
+    stage_status = interrupted(tmp_path, load_config(None, ["ppo.steps=4"]), "train")
+    assert stage_status.status(load_config(None, ["ppo.steps=6"]), "train") == "partial"
+    assert stage_status.status(load_config(None, ["ppo.steps=3"]), "train") == "long"
 
 
 def test_a_broken_ledger_is_named(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text("{")
     with pytest.raises(DataError, match=r"stages\.json.*delete it"):
-        Ledger(tmp_path).status(load_config(None), "sample")
+        StageStatus(tmp_path).status(load_config(None), "sample")
 
 
 # Runs of before: digests instead of values.
@@ -94,13 +94,13 @@ def test_digests_of_earlier_versions_are_known_still(overrides: list[str], diges
     assert [old_digest(config, stage) for stage in ORDER[:-1]] == digests.split()
 
 
-def old_run(run_dir: Path, config: Config, seconds: float | None = 2.0) -> Ledger:
+def old_run(run_dir: Path, config: Config, seconds: float | None = 2.0) -> StageStatus:
     """The stages.json of an earlier version, and the config.yaml beside it."""
     run_dir.mkdir(exist_ok=True)
     entry = {"digest": old_digest(config, "train"), "seconds": seconds}
     (run_dir / "stages.json").write_text(json.dumps({"train": entry}))
     (run_dir / "config.yaml").write_text(dump_config(config))
-    return Ledger(run_dir)
+    return StageStatus(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -123,17 +123,17 @@ def test_old_runs_are_judged_by_the_configuration_beside_them(
 def test_an_old_run_keeps_its_values_when_the_configuration_beside_it_changes(
     tmp_path: Path,
 ) -> None:
-    ledger = old_run(tmp_path, load_config(None))
-    ledger.keep_values()
+    stage_status = old_run(tmp_path, load_config(None))
+    stage_status.keep_values()
     (tmp_path / "config.yaml").write_text(dump_config(load_config(None, ["ppo.lr=1"])))
-    assert ledger.status(load_config(None, ["ppo.micro_batch=1"]), "train") == "done"
+    assert stage_status.status(load_config(None, ["ppo.micro_batch=1"]), "train") == "done"
 
 
 def test_an_old_run_whose_settings_are_not_known_is_judged_by_its_digest(tmp_path: Path) -> None:
-    ledger = old_run(tmp_path, load_config(None))
+    stage_status = old_run(tmp_path, load_config(None))
     (tmp_path / "config.yaml").unlink()
-    assert ledger.status(load_config(None), "train") == "done"
-    found = ledger.found(load_config(None, ["ppo.micro_batch=1"]), "train")
+    assert stage_status.status(load_config(None), "train") == "done"
+    found = stage_status.found(load_config(None, ["ppo.micro_batch=1"]), "train")
     assert found.status == "stale"
     assert "earlier version" in found.why
 

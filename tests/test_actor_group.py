@@ -18,9 +18,9 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import cluster.groups.actor_group
-from cluster.groups.actor_group import Limits, Submit, Team
-from cluster.groups.placed_actor import Member
-from cluster.groups.role_groups import Handle, Pool
+from cluster.groups.actor_group import ActorGroup, RestartLimits, Submit
+from cluster.groups.placed_actor import PlacedActor
+from cluster.groups.role_groups import ReplicaGroup, StatelessActor
 from fgaif.errors import ActorError, DataError
 from fgaif.pending import Pending
 
@@ -55,39 +55,39 @@ def create(cpus: float, *arguments: Any) -> tuple[Any, PlacementGroup]:
     return ray.remote(Mortal).options(**options).remote(*arguments), group
 
 
-def team(folder: Path, world: int = 1, *, restarts: int = 2, watch: Any = None,
-         start_s: float = 60, call_s: float = 60, cpus: float = 0.1) -> Team:  # fmt: skip
-    def start() -> list[Member]:
+def actor_group(folder: Path, world: int = 1, *, restarts: int = 2, watch: Any = None,
+         start_s: float = 60, call_s: float = 60, cpus: float = 0.1) -> ActorGroup:  # fmt: skip
+    def start() -> list[PlacedActor]:
         token = f"meeting{next(_tokens)}"
         return [
-            Member(name, *create(cpus, folder, name, rank, world, token))
+            PlacedActor(name, *create(cpus, folder, name, rank, world, token))
             for rank, name in enumerate("ab"[:world])
         ]
 
-    limits = Limits(call_s=call_s, start_s=start_s, restarts=restarts)
-    return Team("toy", start, limits, watch)
+    limits = RestartLimits(call_s=call_s, start_s=start_s, restarts=restarts)
+    return ActorGroup("toy", start, limits, watch)
 
 
 def every(name: str, *arguments: Any) -> Submit:
     return lambda actors: [getattr(actor, name).remote(*arguments) for actor in actors]
 
 
-def add(toy: Team, digit: int) -> Pending[list[int]]:
+def add(toy: ActorGroup, digit: int) -> Pending[list[int]]:
     return toy.call(every("add", digit), keep=True)
 
 
-def read(toy: Team) -> Pending[list[int]]:
+def read(toy: ActorGroup) -> Pending[list[int]]:
     return toy.call(every("read"))
 
 
-def seven_steps(toy: Team, folder: Path, before: dict[int, Any]) -> list[int]:
+def seven_steps(toy: ActorGroup, folder: Path, before: dict[int, Any]) -> list[int]:
     """All kinds of calls; ``before[i]`` happens before step i. The answers, what was saved last."""
     saved, settled = folder / "saved", folder / "settled"
 
     def save() -> list[int]:
         toy.save(every("save", saved)).result()
         saved.rename(settled)
-        toy.settle(every("restore", settled))
+        toy.set_restore_point(every("restore", settled))
         return [int(settled.read_text())]
 
     steps = [
@@ -110,7 +110,7 @@ METHODS = ["add", "add", "read", "save", "add", "add", "read"]
 def test_a_death_in_any_call_changes_no_answer(
     tmp_path: Path, what: str, steps: tuple[int, ...]
 ) -> None:
-    toy = team(tmp_path, restarts=1)
+    toy = actor_group(tmp_path, restarts=1)
     orders = {step: partial(tell, tmp_path, "a", what, METHODS[step]) for step in steps}
     assert seven_steps(toy, tmp_path, orders) == ANSWERS
     assert starts(tmp_path, "a") == 5
@@ -119,7 +119,7 @@ def test_a_death_in_any_call_changes_no_answer(
 
 
 def test_a_death_between_calls_is_found_by_the_next(tmp_path: Path) -> None:
-    toy = team(tmp_path)
+    toy = actor_group(tmp_path)
     kill = lambda: slay(toy)  # noqa: E731
     assert seven_steps(toy, tmp_path, {1: kill, 5: kill}) == ANSWERS
     assert starts(tmp_path, "a") == 3
@@ -127,8 +127,8 @@ def test_a_death_between_calls_is_found_by_the_next(tmp_path: Path) -> None:
 
 
 def test_a_team_that_is_tended_brings_back_its_dead_before_the_next_call(tmp_path: Path) -> None:
-    toy = team(tmp_path)
-    toy.tend()
+    toy = actor_group(tmp_path)
+    toy.supervise()
     assert add(toy, 1).result() == [1]
     slay(toy)
     until_recovered(toy)
@@ -139,31 +139,31 @@ def test_a_team_that_is_tended_brings_back_its_dead_before_the_next_call(tmp_pat
 
 
 def test_nobody_is_brought_back_to_a_base_that_is_about_to_go(tmp_path: Path) -> None:
-    """Between a checkpoint's writing and ``settle`` older ones are removed."""
-    toy = team(tmp_path)
-    toy.tend()
+    """Between a checkpoint's writing and ``set_restore_point`` older ones are removed."""
+    toy = actor_group(tmp_path)
+    toy.supervise()
     add(toy, 1).result()
     toy.save(every("save", tmp_path / "saved")).result()
     slay(toy)
     time.sleep(1)
     assert not toy.recoveries
-    toy.settle(every("restore", tmp_path / "saved"))
+    toy.set_restore_point(every("restore", tmp_path / "saved"))
     until_recovered(toy)
     assert add(toy, 2).result() == [12]
     toy.stop()
 
 
 class NoSign(Suspicion):
-    """A watch that has no sign of life of the first actor."""
+    """A watch that has no heartbeat of the first actor."""
 
     def problem(self, name: str, busy_s: float = 0.0) -> str | None:
-        return None if self.forgotten else "gave no sign of life"
+        return None if self.forgotten else "sent no heartbeat"
 
 
 def test_a_tended_team_replaces_the_frozen_too(tmp_path: Path) -> None:
-    toy = team(tmp_path, watch=NoSign())
+    toy = actor_group(tmp_path, watch=NoSign())
     os.kill(ray.get(toy.members[0].actor.__ray_call__.remote(lambda _: os.getpid())), SIGSTOP)
-    toy.tend()
+    toy.supervise()
     until_recovered(toy)
     assert add(toy, 1).result() == [1]
     toy.stop()
@@ -172,13 +172,13 @@ def test_a_tended_team_replaces_the_frozen_too(tmp_path: Path) -> None:
 def test_a_tended_team_gives_up_after_as_many_deaths_and_tells_the_next_caller(
     tmp_path: Path,
 ) -> None:
-    toy = team(tmp_path, restarts=0)
-    toy.tend()
+    toy = actor_group(tmp_path, restarts=0)
+    toy.supervise()
     assert add(toy, 1).result() == [1]
     slay(toy)
-    assert toy._tender is not None
-    toy._tender.join(30)
-    assert not toy._tender.is_alive()
+    assert toy._supervisor is not None
+    toy._supervisor.join(30)
+    assert not toy._supervisor.is_alive()
     with pytest.raises(ActorError, match="a died"):
         read(toy).result()
     assert starts(tmp_path, "a") == 1
@@ -187,7 +187,7 @@ def test_a_tended_team_gives_up_after_as_many_deaths_and_tells_the_next_caller(
 
 def test_all_calls_that_wait_are_made_again_in_order(tmp_path: Path) -> None:
     """The second ``add`` is done when the actor dies, and only its answer is lost."""
-    toy = team(tmp_path)
+    toy = actor_group(tmp_path)
     add(toy, 1).result()
     tell(tmp_path, "a", "die-after", "add")
     calls = [add(toy, 2), read(toy), add(toy, 3), read(toy)]
@@ -200,20 +200,20 @@ def test_two_teams_may_die_in_the_same_step(tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
-    teams = [team(folder) for folder in folders]
-    for folder, toy in zip(folders, teams, strict=True):
+    actor_groups = [actor_group(folder) for folder in folders]
+    for folder, toy in zip(folders, actor_groups, strict=True):
         add(toy, 1).result()
         tell(folder, "a", "die", "add")
-    calls = [add(toy, 2) for toy in teams]
+    calls = [add(toy, 2) for toy in actor_groups]
     assert [call.result() for call in calls] == [[12], [12]]
-    for toy in teams:
+    for toy in actor_groups:
         toy.stop()
 
 
 @pytest.mark.parametrize(("what", "victim"), [("die", "a"), ("hang", "b"), ("late", "b")])
 def test_when_one_rank_is_lost_all_start_again(tmp_path: Path, what: str, victim: str) -> None:
     """Its fellow waits for it in a collective; ``late``: the fellow raises before it dies."""
-    toy = team(tmp_path, 2, watch=Suspicion() if what == "hang" else None)
+    toy = actor_group(tmp_path, 2, watch=Suspicion() if what == "hang" else None)
     assert add(toy, 1).result() == [1, 1]
     tell(tmp_path, victim, what, "add")
     if what == "late":
@@ -226,7 +226,7 @@ def test_when_one_rank_is_lost_all_start_again(tmp_path: Path, what: str, victim
 
 def test_deaths_during_the_recovery_are_mended_too(tmp_path: Path) -> None:
     """The first replacement dies at its start, the next while it is restored, one in the replay."""
-    toy = team(tmp_path, restarts=4)
+    toy = actor_group(tmp_path, restarts=4)
     (tmp_path / "base").write_text("5")
     toy.restore(every("restore", tmp_path / "base")).result()
     add(toy, 6).result()
@@ -240,7 +240,7 @@ def test_deaths_during_the_recovery_are_mended_too(tmp_path: Path) -> None:
 
 
 def test_restarts_in_a_row_are_bounded_and_the_first_cause_is_told(tmp_path: Path) -> None:
-    toy = team(tmp_path, restarts=1)
+    toy = actor_group(tmp_path, restarts=1)
     for digit in (1, 2, 3):  # each time it answers in the end
         tell(tmp_path, "a", "die", "add")
         add(toy, digit).result()
@@ -257,7 +257,7 @@ def test_an_actor_that_hangs_is_replaced_as_the_watch_tells(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = Suspicion()
-    toy = team(tmp_path, watch=watch)
+    toy = actor_group(tmp_path, watch=watch)
     tell(tmp_path, "a", "hang", "add")
     assert add(toy, 1).result() == [1]
     assert watch.forgotten == ["a"]
@@ -266,21 +266,21 @@ def test_an_actor_that_hangs_is_replaced_as_the_watch_tells(
 
 
 def test_the_time_for_a_call_is_the_last_resort(tmp_path: Path) -> None:
-    toy = team(tmp_path, call_s=1, restarts=0)
+    toy = actor_group(tmp_path, call_s=1, restarts=0)
     tell(tmp_path, "a", "hang", "add")
     with pytest.raises(ActorError, match=r"a did not answer within 1 s.*cluster.call_timeout_s"):
         add(toy, 1).result()
     toy.stop()
 
 
-def until_recovered(toy: Team) -> None:
+def until_recovered(toy: ActorGroup) -> None:
     end = time.monotonic() + 30
     while not toy.recoveries:
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def slay(toy: Team) -> None:
+def slay(toy: ActorGroup) -> None:
     """Kill the first member and wait until Ray has noticed."""
     actor = toy.members[0].actor
     ray.kill(actor)
@@ -290,7 +290,7 @@ def slay(toy: Team) -> None:
 
 
 def test_a_start_that_hangs_is_repeated(tmp_path: Path) -> None:
-    toy = team(tmp_path, start_s=6)
+    toy = actor_group(tmp_path, start_s=6)
     add(toy, 1).result()
     tell(tmp_path, "a", "hang", "start")
     slay(toy)
@@ -300,7 +300,7 @@ def test_a_start_that_hangs_is_repeated(tmp_path: Path) -> None:
 
 
 def test_an_actor_without_room_is_not_started_again_and_again(tmp_path: Path) -> None:
-    toy = team(tmp_path, start_s=1, cpus=99)
+    toy = actor_group(tmp_path, start_s=1, cpus=99)
     with pytest.raises(ActorError, match=r"a: no node had room .*cluster.start_timeout_s = 1"):
         add(toy, 1).result()
     toy.stop()
@@ -308,7 +308,7 @@ def test_an_actor_without_room_is_not_started_again_and_again(tmp_path: Path) ->
 
 def test_an_error_in_the_work_is_no_death(tmp_path: Path) -> None:
     """Nobody is replaced for it; but its half of a change must not last."""
-    toy = team(tmp_path)
+    toy = actor_group(tmp_path)
     add(toy, 1).result()
     with pytest.raises(DataError, match="a: -1 is not a digit"):
         add(toy, -1).result()
@@ -324,7 +324,7 @@ def test_undisturbed_answers_come_at_once_and_batches_go_with_the_checkpoint(
     class Batch:
         pass
 
-    toy, batch = team(tmp_path), Batch()
+    toy, batch = actor_group(tmp_path), Batch()
     toy.call(lambda actors, held=batch: [actors[0].add.remote(1)], keep=True).result()  # type: ignore[misc]
     held = weakref.ref(batch)
     del batch
@@ -335,15 +335,17 @@ def test_undisturbed_answers_come_at_once_and_batches_go_with_the_checkpoint(
         read(toy).result()
     assert time.monotonic() - begun < 2  # slices of 0.2 s would take 4 s
     toy.save(every("save", tmp_path / "saved")).result()
-    toy.settle(every("restore", tmp_path / "saved"))
+    toy.set_restore_point(every("restore", tmp_path / "saved"))
     gc.collect()
     assert held() is None
     toy.stop()
 
 
-def handle(folder: Path, name: str, restarts: int = 2) -> Handle:
-    return Handle(
-        name, partial(create, 0.1, folder, name), Limits(call_s=60, start_s=60, restarts=restarts)
+def handle(folder: Path, name: str, restarts: int = 2) -> StatelessActor:
+    return StatelessActor(
+        name,
+        partial(create, 0.1, folder, name),
+        RestartLimits(call_s=60, start_s=60, restarts=restarts),
     )
 
 
@@ -352,7 +354,7 @@ def double(actor: Any) -> Any:
 
 
 def test_a_dead_replica_s_share_is_done_again(tmp_path: Path) -> None:
-    pool = Pool([handle(tmp_path, name) for name in "ab"])
+    pool = ReplicaGroup([handle(tmp_path, name) for name in "ab"])
     tell(tmp_path, "b", "die", "double")
     items = list(range(9))
     assert pool.spread(double, items, [1.0] * 9).result() == [2 * item for item in items]

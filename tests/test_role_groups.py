@@ -12,15 +12,15 @@ import pytest
 from doomed import DoomedLearner, DoomedReference, doom
 from ppo_world import make_responses, make_train_batch, questions, tiny_config
 
-from cluster.groups.actor_group import Limits, Team
-from cluster.groups.placed_actor import Member
-from cluster.groups.role_groups import LearnerGroup, ReferenceClient
+from cluster.groups.actor_group import ActorGroup, RestartLimits
+from cluster.groups.placed_actor import PlacedActor
+from cluster.groups.role_groups import LearnerGroup, ReferenceGroup
 from cluster.launch import create_actor, meeting_point, reserve
 from cluster.placement import Bundle
 from fgaif.config import Config
 from fgaif.types import Evaluation, Response, TrainBatch, UpdateReport
 
-LIMITS = Limits(call_s=120, start_s=120, restarts=1)
+LIMITS = RestartLimits(call_s=120, start_s=120, restarts=1)
 
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -42,25 +42,27 @@ def bundle(name: str) -> Bundle:
 
 
 def learners(config: Config, world: int) -> LearnerGroup:
-    def start() -> list[Member]:
+    def start() -> list[PlacedActor]:
         bundles = [bundle(f"learner-{rank}") for rank in range(world)]
         groups = [reserve(item) for item in bundles]
         meeting = meeting_point(groups, 60, threading.Event())
         return [
-            Member(b.name, *create_actor(b, DoomedLearner, (config, rank, world, *meeting), "1", g))
+            PlacedActor(
+                b.name, *create_actor(b, DoomedLearner, (config, rank, world, *meeting), "1", g)
+            )
             for rank, (b, g) in enumerate(zip(bundles, groups, strict=True))
         ]
 
-    return LearnerGroup(Team("learner", start, LIMITS))
+    return LearnerGroup(ActorGroup("learner", start, LIMITS))
 
 
-def reference(config: Config) -> ReferenceClient:
-    def start() -> list[Member]:
+def reference(config: Config) -> ReferenceGroup:
+    def start() -> list[PlacedActor]:
         arguments = (config, config.run_dir)
         place = bundle("reference")
-        return [Member(place.name, *create_actor(place, DoomedReference, arguments, "1"))]
+        return [PlacedActor(place.name, *create_actor(place, DoomedReference, arguments, "1"))]
 
-    return ReferenceClient(Team("reference", start, LIMITS))
+    return ReferenceGroup(ActorGroup("reference", start, LIMITS))
 
 
 def batches(responses: list[Response], count: int) -> list[TrainBatch]:
@@ -106,11 +108,11 @@ def test_learner_and_reference_killed_in_the_same_updates(
             learner.save(tmp_path / "aside" / "learner").result()
             valuer.save(tmp_path / "aside" / "reference").result()
             (tmp_path / "aside").rename(tmp_path / "settled")
-            learner.settle(tmp_path / "settled" / "learner")
-            valuer.settle(tmp_path / "settled" / "reference")
+            learner.set_restore_point(tmp_path / "settled" / "learner")
+            valuer.set_restore_point(tmp_path / "settled" / "reference")
     assert learner.publish(3).result().digest == digest
     assert values(valuer.evaluate(responses).result()) == expected
-    assert [len(role.team.recoveries) for role in (learner, valuer)] == [2, 2]
+    assert [len(role.actor_group.recoveries) for role in (learner, valuer)] == [2, 2]
     learner.stop()
     valuer.stop()
 
@@ -137,5 +139,5 @@ def test_two_ranks_start_again_when_one_is_killed(tiny_llava_dir: Path, tmp_path
     assert learner.publish(2).result().digest == whole[1]
     old = learner.logprobs(responses[:3]).result()
     assert [len(row) for row in old] == [len(response.token_ids) for response in responses[:3]]
-    assert len(learner.team.recoveries) == 1
+    assert len(learner.actor_group.recoveries) == 1
     learner.stop()
