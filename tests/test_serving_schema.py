@@ -3,18 +3,24 @@
 import asyncio
 import json
 import random
+import re
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from pydantic import TypeAdapter, ValidationError
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 from serving_samples import StubBackend, call, data_uri, png
 
 from fgaif.config import load_config
 from fgaif.serving.app import create_app
+from fgaif.serving.schema import Text
 
 KEY = "a-key-of-the-tests-0123456789"
 URI = data_uri(png())
@@ -30,6 +36,20 @@ def document_app() -> Any:
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", document_app())
+
+
+@pytest.fixture(autouse=True)
+def no_constants_of_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same requests whatever ran before.
+
+    Hypothesis also draws constants that it finds in the modules of the project imported so far,
+    ``derandomize`` or not: with other tests before this one, other requests were sent.
+    """
+    nothing = providers.Constants()
+    monkeypatch.setattr(providers, "_get_local_constants", lambda: nothing)
+    providers.CONSTANTS_CACHE.cache.clear()
+    yield
+    providers.CONSTANTS_CACHE.cache.clear()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -50,6 +70,27 @@ def test_the_api_keeps_to_its_document(case: schemathesis.Case) -> None:
     if case.path == "/get_reward":
         excluded.append(positive_data_acceptance)  # no schema says that lists are equally long
     case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=excluded)
+
+
+def test_a_text_is_blank_for_validation_document_and_code_alike() -> None:
+    text = TypeAdapter(Text)
+    pattern = re.compile(text.json_schema()["pattern"])  # no escape in it that is not ECMA's too
+
+    def valid(value: str) -> bool:
+        try:
+            text.validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
+    characters = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c <= 0xDFFF]
+    blank = {c for c in characters if c.isspace()}
+    assert {"\x85", "\x1c"} < blank
+    assert "\ufeff" not in blank
+    assert {c for c in characters if not pattern.search(c)} == blank
+    assert {c for c in characters if not valid(c)} == blank
+    assert not valid("".join(blank))
+    assert valid("".join(blank) + "a")
 
 
 async def accepted(app: Any, path: str, body: bytes, kind: str) -> int:

@@ -1,5 +1,6 @@
 """The web application: routes, OpenAPI, page. It knows its models only as a ``Backend``."""
 
+import re
 from collections.abc import Callable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -24,6 +25,8 @@ from fgaif.serving.live import Streams
 from fgaif.serving.metrics import CONTENT_TYPE
 from fgaif.serving.schema import (
     MAX_TEXTS,
+    NOT_BLANK,
+    SMALL_NUMBER,
     BatchRequest,
     BatchResponse,
     ErrorResponse,
@@ -52,11 +55,11 @@ _FORM = {
     "type": "object",
     "required": ["text", "image"],
     "properties": {
-        "text": {"type": "array", "items": {"type": "string", "pattern": r"\S"}, "minItems": 1},
+        "text": {"type": "array", "items": {"type": "string", "pattern": NOT_BLANK}, "minItems": 1},
         "image": {"type": "string", "format": "binary"},
         "prompt": {"type": "string"},
         "facts": {"type": "string", "enum": ["true", "false"]},
-        "min_words": {"type": "string", "pattern": "^[1-9][0-9]?$"},
+        "min_words": {"type": "string", "pattern": SMALL_NUMBER},
     },
     "additionalProperties": False,
 }
@@ -234,7 +237,7 @@ async def _from_form(form: FormData, service: Service) -> tuple[ScoreRequest, Im
     if fields.get("facts") in ("true", "false"):
         fields["facts"] = fields["facts"] == "true"
     words = fields.get("min_words")
-    if isinstance(words, str) and words.isdecimal() and len(words) < 4:
+    if isinstance(words, str) and re.fullmatch(SMALL_NUMBER, words):
         fields["min_words"] = int(words)
     upload = fields.get("image")
     if isinstance(upload, UploadFile):

@@ -86,6 +86,8 @@ def from_validation(errors: Sequence[Any] | ValidationError) -> ApiError:
     first = told[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "invalid_request", "the body is not valid JSON")
+    if first["type"] == "string_pattern_mismatch":
+        return invalid("nothing but white space", _dotted(first["loc"]))
     message = str(first["msg"]).removeprefix("Value error, ")
     named = _NAMED.match(message) if first["type"] == "value_error" else None
     return invalid(message, named[1] if named else _dotted(first["loc"]))

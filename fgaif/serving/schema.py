@@ -23,7 +23,13 @@ ErrorType = Literal[
     "invalid_request", "unauthorized", "too_large", "overloaded", "timeout", "internal"
 ]
 
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS, pattern=r"\S")]
+# The characters of str.isspace, spelled out: what \S leaves out differs between the regular
+# expressions of pydantic, of Python and of JSON Schema (U+0085, U+001C to U+001F, U+FEFF).
+NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+SMALL_NUMBER = r"^([1-9][0-9]?|100)$"
+"""A number from 1 to ``MAX_MIN_WORDS`` in a form."""
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS, pattern=NOT_BLANK)]
 """A text to score: something that is not white space."""
 Question = Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
 ImageText = Annotated[str, Field(min_length=1, json_schema_extra={"format": "image"})]
