@@ -12,9 +12,7 @@ runs can be repeated and resumed exactly too.
 """
 
 import logging
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,8 +29,20 @@ from fgaif.ppo.importance import drop_stale, off_policy_metrics
 from fgaif.ppo.kl import KlState, update_kl
 from fgaif.ppo.metrics import rollout_metrics
 from fgaif.ppo.rollout_dump import keep_rollouts
-from fgaif.reward.dense import RewardCenters, dense_rewards
-from fgaif.types import GenerationRequest, Json, Prompt, Response, Segment, StepReport
+from fgaif.ppo.timing import StepTimer
+from fgaif.reward.dense import DenseRewards, RewardCenters, dense_rewards
+from fgaif.types import (
+    Evaluation,
+    FloatArray,
+    GenerationRequest,
+    Json,
+    Prompt,
+    Response,
+    Segment,
+    SegmentScores,
+    StepReport,
+    TrainBatch,
+)
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +76,21 @@ class LoopState:
     centers: RewardCenters
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What the roles say of a step's B responses, in order.
+
+    ``segments`` and the indexes of ``malformed`` ones, ``scores`` of the reward models, and
+    ``evaluations`` (reference log-probs and values) and the learner's ``logprobs`` (T,) per token.
+    """
+
+    segments: Sequence[tuple[Segment, ...]]
+    malformed: Sequence[Collection[int]]
+    scores: Sequence[SegmentScores]
+    evaluations: Sequence[Evaluation]
+    logprobs: Sequence[FloatArray]
+
+
 class PpoDriver:
     """Runs PPO steps over the roles and keeps checkpoints."""
 
@@ -91,8 +116,7 @@ class PpoDriver:
         self._ahead: dict[int, Pending[list[Response | None]]] = {}
         self._syncing: Pending[SyncReport] | None = None
         self._updating = False
-        self._seconds: dict[str, float] = {}
-        self._began = self._tokens = 0.0
+        self._timer = StepTimer()
 
     @property
     def step(self) -> int:
@@ -135,63 +159,76 @@ class PpoDriver:
 
     def _step(self) -> tuple[StepReport, list[Response]]:
         """Sample, score and train; returns the report and the probe of the sync that is due."""
-        config, roles, state = self._config.ppo, self._roles, self._state
-        self._seconds, self._began = {}, time.perf_counter()
-        with self._timed("rollout"):
+        config, state = self._config.ppo, self._state
+        self._timer = timer = StepTimer()
+        with timer("rollout"):
             responses, lost = self._sample()
-        with self._timed("score"):
-            references = roles.reference.evaluate(responses)
-            own = roles.learner.logprobs(responses)
-            # Segments are found while these work; only the reward models need them.
-            segments = [self._segmenter(response) for response in responses]
-            scoring = roles.rewards.score(responses, segments)
-            malformed = [
-                self._find_malformed(r, s) for r, s in zip(responses, segments, strict=True)
-            ]
-            scores, evaluations, old_logprobs = gather(scoring, references, own)
-        rewards = dense_rewards(responses, segments, scores, malformed, config.shape, state.centers)
+        with timer("score"):
+            scored = self._score(responses)
+        rewards = dense_rewards(
+            responses, scored.segments, scored.scores, scored.malformed, config.shape, state.centers
+        )
         batch = make_batch(
-            responses, old_logprobs, evaluations, rewards.tokens,
+            responses, scored.logprobs, scored.evaluations, rewards.tokens,
             kl_coef=state.kl.coef, gamma=config.gamma, lam=config.lam,
             tis_cap=config.tis_cap if config.async_depth else None,
         )  # fmt: skip
-        keep_rollouts(
-            self._root / "rollouts", self._config, step=state.step + 1,
-            kl_coef=state.kl.coef, centers=state.centers, batch=batch, segments=segments,
-            scores=scores, rewards=rewards, malformed=malformed,
-        )  # fmt: skip
-        self._tokens = float(batch.mask.sum())
-        self._updating = True
-        del self._ahead[state.step]
-        with self._timed("update"):
-            update = roles.learner.update(batch, self._anchors(state.step))
-            value_report = roles.reference.update_values(batch).result()
-            policy_report = update.result()
-        version = state.step + 1
-        metrics = rollout_metrics(batch, segments, scores, rewards, state.kl.coef)
+        self._keep_rollouts(batch, scored, rewards)
+        timer.tokens = float(batch.mask.sum())
+        with timer("update"):
+            trained = self._train(batch)
+        metrics = rollout_metrics(batch, scored.segments, scored.scores, rewards, state.kl.coef)
         self._state = LoopState(
-            step=version,
+            step=state.step + 1,
             kl=update_kl(state.kl, metrics["kl/response"], len(responses), config.kl),
             centers=rewards.centers,
         )
         self._updating = False
-        report = StepReport(
-            step=version,
-            version=version,
-            metrics=metrics
-            | lost
-            | off_policy_metrics(batch, step=state.step, tis_cap=config.tis_cap)
-            | policy_report.metrics
-            | value_report.metrics
-            | self._timings(),
-        )
+        off_policy = off_policy_metrics(batch, step=state.step, tis_cap=config.tis_cap)
+        metrics |= lost | off_policy | trained | timer.metrics()
+        report = StepReport(step=state.step + 1, version=state.step + 1, metrics=metrics)
         return report, responses[:PROBE_RESPONSES]
+
+    def _score(self, responses: list[Response]) -> Scored:
+        """Ask all roles about the responses at the same time."""
+        references = self._roles.reference.evaluate(responses)
+        own = self._roles.learner.logprobs(responses)
+        # Segments are found while these work; only the reward models need them.
+        segments = [self._segmenter(response) for response in responses]
+        scoring = self._roles.rewards.score(responses, segments)
+        malformed = [self._find_malformed(r, s) for r, s in zip(responses, segments, strict=True)]
+        scores, evaluations, logprobs = gather(scoring, references, own)
+        return Scored(
+            segments=segments,
+            malformed=malformed,
+            scores=scores,
+            evaluations=evaluations,
+            logprobs=logprobs,
+        )
+
+    def _keep_rollouts(self, batch: TrainBatch, scored: Scored, rewards: DenseRewards) -> None:
+        """Write the step's rollouts to a file where they are wanted (``tracking.rollouts``)."""
+        state = self._state
+        keep_rollouts(
+            self._root / "rollouts", self._config, step=state.step + 1,
+            kl_coef=state.kl.coef, centers=state.centers, batch=batch, segments=scored.segments,
+            scores=scored.scores, rewards=rewards, malformed=scored.malformed,
+        )  # fmt: skip
+
+    def _train(self, batch: TrainBatch) -> dict[str, float]:
+        """Update policy and value model at the same time; returns their metrics."""
+        self._updating = True
+        del self._ahead[self._state.step]
+        update = self._roles.learner.update(batch, self._anchors(self._state.step))
+        value_report = self._roles.reference.update_values(batch).result()
+        return update.result().metrics | value_report.metrics
 
     def _synced(self, report: StepReport, probe: Sequence[Response]) -> StepReport:
         """Bring the step's version to the engines; the report with what that showed and took."""
-        with self._timed("sync"):
+        with self._timer("sync"):
             sync_report = self._sync(probe, report.version)
-        return replace(report, metrics=report.metrics | sync_report.metrics() | self._timings())
+        metrics = report.metrics | sync_report.metrics() | self._timer.metrics()
+        return replace(report, metrics=metrics)
 
     def _sample(self) -> tuple[list[Response], dict[str, float]]:
         """Take this step's responses, after asking for those of the steps ahead.
@@ -331,17 +368,6 @@ class PpoDriver:
             file = path / _AHEAD.format(number)
             if file.is_file():
                 self._ahead[number] = Ready(list(response_store(file)))
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[stage] = time.perf_counter() - start
-
-    def _timings(self) -> dict[str, float]:
-        seconds = {f"seconds/{stage}": value for stage, value in self._seconds.items()}
-        total = time.perf_counter() - self._began
-        return seconds | {"seconds/total": total, "tokens_per_second": self._tokens / total}
 
 
 _AHEAD = "ahead/step_{:06d}.jsonl"
