@@ -2,6 +2,7 @@
 # make test    the same, then the tests (PYTEST_ARGS="-k segment" narrows them)
 # make test-all  the same with the tests that take a minute or more
 # make lint    ruff and mypy
+# make docs    the documentation's site in build/site, with every link checked
 #
 # PYTHON=python3.12 chooses the interpreter of a new .venv; FGAIF_DEVICE=cpu|gpu overrides the
 # detection of a GPU. Nothing is installed twice, and every target can be interrupted and repeated.
@@ -10,7 +11,7 @@ export PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint format install clean
+.PHONY: demo test test-all lint docs format install clean
 
 demo: install
 	$(BIN)/fgaif demo
@@ -25,6 +26,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/draw_house.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: install
 	$(BIN)/ruff check --fix .

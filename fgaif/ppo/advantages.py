@@ -17,7 +17,8 @@ def gae(
     V and A after a response's last token are 0. ``values[t]`` is V of the prefix before token t.
 
     Args:
-        rewards, values: (B, T); what they hold at padding is ignored.
+        rewards: (B, T); what padding holds is ignored.
+        values: (B, T), likewise.
         mask: (B, T), 1 on a response's tokens, which come first, and 0 on padding.
         gamma: discount in (0, 1].
         lam: 1 gives Monte Carlo returns minus V, 0 gives one-step TD errors.
