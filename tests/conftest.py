@@ -10,10 +10,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Two threads of a process wait for each other in busy loops as soon as other processes work beside
+# it: with as many test processes as cores that took ten times as long as one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import tiny
 import torch
+from hypothesis import settings
+
+# The same examples every time, and none lost to a busy machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -69,6 +69,18 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
         assert word in message
 
 
+def test_an_interrupt_exits_with_130_and_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.pipeline.stages.run_stages", interrupted)
+    assert fgaif(monkeypatch, "sample", f"dir={tmp_path}") == 130
+    message = capsys.readouterr().err.replace("\n", " ")
+    assert "interrupted: what was finished is kept" in message
+
+
 def test_a_stage_without_its_input_names_the_command_to_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

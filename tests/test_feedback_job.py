@@ -244,7 +244,7 @@ def worker(config: Config) -> int | None:
     return json.loads(path.read_text())["pid"] if path.exists() else None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_killed_as_a_whole_ends_with_the_same_bytes(
     undisturbed: tuple[Config, FaultServer], world: World, tmp_path: Path
 ) -> None:

@@ -70,7 +70,7 @@ def settings(folder: Path) -> Config:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_two_hundred_steps_leave_nothing_behind(tmp_path: Path) -> None:
     config = settings(tmp_path)

@@ -26,7 +26,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     cluster.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_outlives_scaling_and_the_loss_of_nodes_and_ends_the_same(
     nodes: Nodes, tmp_path: Path
 ) -> None:

@@ -264,7 +264,7 @@ def test_a_bfloat16_run_killed_in_ppo_and_run_again_equals_the_straight_one(tmp_
     assert len({path.read_text() for path in after}) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_says_what_is_kept_and_exits_with_130(tmp_path: Path) -> None:
     sampling = subprocess.Popen(
         command(tmp_path, "sample"),

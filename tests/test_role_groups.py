@@ -78,7 +78,7 @@ def values(evaluations: list[Evaluation]) -> list[list[float]]:
     return [evaluation.values.tolist() for evaluation in evaluations]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_learner_and_reference_killed_in_the_same_updates(
     tiny_llava_dir: Path, tmp_path: Path
 ) -> None:
@@ -117,7 +117,7 @@ def test_learner_and_reference_killed_in_the_same_updates(
     valuer.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_start_again_when_one_is_killed(tiny_llava_dir: Path, tmp_path: Path) -> None:
     """The other rank is in a collective then; both meet anew at another port."""
     config = config_of(tiny_llava_dir, tmp_path)

@@ -1,4 +1,4 @@
-"""Ten random deaths in a run of twenty steps, on every change; more by hand with chaos.py."""
+"""Ten random deaths in a run of twenty steps; more by hand with chaos.py."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_random_deaths_change_no_bit_of_the_policy(tmp_path: Path) -> None:
     script = Path(__file__).with_name("chaos.py")
     done = subprocess.run(
