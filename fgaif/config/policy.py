@@ -1,0 +1,48 @@
+"""The model to align, its adapter, and the splitting of its responses."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fgaif.config.section import Section
+
+
+class LoraConfig(Section):
+    """Low-rank adapter, anchored to the language model's linear layers."""
+
+    r: int = Field(64, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of reward models only: PPO trains without."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B @ A."""
+        return self.alpha / self.r
+
+
+class PolicyConfig(Section):
+    """The LVLM to align."""
+
+    model: str = "scenes:policy"
+    """A LLaVA checkpoint directory, or `scenes:policy`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Training and sampling precision."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Responses are cut here (the reference: 896)."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of rollouts; the loss uses the same."""
+    lora: LoraConfig = LoraConfig()
+    train_projector: bool = False
+    """Train the multi-modal projector in full beside the LoRA adapter, at the same learning rate;
+    the reference: no. The vision tower stays frozen: the method aligns what is said about an image,
+    and features of frozen towers are computed once."""
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class SegmentConfig(Section):
+    """Sub-sentence splitting."""
+
+    min_words: int = Field(5, ge=1)
+    """A break character ends a sub-sentence only if the piece has at least this many words."""

@@ -1,0 +1,95 @@
+"""Step 3: PPO."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fgaif.config.policy import LoraConfig
+from fgaif.config.reward import RewardShapeConfig
+from fgaif.config.section import Section
+
+
+class AnchorConfig(Section):
+    """KL to the reference on question prompts, so that captioning does not erase answering."""
+
+    weight: float = Field(0.0, ge=0)
+    """0 turns the term off."""
+    prompts: str = "scenes:questions"
+    """`scenes:questions` or a .jsonl/.parquet file of rows with `image` and `prompt`."""
+    batch_size: int = Field(32, ge=1)
+    """Questions per minibatch."""
+
+
+class KlConfig(Section):
+    """KL of the policy to the reference, inside the reward."""
+
+    coef: float = Field(0.1, ge=0)
+    target: float | None = Field(None, gt=0)
+    """Summed KL per response that an adaptive coefficient steers to; default: fixed coefficient."""
+    horizon: int = Field(10_000, ge=1)
+    """Responses over which the adaptive coefficient reacts."""
+
+
+class PpoConfig(Section):
+    """Step 3: PPO with per-token rewards."""
+
+    steps: int = Field(54, ge=1)
+    rollout_batch: int = Field(512, ge=1)
+    """Responses per step."""
+    minibatch: int = Field(256, ge=1)
+    """Responses per optimiser step, over all learner ranks."""
+    micro_batch: int = Field(16, ge=1)
+    """Responses per forward pass of a rank."""
+    epochs: int = Field(2, ge=1)
+    """Passes over each rollout batch."""
+    lr: float = Field(3e-5, gt=0)
+    """Of the adapter: LoRA needs 1e-5 to 5e-5 (configs/llava15_7b_4gpu.yaml says where from); the
+    paper's 1e-7 leaves the policy where it was."""
+    value_lr: float = Field(1e-5, gt=0)
+    value_lora: LoraConfig = LoraConfig()
+    value_init: Literal["policy", "object", "attribute", "relation"] = "policy"
+    """Backbone of the value model: the policy's, or the reward model of a kind with its adapter."""
+    weight_decay: float = Field(0.0, ge=0)
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    clip: float = Field(0.2, gt=0)
+    value_clip: float | None = Field(0.2, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    kl: KlConfig = KlConfig()
+    shape: RewardShapeConfig = RewardShapeConfig()
+    anchor: AnchorConfig = AnchorConfig()
+    checkpoint_every: int = Field(10, ge=1)
+    """Steps. The driver keeps the batches since the last checkpoint, to repeat their updates where
+    the learner dies: 44 bytes per token, 20 MB for 512 responses of 896 tokens."""
+    keep_checkpoints: int = Field(2, ge=1)
+    resume: str | None = None
+    """`latest`, or a checkpoint directory."""
+    async_depth: int = Field(0, ge=0, le=2)
+    """Batches sampled ahead: 0 is on-policy; 1 samples the next batch while this one is trained on,
+    with weights one step older; 2 keeps two batches ahead."""
+    tis_cap: float = Field(2.0, gt=0)
+    """Cap of the importance weight learner/sampler per token, used where `async_depth` > 0."""
+    max_staleness: int = Field(2, ge=0)
+    """Responses sampled with weights older than so many steps are dropped and counted."""
+
+    @model_validator(mode="after")
+    def _batches_nest(self) -> Self:
+        if self.minibatch > self.rollout_batch:
+            raise ValueError(
+                f"ppo.minibatch = {self.minibatch} is larger than ppo.rollout_batch = "
+                f"{self.rollout_batch}: lower the first or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_allows_depth(self) -> Self:
+        if self.async_depth > self.max_staleness:
+            raise ValueError(
+                f"ppo.async_depth = {self.async_depth} samples with weights older than "
+                f"ppo.max_staleness = {self.max_staleness} allows: raise the second"
+            )
+        return self

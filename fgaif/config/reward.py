@@ -1,0 +1,132 @@
+"""Step 2: reward models, and the shape of the rewards made of their scores."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fgaif.config.policy import LoraConfig
+from fgaif.config.section import Section, check_ranks_apart, check_single_gpu
+from fgaif.types import KINDS, Kind
+
+
+class NoiseConfig(Section):
+    """Label noise of one kind, as probabilities; for studies of the feedback's quality."""
+
+    ok_to_hallu: float = Field(0.0, ge=0, le=1)
+    """Share of the OK segments that are labelled HALLU."""
+    hallu_to_ok: float = Field(0.0, ge=0, le=1)
+    """Share of the HALLU segments that are labelled OK."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Both rates at once (symmetric noise)."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.flip and (self.ok_to_hallu or self.hallu_to_ok):
+            raise ValueError(
+                f"flip = {self.flip} sets both rates; leave it 0 to set ok_to_hallu = "
+                f"{self.ok_to_hallu} and hallu_to_ok = {self.hallu_to_ok}"
+            )
+        return self
+
+    @property
+    def rate_ok_to_hallu(self) -> float:
+        """Probability that an OK segment is labelled HALLU."""
+        return self.flip or self.ok_to_hallu
+
+    @property
+    def rate_hallu_to_ok(self) -> float:
+        """Probability that a HALLU segment is labelled OK."""
+        return self.flip or self.hallu_to_ok
+
+
+class RewardConfig(Section):
+    """Step 2: one reward model per kind."""
+
+    backbone: str | None = None
+    """LLaVA checkpoint of the reward models; default: the policy's."""
+    lora: LoraConfig = LoraConfig()
+    lr: float = Field(2e-5, gt=0)
+    batch_size: int = Field(32, ge=1)
+    """Responses per optimiser step, over all workers."""
+    micro_batch: int = Field(8, ge=1)
+    """Responses per forward pass, in training and in scoring."""
+    epochs: float = Field(4.0, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the images held out for early stopping."""
+    patience: int = Field(5, ge=1)
+    """Evaluations without a better validation loss before training stops."""
+    evals: int = Field(6, ge=1)
+    """Validation passes over the planned training."""
+    class_balance: bool = True
+    """Weigh classes by the inverse square root of their frequency."""
+    noise: dict[Kind, NoiseConfig] = Field({})
+    """Labels made wrong on purpose when they are read for training, by kind; the stored labels stay
+    clean."""
+    noise_seed: int = 0
+    """Draws the labels that `noise` makes wrong."""
+    head: Literal["linear", "mlp"] = "linear"
+    """`linear` is the paper's; `mlp` adds one hidden layer."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    workers: int = Field(1, ge=1)
+    """Ray Train workers per reward model."""
+    parallel: int = Field(1, ge=1, le=len(KINDS))
+    """Reward models trained at the same time."""
+    cpus_per_worker: float = Field(1.0, ge=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _workers_share_batches(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"reward.batch_size = {self.batch_size} is not a multiple of reward.workers = "
+                f"{self.workers}: a rank without work would hang the others; raise the first"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_fit_gpus(self) -> Self:
+        check_single_gpu("reward.gpus_per_worker", self.gpus_per_worker, "reward.workers")
+        check_ranks_apart(
+            "reward.gpus_per_worker", self.gpus_per_worker, "reward.workers", self.workers
+        )
+        return self
+
+
+class RewardShapeConfig(Section):
+    """From class probabilities to per-token rewards; see docs in fgaif/reward/dense.py."""
+
+    weights: dict[Kind, float] = dict.fromkeys(KINDS, 1.0)
+    """Weight of each kind; 0 leaves the kind out."""
+    values: Literal["hard", "soft"] = "soft"
+    """`hard`: the value of the most likely class; `soft`: the expected value."""
+    value_ok: float = 1.0
+    value_hallu: float = -1.0
+    value_none: float = 0.0
+    center: bool = True
+    """Subtract from each segment with facts the kind's running mean reward."""
+    center_offset: float = -0.2
+    """Added to the mean that is subtracted: negative values pay a little for every fact stated."""
+    center_momentum: float = Field(0.8, ge=0, lt=1)
+    repeat_penalty: float = Field(0.5, ge=0)
+    """Subtracted at the end of a segment that repeats an earlier one of the same response, or
+    that is malformed where the extractor can tell."""
+    no_stop_penalty: float = Field(1.0, ge=0)
+    """Subtracted at the last token of a response that never ended."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Subtracted per token beyond `length_target`, at the last token."""
+    length_target: int = Field(0, ge=0)
+    placement: Literal["segment", "last"] = "segment"
+    """`segment`: at each segment's last token (the method); `last`: the same sum on the last
+    token of the response (the coarse control)."""
+
+    @model_validator(mode="after")
+    def _weights_make_sense(self) -> Self:
+        if sum(self.weights.values()) <= 0 or min(self.weights.values()) < 0:
+            raise ValueError(
+                f"ppo.shape.weights = {self.weights}: weights must be >= 0 and one must be > 0"
+            )
+        return self

@@ -1,0 +1,119 @@
+"""The whole configuration of a run, and the sections that belong to no stage's settings."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from fgaif.config.cluster import ClusterConfig
+from fgaif.config.data import DataConfig
+from fgaif.config.feedback import API, EndpointConfig, FeedbackConfig
+from fgaif.config.policy import PolicyConfig, SegmentConfig
+from fgaif.config.ppo import PpoConfig
+from fgaif.config.reward import RewardConfig
+from fgaif.config.section import Section
+from fgaif.config.serve import ServeConfig
+
+
+class EvalConfig(Section):
+    """Before and after."""
+
+    pope_questions_per_image: int = Field(6, ge=2)
+    """Half yes, half no."""
+    seed: int = 123
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides console and JSONL."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "fgaif"
+    rollouts: int = Field(0, ge=0)
+    """Write all rollouts of every so many steps to `policy/rollouts`, for `fgaif replay`; 0: never.
+    A file takes about 100 bytes per token."""
+
+
+class StudyConfig(Section):
+    """Variants of PPO compared over seeds on the same reward models; see `fgaif study`."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: dict[str, tuple[str, ...]] = Field(
+        {"segment": (), "last": ("ppo.shape.placement=last",)}
+    )
+    """Name of each variant and its overrides."""
+
+
+class Config(Section):
+    """The whole run."""
+
+    name: str = Field("scenes", pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the run: its folder is `dir/name`."""
+    dir: Path = Path("runs")
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    policy: PolicyConfig = PolicyConfig()
+    segment: SegmentConfig = SegmentConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+    endpoints: dict[str, EndpointConfig] = Field({})
+    """OpenAI-compatible APIs by a name of your choice."""
+    reward: RewardConfig = RewardConfig()
+    ppo: PpoConfig = PpoConfig()
+    eval: EvalConfig = EvalConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    study: StudyConfig = StudyConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _endpoints_exist(self) -> Self:
+        for key, names in (
+            ("feedback.extractor", (self.feedback.extractor,)),
+            ("feedback.verifier", self.feedback.verifiers),
+        ):
+            for name in names:
+                if name.startswith(API) and name.removeprefix(API) not in self.endpoints:
+                    known = ", ".join(self.endpoints) or "none"
+                    raise ValueError(f"{key} = {name!r}: no such entry of endpoints ({known})")
+        return self
+
+    @model_validator(mode="after")
+    def _ppo_without_dropout(self) -> Self:
+        adapters = {"policy.lora": self.policy.lora, "ppo.value_lora": self.ppo.value_lora}
+        for key, lora in adapters.items():
+            if lora.dropout:
+                raise ValueError(
+                    f"{key}.dropout = {lora.dropout}: PPO compares log-probs and values before and "
+                    "after a step, and dropout would pass for the step's effect; set it to 0 (that "
+                    "of reward.lora may stay)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _bfloat16_with_zero(self) -> Self:
+        stages = {"ppo": self.ppo.zero_stage, "reward": self.reward.zero_stage}
+        for section, stage in stages.items():
+            if self.policy.dtype == "bfloat16" and stage == 0:
+                raise ValueError(
+                    f"{section}.zero_stage = 0 with policy.dtype = 'bfloat16': without ZeRO "
+                    "DeepSpeed keeps no float32 copy of what it trains in bfloat16; set "
+                    f"{section}.zero_stage=1"
+                )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of everything this run writes."""
+        return self.dir / self.name
+
+    @property
+    def merges_adapters(self) -> bool:
+        """Whether engines add the policy's adapter to their weights (`cluster.engine.adapters`)."""
+        wanted = self.cluster.engine.adapters
+        return wanted == "merged" or (wanted == "auto" and self.policy.dtype == "float32")
+
+    @property
+    def reward_backbone(self) -> str:
+        """Checkpoint of the reward models."""
+        return self.reward.backbone or self.policy.model
