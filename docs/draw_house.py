@@ -24,12 +24,8 @@ def box_of(module: str) -> str:
     parts = module.split(".")
     if parts[0] == "actors" or len(parts) == 1:
         return parts[0]
-    if (
-        parts[0] == "fgaif"
-        and (ROOT / Path(*parts)).with_suffix(".py").is_file()
-        and len(parts) == 2
-    ):
-        return "fgaif"
+    if parts[0] == "fgaif" and (parts[1] == "config" or not (ROOT / "fgaif" / parts[1]).is_dir()):
+        return "fgaif"  # the top modules and the configuration use each other
     return ".".join(parts[:2])
 
 
