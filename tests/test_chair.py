@@ -10,7 +10,8 @@ import pytest
 
 from fgaif.errors import DataError
 from fgaif.eval.answers import Caption, read_captions
-from fgaif.eval.chair import Vocabulary, chair, chair_truth, coco_vocabulary, score_chair, singular
+from fgaif.eval.benchmarks.chair import chair, chair_truth, score_chair
+from fgaif.eval.vocabulary import Vocabulary, coco_vocabulary, singular
 
 COCO = coco_vocabulary()
 COCO_LIKE = Vocabulary.from_lines(

@@ -14,9 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from cluster.evaluation.generate import (
-    Asked,
     ModelSpec,
-    ask,
     generate_answers,
     pending_answers,
     policy_engines,
@@ -25,9 +23,10 @@ from cluster.roles import SyncCheck
 from fgaif.data.scenes.files import MODELS
 from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.eval.answers import read_answers
+from fgaif.eval.benchmarks.pope import score_pope
 from fgaif.eval.corrupt import Corruption
-from fgaif.eval.pope import build_from_scenes, read_questions
-from fgaif.eval.pope_score import score_pope
+from fgaif.eval.pope_questions import build_from_scenes, read_questions
+from fgaif.eval.questions import QuestionBuilder, QuestionSet
 from fgaif.pending import Pending, Ready, Then
 from fgaif.types import GenerationRequest, Response
 
@@ -93,28 +92,35 @@ def model() -> ModelSpec:
     return ModelSpec.parse("scenes:policy")
 
 
-def asked(images: Path, out: Path, name: str = "pope", **options: Any) -> Asked:
+def question_set(
+    images: Path,
+    out: Path,
+    name: str = "pope",
+    corruption: Corruption | None = None,
+    **options: Any,
+) -> QuestionSet:
     rows = [(str(i), f"{i % 3:012d}.jpg", f"Q{i}?") for i in range(5)]
     options = {"max_new_tokens": 8} | options
-    return ask(rows, out / f"{name}.jsonl", images=images, **options)
+    builder = QuestionBuilder(images=images, out=out, corruption=corruption)
+    return builder.build(name, rows, **options)
 
 
 def test_images_are_found_by_coco_number_and_bad_ones_cost_their_questions(
     images: Path, tmp_path: Path
 ) -> None:
     (images / "val2014" / "COCO_val2014_000000000001.jpg").write_bytes(b"broken")
-    job = asked(images, tmp_path)
+    job = question_set(images, tmp_path)
     assert [prompt.id for prompt in job.prompts] == ["0", "2", "3"]
     assert [item.row for item in job.skipped] == ["1", "4"]
     assert job.images == ("000000000000.jpg", "000000000002.jpg", "000000000000.jpg")
     with pytest.raises(DataError, match=r"none of the images of 1 questions.*no\.jpg"):
-        ask([("0", "no.jpg", "Q")], tmp_path / "x", images=images, max_new_tokens=1)
+        QuestionBuilder(images=images, out=tmp_path).build("x", [("0", "no.jpg", "Q")], 1)
 
 
 def test_answers_are_greedy_written_for_other_tools_and_known_the_next_time(
     images: Path, tmp_path: Path, model: ModelSpec
 ) -> None:
-    job, pool = asked(images, tmp_path, suffix="!"), Pool(echo)
+    job, pool = question_set(images, tmp_path, suffix="!"), Pool(echo)
     assert generate_answers(model, [job], tmp_path / "c.jsonl", lambda: pool, chunk=2) == 5  # type: ignore[arg-type,return-value]
     assert [len(call) for call in pool.calls] == [2, 2, 1]
     assert {request.temperature for call in pool.calls for request in call} == {0.0}
@@ -136,7 +142,7 @@ def test_answers_are_greedy_written_for_other_tools_and_known_the_next_time(
 def test_an_interrupted_call_asks_only_for_the_rest(
     images: Path, tmp_path: Path, model: ModelSpec
 ) -> None:
-    job, cache = asked(images, tmp_path), tmp_path / "c.jsonl"
+    job, cache = question_set(images, tmp_path), tmp_path / "c.jsonl"
     with pytest.raises(ActorError):
         generate_answers(model, [job], cache, lambda: Pool(echo, fail_at=1), chunk=2)  # type: ignore[arg-type,return-value]
     assert not job.file.exists()
@@ -152,22 +158,22 @@ def test_an_answer_depends_on_model_prompt_image_and_length(
     images: Path, tmp_path: Path, model: ModelSpec
 ) -> None:
     cache = tmp_path / "c.jsonl"
-    generate_answers(model, [asked(images, tmp_path)], cache, lambda: Pool(echo))  # type: ignore[arg-type,return-value]
+    generate_answers(model, [question_set(images, tmp_path)], cache, lambda: Pool(echo))  # type: ignore[arg-type,return-value]
     other = ModelSpec(MODELS / "verifier")
     assert other.digest != model.digest
-    assert pending_answers(model, [asked(images, tmp_path, "chair")], cache) == 0
-    assert pending_answers(other, [asked(images, tmp_path)], cache) == 5
-    assert pending_answers(model, [asked(images, tmp_path, suffix="?")], cache) == 5
-    assert pending_answers(model, [asked(images, tmp_path, max_new_tokens=9)], cache) == 5
+    assert pending_answers(model, [question_set(images, tmp_path, "chair")], cache) == 0
+    assert pending_answers(other, [question_set(images, tmp_path)], cache) == 5
+    assert pending_answers(model, [question_set(images, tmp_path, suffix="?")], cache) == 5
+    assert pending_answers(model, [question_set(images, tmp_path, max_new_tokens=9)], cache) == 5
     fog = Corruption.parse("fog:3")
-    assert pending_answers(model, [asked(images, tmp_path, corruption=fog)], cache) == 5
+    assert pending_answers(model, [question_set(images, tmp_path, corruption=fog)], cache) == 5
     assert len(list((tmp_path / "corrupted" / fog.name).iterdir())) == 3
 
 
 def test_one_question_in_two_benchmarks_is_asked_once(
     images: Path, tmp_path: Path, model: ModelSpec
 ) -> None:
-    jobs, pool = [asked(images, tmp_path, name) for name in ("a", "b")], Pool(echo)
+    jobs, pool = [question_set(images, tmp_path, name) for name in ("a", "b")], Pool(echo)
     assert generate_answers(model, jobs, tmp_path / "c.jsonl", lambda: pool) == 5  # type: ignore[arg-type,return-value]
     assert all(len(job.file.read_text().splitlines()) == 5 for job in jobs)
 
@@ -208,7 +214,7 @@ def test_the_embedded_policy_answers_questions_built_from_its_world(
     build_from_scenes("test", tmp_path / "w", count=12, seed=0)
     questions = read_questions(tmp_path / "w" / "coco_pope_random.jsonl")
     rows = [(row.id, row.image, row.text) for row in questions]
-    job = ask(rows, tmp_path / "a.jsonl", images=tmp_path / "w", max_new_tokens=6)
+    job = QuestionBuilder(images=tmp_path / "w", out=tmp_path).build("a", rows, 6)
     pool = Pool(rollout_actor(MODELS / "policy").generate)
     generate_answers(model, [job], tmp_path / "c.jsonl", lambda: pool)  # type: ignore[arg-type,return-value]
     answers = read_answers(job.file)

@@ -12,7 +12,7 @@ from chats import Scripted
 
 from fgaif.chat.messages import ChatRequest
 from fgaif.errors import DataError
-from fgaif.eval.llava_bench import read_grades, score_llava_bench, score_reviews
+from fgaif.eval.benchmarks.llava_bench import read_grades, score_llava_bench, score_reviews
 from fgaif.eval.llava_bench_files import CATEGORIES, Bench, load_rules, read_bench
 from fgaif.eval.scored import Scored
 

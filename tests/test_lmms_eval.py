@@ -8,8 +8,8 @@ of the labels.
 import pytest
 
 from fgaif.eval.answers import Answer
-from fgaif.eval.pope import PopeRow
-from fgaif.eval.pope_score import score_pope
+from fgaif.eval.benchmarks.pope import score_pope
+from fgaif.eval.yes_no import YesNoQuestion
 
 LABELS = [True, True, True, False, False, False]
 
@@ -34,7 +34,7 @@ def lmms_eval(texts: list[str]) -> dict[str, float]:
 
 def ours(texts: list[str], rule: str = "") -> dict[str, float]:
     rows = [
-        PopeRow(where="q", id=str(i), image=f"{i}.jpg", text=f"Q{i}?", label=label)
+        YesNoQuestion(where="q", id=str(i), image=f"{i}.jpg", text=f"Q{i}?", label=label)
         for i, label in enumerate(LABELS)
     ]
     answers = [Answer(where="a", id=str(i), text=text) for i, text in enumerate(texts)]

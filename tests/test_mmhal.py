@@ -12,8 +12,7 @@ from chats import Scripted
 
 from fgaif.chat.messages import ChatRequest, RequestFailed
 from fgaif.errors import ConfigError, DataError, ServiceError
-from fgaif.eval.judge import in_parallel
-from fgaif.eval.mmhal import (
+from fgaif.eval.benchmarks.mmhal import (
     SIZE,
     TYPES,
     load_judge_prompt,
@@ -22,6 +21,7 @@ from fgaif.eval.mmhal import (
     score_mmhal,
     with_answers,
 )
+from fgaif.eval.judge import in_parallel
 from fgaif.eval.scored import Scored
 
 

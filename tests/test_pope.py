@@ -11,22 +11,19 @@ import pytest
 
 from fgaif.errors import DataError
 from fgaif.eval.answers import Answer
-from fgaif.eval.chair import coco_vocabulary
-from fgaif.eval.pope import (
+from fgaif.eval.benchmarks.pope import mean_metrics, pope_metrics, read_answer, score_pope
+from fgaif.eval.pope_questions import (
     PopeQuestion,
-    PopeRow,
     build_questions,
     build_rows,
     co_occurrence,
     indefinite,
-    mean_metrics,
-    pope_metrics,
     question_text,
-    read_answer,
     read_questions,
     write_questions,
 )
-from fgaif.eval.pope_score import pair_answers, read_strictly, score_pope
+from fgaif.eval.vocabulary import coco_vocabulary
+from fgaif.eval.yes_no import YesNoQuestion, pair_answers, read_strictly
 from fgaif.types import ImageRef
 
 DOG = "Is there a dog in the image?"
@@ -149,10 +146,14 @@ def test_the_overall_figure_is_the_plain_mean() -> None:
 
 
 ROWS = [
-    PopeRow(where="q:1", id="1", image="COCO_val2014_000000000007.jpg", text=DOG, label=True),
-    PopeRow(where="q:2", id="2", image="COCO_val2014_000000000007.jpg", text=CAT, label=False),
-    PopeRow(where="q:3", id="3", image="COCO_val2014_000000000008.jpg", text=DOG, label=True),
-    PopeRow(where="q:4", id="4", image="COCO_val2014_000000000008.jpg", text=CAT, label=False),
+    YesNoQuestion(where="q:1", id="1", image="COCO_val2014_000000000007.jpg", text=DOG, label=True),
+    YesNoQuestion(
+        where="q:2", id="2", image="COCO_val2014_000000000007.jpg", text=CAT, label=False
+    ),
+    YesNoQuestion(where="q:3", id="3", image="COCO_val2014_000000000008.jpg", text=DOG, label=True),
+    YesNoQuestion(
+        where="q:4", id="4", image="COCO_val2014_000000000008.jpg", text=CAT, label=False
+    ),
 ]
 
 

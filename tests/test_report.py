@@ -14,10 +14,10 @@ from fgaif.config import Config, TrackingConfig, dump_config
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
 from fgaif.eval.before_after import CAPTIONS, compare
+from fgaif.eval.benchmarks.pope import pope_metrics
 from fgaif.eval.captions import JudgedCaption
 from fgaif.eval.plots import INK, calibration_figure, curves_figure, errors_figure
 from fgaif.eval.policy import Captions
-from fgaif.eval.pope import pope_metrics
 from fgaif.eval.report import build_report, console_table, render_html
 from fgaif.eval.results import read_results
 from fgaif.eval.run_results import write_eval

@@ -22,9 +22,8 @@ from fgaif.eval.benchmark_results import (
     worst_items,
     write_scored,
 )
-from fgaif.eval.chair import Vocabulary, score_chair
-from fgaif.eval.pope import PopeRow
-from fgaif.eval.pope_score import score_pope
+from fgaif.eval.benchmarks.chair import score_chair
+from fgaif.eval.benchmarks.pope import score_pope
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
     comparison_grid,
@@ -35,12 +34,16 @@ from fgaif.eval.tables import (
     show_items,
 )
 from fgaif.eval.uncertainty import compare, intervals
+from fgaif.eval.vocabulary import Vocabulary
+from fgaif.eval.yes_no import YesNoQuestion
 
 
 def pope(answers: str, splits: tuple[str, ...] = ("random",)) -> Scored:
     """Two questions per image, the first of which has the answer yes; "y" and "n" answer them."""
     rows = [
-        PopeRow(where="q", id=str(i), image=f"{i // 2}.png", text=f"Is {i}?", label=i % 2 == 0)
+        YesNoQuestion(
+            where="q", id=str(i), image=f"{i // 2}.png", text=f"Is {i}?", label=i % 2 == 0
+        )
         for i in range(len(answers))
     ]
     given = [
@@ -136,7 +139,7 @@ def test_one_split_and_a_rule_without_effect_are_not_printed_twice() -> None:
 
 
 def test_a_rule_with_effect_is_printed() -> None:
-    rows = [PopeRow(where="q", id="0", image="0.png", text="Is it?", label=True)]
+    rows = [YesNoQuestion(where="q", id="0", image="0.png", text="Is it?", label=True)]
     scored = score_pope({"r": rows}, {"r": [Answer(where="a", id="0", text="Sure.")]})
     text = printed(results_grid("R", [(scored, intervals(scored, resamples=20))]))
     assert "accuracy, strict" in text
@@ -174,7 +177,7 @@ def test_markdown_is_one_table_whose_cells_cannot_break_it() -> None:
 def test_the_page_stands_alone_and_shows_the_worst_items(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (900, 600), "red").save(tmp_path / "deep" / "0.png")
-    rows = [PopeRow(where="q", id="0", image="0.png", text="<script>?", label=True)]
+    rows = [YesNoQuestion(where="q", id="0", image="0.png", text="<script>?", label=True)]
     scored = score_pope({"random": rows}, {"random": [Answer(where="a", id="0", text="no <b>")]})
     html = page(scored, tmp_path)
     assert html.count("data:image/") == 1

@@ -1,43 +1,56 @@
 """``fgaif eval``: benchmarks on a checkpoint or on answers of any tool.
 
-Commands import what they need themselves: ``--help`` and scoring start no torch and no Ray.
+The command of a benchmark is made from its declaration when it is asked for. Commands import what
+they need themselves: ``--help`` and scoring start no torch and no Ray.
 """
 
-from collections.abc import Sequence
+import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from cluster.evaluation.options import (
-    DESCRIBE,
-    POPE_SUFFIX,
-    Common,
-    Extractor,
-    JudgeOptions,
-    command_with,
-)
+from cluster.evaluation.options import MODEL_OPTIONS, Common, JudgeOptions, command_of
 from fgaif.data.scenes.world import Split
 from fgaif.errors import ConfigError
+from fgaif.eval.benchmark import Benchmark
+from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 
-if TYPE_CHECKING:
-    from cluster.evaluation.jobs import Job
-    from cluster.evaluation.settings import Settings
+
+class EvalCommands(TyperGroup):
+    """The commands below, and before them one for each benchmark.
+
+    Contexts and commands are click's, or those of the copy of click that newer typers bring.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands."""
+        return [*benchmark_names(), *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command, importing the benchmark whose name it is."""
+        if cmd_name in benchmark_names():
+            return benchmark_command(load_benchmark(cmd_name))
+        return super().get_command(ctx, cmd_name)
+
 
 eval_app = typer.Typer(
     name="eval",
+    cls=EvalCommands,
     rich_markup_mode="rich",
-    help="Evaluate: POPE, CHAIR, MMHal-Bench, LLaVA-Bench, FaithScore.\n\n"
+    help="Evaluate on a benchmark.\n\n"
     "A benchmark scores answers that exist ([bold]--answers[/bold], any tool's) or generates them "
     "first ([bold]--model[/bold]). [bold]--out DIR[/bold] keeps results; "
-    "[bold]fgaif eval --compare A B[/bold] tests two of them against each other.",
+    "[bold]fgaif eval --compare A B[/bold] tests two of them against each other; "
+    "[bold]fgaif eval --list[/bold] says what each benchmark needs.",
 )
 out = Console()
 err = Console(stderr=True)
-
-Answers = Annotated[Path | None, typer.Option("--answers", help="Answers that exist.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of generated answers.")]
 
 
 @eval_app.callback(invoke_without_command=True)
@@ -47,221 +60,117 @@ def main(
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A B", help="Paired tests of two result folders."),
     ] = None,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Name all benchmarks with what they need.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder for the comparison's tables.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
 ) -> None:
-    """Compare two models, or choose a benchmark."""
-    if context.invoked_subcommand is not None and (compare or output or as_json or seed):
+    """Compare two models, list the benchmarks, or choose one."""
+    if context.invoked_subcommand is not None and (
+        compare or show_list or output or as_json or seed
+    ):
         raise ConfigError(
-            "--compare stands alone, and options of a benchmark after its name: fgaif eval "
-            f"{context.invoked_subcommand} ... --json"
+            "--compare stands alone, as does --list, and options of a benchmark after its name: "
+            f"fgaif eval {context.invoked_subcommand} ... --json"
         )
     if compare is not None:
         from cluster.evaluation.run import run_comparison
 
         run_comparison(*compare, output, seed=seed, as_json=as_json, console=out)
         raise typer.Exit
+    if show_list:
+        _print_benchmarks(as_json)
+        raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-@eval_app.command()
-@command_with(Common)
-def pope(
-    common: Common,
-    questions: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[SPLIT=]FILE", help="Official JSONL; repeat it for more splits."),
-    ] = None,
-    answers: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[SPLIT=]FILE", help="model_vqa's or POPE's own form."),
-    ] = None,
-    suffix: Annotated[str, typer.Option(help="Added to each question for --model.")] = POPE_SUFFIX,
-    max_new_tokens: MaxNewTokens = 64,
-) -> None:
-    """POPE: yes/no questions about objects. accuracy, precision, recall, f1, yes_ratio."""
-    from cluster.evaluation.jobs import named_splits, paired_splits, pope_job
-    from cluster.evaluation.settings import asker_of, settings_of
+def _print_benchmarks(as_json: bool) -> None:
+    benchmarks = [load_benchmark(name) for name in benchmark_names()]
+    if as_json:
+        tree = {benchmark.name: describe(benchmark) for benchmark in benchmarks}
+        sys.stdout.write(json.dumps(tree, ensure_ascii=False) + "\n")
+        return
+    for benchmark in benchmarks:
+        about = describe(benchmark)
+        out.print(f"{benchmark.name}: {benchmark.title}, {benchmark.summary}", style="bold")
+        for line in (
+            f"answers: {about['answers']}",
+            f"ground truth: {about['truth']}",
+            f"asks: {', '.join(about['asks']) or 'no other model'}",
+            f"figures: {', '.join(about['figures'])}",
+        ):
+            out.print(f"  {line}", highlight=False, markup=False)
 
-    settings = settings_of(common)
-    if not questions:
-        raise ConfigError("fgaif eval pope needs --questions; `fgaif eval build-pope` makes some")
-    asker = asker_of(settings, answers)
-    job = pope_job(
-        named_splits(questions, "--questions"),
-        {} if asker else paired_splits(questions, answers or []),
-        asker,
-        max_new_tokens=max_new_tokens,
-        suffix=suffix,
+
+def describe(benchmark: Benchmark[Any]) -> dict[str, Any]:
+    """Say what a benchmark is, what it needs, and what its figures mean."""
+    return {
+        "title": benchmark.title,
+        "summary": benchmark.summary,
+        "answers": f"{benchmark.answers}, or --model to generate them",
+        "truth": benchmark.truth,
+        "asks": list(benchmark.models),
+        "figures": {figure.key: figure.meaning for figure in benchmark.figures},
+    }
+
+
+def benchmark_command(benchmark: Benchmark[Any]) -> Any:
+    """Make the command of a benchmark: its own options, the shared ones, those of its models."""
+
+    def run(own: Any, common: Common, **models: Any) -> None:
+        from cluster.evaluation.run import run_benchmarks
+        from cluster.evaluation.settings import eval_context, make_settings
+
+        settings = make_settings(common, **models)
+        run_benchmarks([benchmark.prepare(own, eval_context(settings))], settings, out, err)
+
+    groups: dict[str, type] = {
+        "own": benchmark.options,
+        "common": Common,
+        **{model: MODEL_OPTIONS[model] for model in benchmark.models},
+    }
+    figures = ", ".join(figure.key for figure in benchmark.figures)
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(benchmark.name, help=f"{benchmark.title}: {benchmark.summary}. {figures}.")(
+        command_of(groups, run)
     )
-    _run([job], settings)
+    return get_command(app)
 
 
-@eval_app.command()
-@command_with(Common)
-def chair(
-    common: Common,
-    annotations: Annotated[
-        list[Path] | None,
-        typer.Option(help="COCO instances and captions files; repeat it for more."),
-    ] = None,
-    captions: Annotated[
-        Path | None, typer.Option("--captions", "--answers", help="Captions that exist.")
-    ] = None,
-    synonyms: Annotated[
-        Path | None, typer.Option(help="Table of objects in CHAIR's form; default: ours of COCO.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Annotated images drawn for --model.")] = 500,
-    prompt: Annotated[str, typer.Option(help="What --model is asked.")] = DESCRIBE,
-    max_new_tokens: MaxNewTokens = 512,
-) -> None:
-    """CHAIR: objects that captions name and images do not show. chair_i, chair_s, recall."""
-    from cluster.evaluation.jobs import chair_job
-    from cluster.evaluation.settings import asker_of, settings_of
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllOptions:
+    """Options of ``fgaif eval all``."""
 
-    settings = settings_of(common)
-    if not annotations:
-        raise ConfigError(
-            "fgaif eval chair needs --annotations: COCO's instances_*.json, and captions_*.json"
-        )
-    job = chair_job(
-        annotations,
-        captions,
-        asker_of(settings, captions),
-        synonyms=synonyms,
-        count=count,
-        seed=common.seed,
-        max_new_tokens=max_new_tokens,
-        prompt=prompt,
-    )
-    _run([job], settings)
-
-
-@eval_app.command()
-@command_with(Common, JudgeOptions)
-def mmhal(
-    common: Common,
-    judging: JudgeOptions,
-    questions: Annotated[Path | None, typer.Option(help="The template with the 96 items.")] = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="Response file; or JSONL, with --questions.")
-    ] = None,
-    judge_prompt: Annotated[Path | None, typer.Option(help="Prompt file instead of ours.")] = None,
-    max_new_tokens: MaxNewTokens = 1024,
-) -> None:
-    """MMHal-Bench: 96 questions, rated 0 to 6 by a judge. score, hallucination_rate."""
-    from cluster.evaluation.judged import mmhal_job
-    from cluster.evaluation.settings import asker_of, settings_of
-
-    settings = settings_of(common, judging)
-    job = mmhal_job(
-        questions,
-        answers,
-        asker_of(settings, answers),
-        prompt=judge_prompt,
-        max_new_tokens=max_new_tokens,
-    )
-    _run([job], settings)
-
-
-@eval_app.command("llava-bench")
-@command_with(Common, JudgeOptions)
-def llava_bench(
-    common: Common,
-    judging: JudgeOptions,
-    questions: Annotated[Path | None, typer.Option(help="Questions, JSONL.")] = None,
-    references: Annotated[Path | None, typer.Option(help="Reference answers, JSONL.")] = None,
-    contexts: Annotated[
-        Path | None, typer.Option(help="Captions and boxes of the images, JSONL.")
-    ] = None,
-    answers: Answers = None,
-    rules: Annotated[Path | None, typer.Option(help="rule.json instead of our rules.")] = None,
-    reviews: Annotated[
-        Path | None, typer.Option(help="Official review file: score it and ask nobody.")
-    ] = None,
-    max_new_tokens: MaxNewTokens = 1024,
-) -> None:
-    """LLaVA-Bench, COCO or in the wild: relative scores conv, detail, complex, all."""
-    from cluster.evaluation.judged import llava_bench_job
-    from cluster.evaluation.settings import asker_of, settings_of
-
-    settings = settings_of(common, judging)
-    job = llava_bench_job(
-        questions,
-        references,
-        contexts,
-        answers,
-        asker_of(settings, answers or reviews),
-        rules=rules,
-        reviews=reviews,
-        max_new_tokens=max_new_tokens,
-    )
-    _run([job], settings)
-
-
-@eval_app.command()
-@command_with(Common, JudgeOptions)
-def faithscore(
-    common: Common,
-    judging: JudgeOptions,
-    answers: Answers = None,
-    questions: Annotated[
-        Path | None, typer.Option(help="For --model: rows with image, prompt and optionally id.")
-    ] = None,
-    extractor: Annotated[
-        Extractor, typer.Option(help="Who states facts; scenes: the embedded world.")
-    ] = "judge",
-    verifier: Annotated[
-        str | None, typer.Option(help="LLaVA checkpoint on our engines; default: the judge.")
-    ] = None,
-    label: Annotated[
-        bool, typer.Option(help="Leave analytical sub-sentences out (stage 1).")
-    ] = True,
-    max_new_tokens: MaxNewTokens = 512,
-) -> None:
-    """FaithScore: atomic facts checked with the image. faithscore, faithscore_s."""
-    from cluster.evaluation.judged import faithscore_job
-    from cluster.evaluation.settings import asker_of, settings_of
-
-    settings = settings_of(common, judging, verifier)
-    job = faithscore_job(
-        answers,
-        settings,
-        asker_of(settings, answers),
-        extractor=extractor,
-        label=label,
-        questions=questions,
-        max_new_tokens=max_new_tokens,
-    )
-    _run([job], settings)
-
-
-@eval_app.command("all")
-@command_with(Common, JudgeOptions)
-def every(
-    common: Common,
-    judging: JudgeOptions,
     data: Annotated[
         Path | None, typer.Option(help="Folder with the official files under their names.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images for CHAIR and FaithScore.")] = 500,
-) -> None:
-    """All benchmarks whose files lie in one folder; without a judge, POPE and CHAIR."""
-    from cluster.evaluation.judged import official_jobs
-    from cluster.evaluation.settings import asker_of, settings_of
+    ] = None
+    count: Annotated[int, typer.Option(min=1, help="Images for CHAIR and FaithScore.")] = 500
 
-    settings = settings_of(common, judging)
-    asker = asker_of(settings)
-    if asker is None or data is None:
+
+def run_all(own: AllOptions, common: Common, judge: JudgeOptions) -> None:
+    """Run every benchmark whose official files lie in the folder."""
+    from cluster.evaluation.run import prepare_all, run_benchmarks
+    from cluster.evaluation.settings import eval_context, make_settings
+
+    settings = make_settings(common, judge)
+    context = eval_context(settings)
+    if context.builder is None or own.data is None:
         raise ConfigError("fgaif eval all needs --model and --data")
-    jobs, missing = official_jobs(data, settings, asker, count=count)
+    prepared, missing = prepare_all(own.data, context, own.count, judged=bool(settings.judge))
     for line in missing:
         err.print(line, style="yellow", highlight=False, markup=False)
-    _run(jobs, settings, by_name=True)
+    run_benchmarks(prepared, settings, out, err, by_name=True)
+
+
+eval_app.command(
+    "all",
+    help="All benchmarks whose files lie in one folder; without a judge, those that need none.",
+)(command_of({"own": AllOptions, "common": Common, "judge": JudgeOptions}, run_all))
 
 
 @eval_app.command()
@@ -297,7 +206,7 @@ def build_pope(
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
 ) -> None:
     """Build POPE's questions, three splits, by the official sampling rule."""
-    from fgaif.eval.pope import build_from_coco, build_from_scenes
+    from fgaif.eval.pope_questions import build_from_coco, build_from_scenes
 
     if (annotations is None) == (scenes is None):
         raise ConfigError("fgaif eval build-pope needs --annotations FILE or --scenes SPLIT")
@@ -309,9 +218,3 @@ def build_pope(
     for split, questions in counts.items():
         out.print(f"{split}: {questions} questions", highlight=False)
     out.print(f"wrote {output}", highlight=False)
-
-
-def _run(jobs: "Sequence[Job]", settings: "Settings", by_name: bool = False) -> None:
-    from cluster.evaluation.run import run_jobs
-
-    run_jobs(jobs, settings, out, err, by_name=by_name)

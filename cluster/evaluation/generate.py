@@ -1,4 +1,4 @@
-"""Benchmark questions made ready, and a checkpoint's answers to them: greedy, cached."""
+"""A checkpoint's answers to questions: greedy, kept by what they depend on, written to files."""
 
 import hashlib
 import json
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from fgaif.config import Config, with_overrides
-from fgaif.data.prompts import Skipped
-from fgaif.errors import ActorError, CheckpointError, DataError
-from fgaif.eval.corrupt import Corruption, corrupted_ref
-from fgaif.eval.images import ImageFolder
+from fgaif.errors import ActorError, CheckpointError
+from fgaif.eval.judge import Progress
+from fgaif.eval.questions import QuestionSet
 from fgaif.feedback.store import JsonlStore
 from fgaif.files import write_whole
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
@@ -24,74 +23,15 @@ from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.types import GenerationRequest, Json, Prompt, Response
 
 if TYPE_CHECKING:
+    from cluster.groups.rollout_group import RolloutGroup
     from cluster.launch import Cluster
-from cluster.groups.rollout_group import RolloutGroup
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """Questions of one benchmark, and the file that takes the answers (model_vqa's JSON Lines).
-
-    ``images`` are the images' names in the benchmark, one per prompt.
-    """
-
-    prompts: tuple[Prompt, ...]
-    images: tuple[str, ...]
-    max_new_tokens: int
-    file: Path
-    skipped: tuple[Skipped, ...] = ()
-
-
-def ask(
-    rows: Sequence[tuple[str, str, str]],
-    file: Path,
-    *,
-    images: Path,
-    max_new_tokens: int,
-    suffix: str = "",
-    corruption: Corruption | None = None,
-) -> Asked:
-    """Make prompts of (id, image name, question), their images found under ``images``.
-
-    An image is found by its path or name; COCO's number counts as the name, whatever the year. One
-    that is missing or broken costs its questions, which are returned as skipped. Corrupted copies
-    are kept beside ``file``.
-
-    Raises:
-        DataError: not one image can be used.
-    """
-    folder = ImageFolder(images)
-    prompts, names, skipped = [], [], []
-    for identity, name, question in rows:
-        try:
-            image = folder.check(name)
-            if corruption is not None:
-                image = corrupted_ref(image, corruption, file.parent / "corrupted")
-        except DataError as error:
-            skipped.append(Skipped(row=identity, reason=str(error)))
-            continue
-        prompts.append(Prompt(id=identity, image=image, text=question + suffix))
-        names.append(name)
-    if not prompts:
-        raise DataError(
-            f"{images}: none of the images of {len(rows)} questions can be used; the first: "
-            f"{skipped[0].reason if skipped else 'no questions'}"
-        )
-    return Asked(
-        prompts=tuple(prompts),
-        images=tuple(names),
-        max_new_tokens=max_new_tokens,
-        file=file,
-        skipped=tuple(skipped),
-    )
-
 
 REQUESTS = 512
-_PER_ENGINE = 256  # of a chunk, given to one engine at a time
 """Requests per call and replica."""
+_PER_ENGINE = 256  # of a chunk, given to one engine at a time
 
-Progress = Callable[[int, int], None]
 Engines = Callable[[], "RolloutGroup"]
+"""Starts the engines, when the first one is needed."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +74,9 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
+class _KnownAnswer:
+    """An answer in the cache; ``key`` names all that it depends on."""
+
     key: str
     text: str
     finish: str
@@ -142,7 +84,7 @@ class _Answer:
 
 def generate_answers(
     model: ModelSpec,
-    asked: Sequence[Asked],
+    questions: Sequence[QuestionSet],
     cache: Path,
     engines: Engines,
     *,
@@ -154,23 +96,23 @@ def generate_answers(
     Answers are kept in ``cache`` by model digest, prompt, image content and length limit: an
     interrupted call goes on where it stopped, and what is known starts no engine.
     """
-    store: JsonlStore[_Answer] = JsonlStore(cache, _encode, _decode)
+    store: JsonlStore[_KnownAnswer] = JsonlStore(cache, _encode, _decode)
     known = {answer.key: answer for answer in store}
     todo: dict[str, GenerationRequest] = {}
     total = 0
-    for job in asked:
-        for prompt in job.prompts:
+    for one in questions:
+        for prompt in one.prompts:
             total += 1
-            key = _key(model, prompt, job.max_new_tokens)
+            key = _key(model, prompt, one.max_new_tokens)
             if key not in known:
                 todo[key] = GenerationRequest(
-                    prompt=prompt, temperature=0.0, max_new_tokens=job.max_new_tokens
+                    prompt=prompt, temperature=0.0, max_new_tokens=one.max_new_tokens
                 )
     done = total - len(todo)
     progress(done, total)
     for part, responses in _in_chunks(todo, engines, chunk):
         new = [
-            _Answer(key=key, text=response.text.strip(), finish=response.finish)
+            _KnownAnswer(key=key, text=response.text.strip(), finish=response.finish)
             for key, response in zip(part, responses, strict=True)
             if response is not None
         ]
@@ -183,8 +125,8 @@ def generate_answers(
             f"{len(lost)} of {total} questions killed the engine more than once, the first about "
             f"{todo[lost[0]].prompt.image.path}; {done} answers are kept in {cache}"
         )
-    for job in asked:
-        _write_answers(model, job, known)
+    for one in questions:
+        _write_answers(model, one, known)
     return len(todo)
 
 
@@ -206,10 +148,12 @@ def _in_chunks(
         yield part, call.result()
 
 
-def pending_answers(model: ModelSpec, asked: Sequence[Asked], cache: Path) -> int:
+def pending_answers(model: ModelSpec, questions: Sequence[QuestionSet], cache: Path) -> int:
     """Count the answers that are not in the cache yet."""
     known = {answer.key for answer in JsonlStore(cache, _encode, _decode)}
-    wanted = {_key(model, prompt, job.max_new_tokens) for job in asked for prompt in job.prompts}
+    wanted = {
+        _key(model, prompt, one.max_new_tokens) for one in questions for prompt in one.prompts
+    }
     return len(wanted - known)
 
 
@@ -234,28 +178,30 @@ def _key(model: ModelSpec, prompt: Prompt, max_new_tokens: int) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _write_answers(model: ModelSpec, job: Asked, known: Mapping[str, _Answer]) -> None:
+def _write_answers(
+    model: ModelSpec, questions: QuestionSet, known: Mapping[str, _KnownAnswer]
+) -> None:
     rows = [
         {
             "question_id": prompt.id,
             "image": name,
             "prompt": prompt.text,
-            "text": (answer := known[_key(model, prompt, job.max_new_tokens)]).text,
+            "text": (answer := known[_key(model, prompt, questions.max_new_tokens)]).text,
             "answer_id": answer.key[:22],
             "model_id": f"{model.name} {model.digest}",
             "metadata": {"finish": answer.finish},
         }
-        for prompt, name in zip(job.prompts, job.images, strict=True)
+        for prompt, name in zip(questions.prompts, questions.images, strict=True)
     ]
-    write_whole(job.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(questions.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _encode(answer: _Answer) -> Json:
+def _encode(answer: _KnownAnswer) -> Json:
     return {"key": answer.key, "text": answer.text, "finish": answer.finish}
 
 
-def _decode(row: Json) -> _Answer:
-    return _Answer(key=row["key"], text=row["text"], finish=row["finish"])
+def _decode(row: Json) -> _KnownAnswer:
+    return _KnownAnswer(key=row["key"], text=row["text"], finish=row["finish"])
 
 
 def _sha256(path: Path) -> str:

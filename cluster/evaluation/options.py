@@ -1,20 +1,15 @@
-"""Options that the benchmarks of ``fgaif eval`` share, as dataclasses instead of parameters."""
+"""Options that commands of ``fgaif eval`` share, as dataclasses, and commands made of them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from fgaif.errors import ConfigError
-
-POPE_SUFFIX = "\nAnswer the question using a single word or phrase."
-"""What the official evaluation adds to each question."""
-DESCRIBE = "Describe this image in detail."
-Extractor = Literal["judge", "scenes"]
+from fgaif.eval.benchmark import Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,30 +60,41 @@ class JudgeOptions:
             raise ConfigError("give --judge or --judge-model, not both")
 
 
-def command_with(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of dataclasses; it gets an instance of each, by its class."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifierOptions:
+    """Who verifies facts, if not the judge."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        parameters = inspect.signature(command).parameters
-        grouped = {name: hints[name] for name in parameters if hints[name] in groups}
-        own = [p.replace(annotation=hints[n]) for n, p in parameters.items() if n not in grouped]
-        shared = [_parameter(group, field) for group in groups for field in fields(group)]
+    verifier: Annotated[
+        str | None,
+        typer.Option(help="LLaVA checkpoint on our engines that verifies; default: the judge."),
+    ] = None
 
-        @wraps(command)
-        def run(**values: Any) -> None:
-            for name, group in grouped.items():
-                options = {field.name: values.pop(field.name) for field in fields(group)}
-                values[name] = group(**options)
-            command(**values)
 
-        every = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
-        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in every}
-        del run.__wrapped__
-        return run
+MODEL_OPTIONS: Mapping[Model, type] = {"judge": JudgeOptions, "verifier": VerifierOptions}
+"""Options of the commands whose benchmarks ask such a model."""
 
-    return decorate
+
+def command_of(groups: Mapping[str, type], call: Callable[..., None]) -> Callable[..., None]:
+    """Make a command with the options of dataclasses, for typer.
+
+    Args:
+        groups: dataclasses whose fields are annotated for typer, by the name of the argument of
+            ``call`` that takes an instance.
+        call: what the command does.
+    """
+
+    def run(**values: Any) -> None:
+        call(
+            **{
+                name: group(**{field.name: values[field.name] for field in fields(group)})
+                for name, group in groups.items()
+            }
+        )
+
+    parameters = [_parameter(group, field) for group in groups.values() for field in fields(group)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def _parameter(group: type, field: Any) -> inspect.Parameter:

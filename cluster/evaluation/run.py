@@ -1,6 +1,7 @@
-"""Run benchmark jobs: generate what is missing, ask the judges, score, write, print."""
+"""Run prepared benchmarks: generate what is missing, ask the judges, score, write, print."""
 
 import asyncio
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cluster.console import progress_bars
-from cluster.evaluation.jobs import Job, Judges, file_digests
 from cluster.evaluation.settings import Settings, judge_settings
 from fgaif.chat.store import ReplyStore
 from fgaif.config import with_overrides
 from fgaif.data.prompts import Skipped
 from fgaif.errors import DataError
+from fgaif.eval.benchmark import EvalContext, Judges, PreparedBenchmark
 from fgaif.eval.benchmark_results import (
     by_length,
     comparison_json,
@@ -26,6 +27,7 @@ from fgaif.eval.benchmark_results import (
     saved_benchmarks,
     write_scored,
 )
+from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
     Grid,
@@ -44,35 +46,68 @@ if TYPE_CHECKING:
     from cluster.evaluation.generate import ModelSpec
     from cluster.groups.rollout_group import RolloutGroup
 
-_FACTS_PER_ANSWER = 12
-"""Assumed for the estimate of FaithScore's third stage."""
 
-
-def run_jobs(
-    jobs: Sequence[Job], settings: Settings, out: Console, err: Console, *, by_name: bool = False
+def run_benchmarks(
+    prepared: Sequence[PreparedBenchmark],
+    settings: Settings,
+    out: Console,
+    err: Console,
+    *,
+    by_name: bool = False,
 ) -> None:
     """Do everything that a call of ``fgaif eval BENCHMARK`` asks for.
 
     Standard output carries the tables, or with ``as_json`` one JSON object and nothing else: that
-    of the only job, or, ``by_name``, those of all jobs.
+    of the only benchmark, or, ``by_name``, those of all.
 
     Raises:
         FgaifError: whatever stopped it; generated answers and paid replies are kept.
     """
-    for job in jobs:
-        for part in job.asked:
-            _say_skipped(err, job.benchmark, part.skipped)
+    for one in prepared:
+        for questions in one.questions:
+            _say_skipped(err, one.benchmark, questions.skipped)
     if settings.dry_run:
-        _print_plan(jobs, settings, out)
+        _print_plan(prepared, settings, out)
         return
-    if any(job.judged for job in jobs):
+    if any(one.judged for one in prepared):
         judge_settings(settings.config, settings.judge)  # before an hour of generation
     if settings.model is not None:
-        _generate(jobs, settings, settings.model, err)
+        _generate(prepared, settings, settings.model, err)
     scored = [
-        _with_provenance(job, result, settings) for job, result in _score(jobs, settings, err)
+        _with_provenance(one, result, settings) for one, result in _score(prepared, settings, err)
     ]
     _report(scored, settings, out, err, by_name)
+
+
+def prepare_all(
+    data: Path, context: EvalContext, count: int, *, judged: bool
+) -> tuple[list[PreparedBenchmark], list[str]]:
+    """Prepare all benchmarks whose official files lie in a folder, and say why others are left out.
+
+    Args:
+        judged: a judge is named; without one the benchmarks that ask one are left out.
+
+    Raises:
+        DataError: there is no benchmark to run.
+    """
+    prepared: list[PreparedBenchmark] = []
+    missing, unjudged = [], []
+    for benchmark in map(load_benchmark, benchmark_names()):
+        if benchmark.official is None:
+            continue
+        if benchmark.models and not judged:
+            unjudged.append(benchmark.name)
+            continue
+        found = benchmark.official(data, context, count)
+        if isinstance(found, Path):
+            missing.append(f"{benchmark.name}: left out, {found} does not exist")
+        else:
+            prepared.append(found)
+    if unjudged:
+        missing.append(f"{', '.join(unjudged)}: left out, no judge given (--judge)")
+    if not prepared:
+        raise DataError(f"{data}: nothing to run there: {'; '.join(missing)}")
+    return prepared, missing
 
 
 def run_comparison(
@@ -122,7 +157,9 @@ def write_tables(folder: Path, images: Path | None, seed: int = 0) -> Grid:
     return grid
 
 
-def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: Console) -> None:
+def _generate(
+    prepared: Sequence[PreparedBenchmark], settings: Settings, model: "ModelSpec", err: Console
+) -> None:
     from cluster.evaluation.generate import (
         REQUESTS,
         generate_answers,
@@ -131,8 +168,8 @@ def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: 
     )
     from cluster.launch import Cluster
 
-    asked = [part for job in jobs for part in job.asked]
-    cache = asked[0].file.parent / "answers.jsonl"
+    questions = [part for one in prepared for part in one.questions]
+    cache = questions[0].file.parent / "answers.jsonl"
     config = generation_config(settings.config, model)
     with ExitStack() as stack:
         # The cluster starts when the first engine is needed: not if all answers are known.
@@ -141,12 +178,14 @@ def _generate(jobs: Sequence[Job], settings: Settings, model: "ModelSpec", err: 
 
         report = stack.enter_context(progress_bars(err, "answers", passing=True))
         chunk = REQUESTS * config.cluster.rollout.replicas
-        new = generate_answers(model, asked, cache, engines, chunk=chunk, progress=report)
-    total = sum(len(part.prompts) for part in asked)
+        new = generate_answers(model, questions, cache, engines, chunk=chunk, progress=report)
+    total = sum(len(part.prompts) for part in questions)
     err.print(f"answers: {new} generated for {total} questions", highlight=False)
 
 
-def _score(jobs: Sequence[Job], settings: Settings, err: Console) -> Iterator[tuple[Job, Scored]]:
+def _score(
+    prepared: Sequence[PreparedBenchmark], settings: Settings, err: Console
+) -> Iterator[tuple[PreparedBenchmark, Scored]]:
     with ExitStack() as stack:
         verifier = None
         if settings.verifier is not None:
@@ -159,42 +198,40 @@ def _score(jobs: Sequence[Job], settings: Settings, err: Console) -> Iterator[tu
             cluster = stack.enter_context(Cluster(config, {"judge"}))
             store = stack.enter_context(ReplyStore(settings.replies))
             verifier = local_verifier(cluster, resolve_checkpoint(settings.verifier), store)
-        for job in jobs:
-            with progress_bars(err, f"scoring {job.benchmark}", passing=True) as report:
-                yield (
-                    job,
-                    asyncio.run(_score_one(job, Judges(verifier=verifier), settings, err, report)),
-                )
+        judges = Judges(verifier=verifier)
+        for one in prepared:
+            with progress_bars(err, f"scoring {one.benchmark}", passing=True) as report:
+                yield one, asyncio.run(_score_one(one, judges, settings, err, report))
 
 
 async def _score_one(
-    job: Job,
+    prepared: PreparedBenchmark,
     judges: Judges,
     settings: Settings,
     err: Console,
     report: Callable[[int, int], None],
 ) -> Scored:
     async with AsyncExitStack() as stack:
-        if job.judged:
+        if prepared.judged:
             from cluster.evaluation.settings import open_judge
 
-            def bill(line: str) -> None:
+            def print_usage(line: str) -> None:
                 err.print(f"judge: {line}", highlight=False)
 
-            chat = open_judge(settings.config, settings.judge, settings.replies, bill)
+            chat = open_judge(settings.config, settings.judge, settings.replies, print_usage)
             judges = replace(judges, judge=await stack.enter_async_context(chat))
-        return await job.score(judges, report)
+        return await prepared.score(judges, report)
 
 
-def _with_provenance(job: Job, scored: Scored, settings: Settings) -> Scored:
-    about = dict(scored.provenance) | file_digests(job.files)
+def _with_provenance(prepared: PreparedBenchmark, scored: Scored, settings: Settings) -> Scored:
+    about = dict(scored.provenance) | file_digests(prepared.files)
     if settings.model is not None:
         about |= {"model": f"{settings.model.name} {settings.model.digest}"}
-        if job.asked:
-            about["max_new_tokens"] = str(job.asked[0].max_new_tokens)
+        if prepared.questions:
+            about["max_new_tokens"] = str(prepared.questions[0].max_new_tokens)
     if settings.corruption is not None:
         about["corruption"] = f"{settings.corruption} seed {settings.seed}"
-    skipped = sum(len(part.skipped) for part in job.asked)
+    skipped = sum(len(part.skipped) for part in prepared.questions)
     return replace(scored, provenance=about, counts={**scored.counts, "images_unusable": skipped})
 
 
@@ -216,32 +253,34 @@ def _report(
         out.print(console_table(results_grid("results", results)))
 
 
-def _print_plan(jobs: Sequence[Job], settings: Settings, out: Console) -> None:
+def _print_plan(prepared: Sequence[PreparedBenchmark], settings: Settings, out: Console) -> None:
     from cluster.evaluation.generate import pending_answers
 
-    for job in jobs:
-        out.print(f"[bold]{job.benchmark}[/bold]: {job.items or 'all'} items", highlight=False)
-        for name, path in job.files.items():
+    for one in prepared:
+        out.print(f"[bold]{one.benchmark}[/bold]: {one.items or 'all'} items", highlight=False)
+        for name, path in one.files.items():
             state = "" if path.is_file() else " (to be written)"
             out.print(f"  {name}: {path}{state}", highlight=False, soft_wrap=True)
-        if settings.model is not None and job.asked:
-            cache = job.asked[0].file.parent / "answers.jsonl"
-            pending = pending_answers(settings.model, job.asked, cache)
+        if settings.model is not None and one.questions:
+            cache = one.questions[0].file.parent / "answers.jsonl"
+            pending = pending_answers(settings.model, one.questions, cache)
             out.print(f"  {settings.model.name}: {pending} answers to generate", highlight=False)
-        if job.judged:
-            _print_cost(job, settings, out)
+        if one.judged:
+            _print_cost(one, settings, out)
 
 
-def _print_cost(job: Job, settings: Settings, out: Console) -> None:
+def _print_cost(prepared: PreparedBenchmark, settings: Settings, out: Console) -> None:
     from cluster.evaluation.settings import CountingJudge
 
     counting = CountingJudge(judge_settings(settings.config, settings.judge))
-    missing = [path for path in job.files.values() if not path.is_file()]
+    missing = [path for path in prepared.files.values() if not path.is_file()]
     if missing:
-        out.print(f"  judge: about {job.items} requests; the cost is known once answers are there")
+        out.print(
+            f"  judge: about {prepared.items} requests; the cost is known once answers are there"
+        )
         return
     try:
-        asyncio.run(job.score(Judges(judge=counting), lambda done, total: None))
+        asyncio.run(prepared.score(Judges(judge=counting), lambda done, total: None))
     except DataError as error:
         if not counting.requests:
             raise
@@ -253,12 +292,24 @@ def _print_cost(job: Job, settings: Settings, out: Console) -> None:
         + (f", cost {spend.cost:.4g}" if price else "; set its prices for the cost"),
         highlight=False,
     )
-    if job.benchmark == "faithscore":
-        out.print(
-            "  these are stage 1; stages 2 and 3 depend on the replies: about 1 and "
-            f"{_FACTS_PER_ANSWER} requests per answer, the latter with the image",
-            highlight=False,
-        )
+    if prepared.cost_note:
+        out.print(f"  {prepared.cost_note}", highlight=False)
+
+
+def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of the files that a score depends on, in short, by what they are.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    found = {}
+    for name, path in files.items():
+        try:
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; give an existing file") from error
+    return found
 
 
 def _say_skipped(err: Console, benchmark: str, skipped: Sequence[Skipped]) -> None:

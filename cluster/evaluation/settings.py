@@ -1,21 +1,12 @@
 """What holds for all benchmarks of one call of ``fgaif eval``, and who judges."""
 
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.evaluation.jobs import Asker
-from cluster.evaluation.options import Common, JudgeOptions
-from fgaif.config import Config, EndpointConfig, load_config
-from fgaif.errors import ConfigError
-from fgaif.eval.corrupt import Corruption
-
-if TYPE_CHECKING:
-    from cluster.evaluation.generate import ModelSpec
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import field
-
+from cluster.evaluation.options import Common, JudgeOptions, VerifierOptions
 from cluster.launch import Cluster
 from fgaif.chat.batched import BatchedChat
 from fgaif.chat.cached import CachedChat
@@ -23,7 +14,15 @@ from fgaif.chat.endpoint import Endpoint
 from fgaif.chat.limits import Budget, Spend, estimate, price
 from fgaif.chat.messages import ChatModel, ChatRequest, Reply, RequestFailed
 from fgaif.chat.store import ReplyStore
+from fgaif.config import Config, EndpointConfig, load_config
+from fgaif.errors import ConfigError
+from fgaif.eval.benchmark import EvalContext
+from fgaif.eval.corrupt import Corruption
+from fgaif.eval.questions import QuestionBuilder
 from fgaif.reward.checkpoint import checkpoint_digest
+
+if TYPE_CHECKING:
+    from cluster.evaluation.generate import ModelSpec
 
 _SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 _REPLIES = Path("runs") / "judge.sqlite"
@@ -48,8 +47,8 @@ class Settings:
     dry_run: bool = False
 
 
-def settings_of(
-    common: Common, judge: JudgeOptions | None = None, verifier: str | None = None
+def make_settings(
+    common: Common, judge: JudgeOptions | None = None, verifier: VerifierOptions | None = None
 ) -> Settings:
     """Read configuration and model, and check that the options go together.
 
@@ -65,8 +64,9 @@ def settings_of(
     entry = judge.judge if judge is not None else None
     if judge is not None and judge.judge_model is not None:
         entry = ENTRY
-        overrides += _endpoint(judge)
-    base = _SCENES_CONFIG if (common.model or "").startswith("scenes:") or verifier else None
+        overrides += _endpoint_overrides(judge)
+    checkpoint = verifier.verifier if verifier is not None else None
+    base = _SCENES_CONFIG if (common.model or "").startswith("scenes:") or checkpoint else None
     return Settings(
         config=load_config(common.config or base, overrides),
         out=common.out,
@@ -74,7 +74,7 @@ def settings_of(
         images=common.images,
         corruption=common.corrupt,
         judge=entry,
-        verifier=verifier,
+        verifier=checkpoint,
         replies=common.out / "judge.sqlite" if common.out is not None else _REPLIES,
         seed=common.seed,
         as_json=common.json,
@@ -99,23 +99,28 @@ def judge_settings(config: Config, entry: str | None) -> EndpointConfig:
     return config.endpoints[entry]
 
 
-def asker_of(settings: Settings, answers: object = None) -> Asker | None:
-    """How answers are generated; None where they exist.
+def eval_context(settings: Settings) -> EvalContext:
+    """Return what the call's benchmarks are prepared with.
 
     Raises:
-        ConfigError: there are both, a model and a file of ``answers``.
+        ConfigError: the corruption cannot be read.
     """
-    if settings.model is None:
-        return None
-    if answers:
-        raise ConfigError(
-            f"--model generates answers, and there are some already ({answers}); give one of the "
-            "two"
+    builder = None
+    if settings.model is not None:
+        assert settings.images is not None, "checked with the options"
+        assert settings.out is not None, "checked with the options"
+        corruption = settings.corruption and Corruption.parse(settings.corruption, settings.seed)
+        builder = QuestionBuilder(
+            images=settings.images, out=settings.out, corruption=corruption or None
         )
-    assert settings.images is not None, "checked with the options"
-    assert settings.out is not None, "checked with the options"
-    corruption = settings.corruption and Corruption.parse(settings.corruption, settings.seed)
-    return Asker(images=settings.images, out=settings.out, corruption=corruption or None)
+    return EvalContext(
+        builder=builder,
+        images=settings.images,
+        judge=settings.config.endpoints.get(settings.judge) if settings.judge else None,
+        verifier=settings.verifier,
+        seed=settings.seed,
+        min_words=settings.config.segment.min_words,
+    )
 
 
 def _model(text: str) -> "ModelSpec":
@@ -124,7 +129,7 @@ def _model(text: str) -> "ModelSpec":
     return ModelSpec.parse(text)
 
 
-def _endpoint(judge: JudgeOptions) -> list[str]:
+def _endpoint_overrides(judge: JudgeOptions) -> list[str]:
     settings = {
         "model": judge.judge_model,
         "base_url": judge.judge_url,

@@ -30,7 +30,7 @@ from fgaif.data.scenes.facts import oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.eval.captions import JudgedCaption, judged_by_scores
 from fgaif.eval.policy import Captions, Judge, evaluate_policy
-from fgaif.eval.pope import PopeQuestion
+from fgaif.eval.pope_questions import PopeQuestion
 from fgaif.eval.report import build_report, console_table
 from fgaif.eval.run_results import Phase, write_eval
 from fgaif.eval.scenes import SceneJudge, scene_questions

@@ -1,9 +1,11 @@
 """The run's figures before and after training: names, meanings, and the change for people."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
-from fgaif.eval.figures import Figure, Verdict
+from fgaif.eval.benchmarks.chair import FIGURES as CHAIR
+from fgaif.eval.benchmarks.pope import FIGURES as POPE_FIGURES
+from fgaif.eval.figures import Figure, Verdict, find_figure
 from fgaif.types import CaptionMetrics, PopeMetrics
 
 _OF_KIND = "Hallucinated share of the segments that state a fact of this kind"
@@ -17,24 +19,9 @@ CAPTIONS = (
         meaning="Share of the segments with facts that hold a hallucination of some kind",
         better=-1,
     ),
-    Figure(
-        key="chair_s",
-        title="CHAIR_s",
-        meaning="Captions that name an object which the image does not show",
-        better=-1,
-    ),
-    Figure(
-        key="chair_i",
-        title="CHAIR_i",
-        meaning="Object mentions that the image does not show",
-        better=-1,
-    ),
-    Figure(
-        key="recall",
-        title="object recall",
-        meaning="Objects of the image that the caption names",
-        better=1,
-    ),
+    find_figure(CHAIR, "chair_s"),
+    find_figure(CHAIR, "chair_i"),
+    replace(find_figure(CHAIR, "recall"), title="object recall"),
     Figure(
         key="true_facts",
         title="true facts",
@@ -62,18 +49,7 @@ CAPTIONS = (
         better=-1,
     ),
 )
-POPE = (
-    Figure(key="accuracy", title="accuracy", meaning="Questions answered right", better=1),
-    Figure(key="precision", title="precision", meaning="Yes answers that are right", better=1),
-    Figure(key="recall", title="recall", meaning="Objects there that are confirmed", better=1),
-    Figure(key="f1", title="F1", meaning="Harmonic mean of precision and recall", better=1),
-    Figure(
-        key="yes_ratio",
-        title="yes ratio",
-        meaning="Questions answered yes; half of the right answers are",
-        better=0,
-    ),
-)
+POPE = tuple(find_figure(POPE_FIGURES, field.name) for field in fields(PopeMetrics))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,54 +14,27 @@ from typing import Any
 import numpy as np
 
 from fgaif.errors import DataError
+from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 from fgaif.eval.buckets import with_buckets
-from fgaif.eval.scored import Figures, Scored
+from fgaif.eval.scored import Scored
 from fgaif.eval.uncertainty import LEVEL, Comparison, Estimate
 from fgaif.files import write_whole
 from fgaif.types import Json
 
-BENCHMARKS = ("pope", "chair", "mmhal", "llava-bench", "faithscore")
-LONG_ANSWERS = ("chair", "faithscore")
-"""Benchmarks of free descriptions, which have figures by number of sub-sentences."""
-
-
-def make_figures(benchmark: str, groups: tuple[str, ...]) -> Figures:
-    """The function of a benchmark, made for groups, that computes its figures from sums."""
-    if benchmark == "pope":
-        from fgaif.eval.pope_score import PopeFigures
-
-        return PopeFigures(groups)
-    if benchmark == "chair":
-        from fgaif.eval.chair import chair_figures
-
-        return chair_figures
-    if benchmark == "mmhal":
-        from fgaif.eval.mmhal import mmhal_figures
-
-        return mmhal_figures(groups)
-    if benchmark == "llava-bench":
-        from fgaif.eval.llava_bench import llava_bench_figures
-
-        return llava_bench_figures
-    if benchmark == "faithscore":
-        from fgaif.eval.faithscore import faithscore_figures
-
-        return faithscore_figures
-    raise DataError(f"benchmark {benchmark!r}: unknown; known: {', '.join(BENCHMARKS)}")
-
 
 def by_length(scored: Scored) -> Scored:
     """Add the figures by number of sub-sentences to benchmarks of descriptions."""
-    if scored.benchmark not in LONG_ANSWERS:
+    if not load_benchmark(scored.benchmark).descriptions:
         return scored
     return with_buckets(scored, [item["answer"] for item in scored.items])
 
 
 def result_json(scored: Scored, estimates: Mapping[str, Estimate], seed: int = 0) -> Json:
     """A result as one object: every figure under its own name, then intervals and circumstances."""
+    figures: Json = {name: estimate.value for name, estimate in estimates.items()}
     return {
         "benchmark": scored.benchmark,
-        **{name: estimate.value for name, estimate in estimates.items()},
+        **(_nested(figures) if load_benchmark(scored.benchmark).nested else figures),
         "intervals": {name: [e.low, e.high] for name, e in estimates.items()},
         "level": LEVEL,
         "seed": seed,
@@ -112,7 +85,7 @@ def read_scored(folder: Path, benchmark: str) -> Scored:
             ids=tuple(row["id"] for row in rows),
             units=tuple(row["unit"] for row in rows),
             stats=np.array([row["stats"] for row in rows], dtype=np.float64),
-            figures=make_figures(benchmark, tuple(tree["groups"])),
+            figures=load_benchmark(benchmark).compute(tuple(tree["groups"])),
             groups=tuple(tree["groups"]),
             items=tuple(row["item"] for row in rows),
             badness=np.array([row["badness"] for row in rows], dtype=np.float64),
@@ -136,10 +109,11 @@ def saved_benchmarks(folder: Path) -> list[str]:
     Raises:
         DataError: there is none.
     """
-    found = [name for name in BENCHMARKS if (folder / f"{name}.json").is_file()]
+    names = benchmark_names()
+    found = [name for name in names if (folder / f"{name}.json").is_file()]
     if not found:
         raise DataError(
-            f"{folder}: no results ({', '.join(f'{name}.json' for name in BENCHMARKS)}); give a "
+            f"{folder}: no results ({', '.join(f'{name}.json' for name in names)}); give a "
             "folder that `fgaif eval ... --out` wrote"
         )
     return found
@@ -169,8 +143,30 @@ def _rows(scored: Scored) -> Iterator[Json]:
         }
 
 
+def _nested(figures: Mapping[str, Any]) -> Json:
+    """Put figures named ``GROUP/NAME`` into an object ``GROUP``, as deep as the name goes."""
+    tree: Json = {}
+    for name, value in figures.items():
+        *groups, key = name.split("/")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[key] = value
+    return tree
+
+
+def _figure(tree: Mapping[str, Any], name: str) -> float | None:
+    """Look a figure up by its whole name, or part by part where groups are nested."""
+    place: Any = tree
+    for part in [name] if name in tree else name.split("/"):
+        place = place[part]
+    value: float | None = place
+    return value
+
+
 def _as_before(metrics: Mapping[str, float], tree: Mapping[str, Any]) -> bool:
     return all(
-        math.isnan(value) if tree[name] is None else math.isclose(value, tree[name], abs_tol=1e-9)
+        math.isnan(value) if old is None else math.isclose(value, old, abs_tol=1e-9)
         for name, value in metrics.items()
+        for old in [_figure(tree, name)]
     )

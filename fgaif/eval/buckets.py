@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fgaif.eval.scored import Figures, Scored, Stats
+from fgaif.eval.scored import FigureFunction, Scored, Stats
 from fgaif.feedback.segment import split_offsets
 
 BUCKETS = ((6, 15), (15, 20))
@@ -38,7 +38,9 @@ def with_buckets(
     )
 
 
-def _bucketed(figures: Figures, width: int, buckets: Sequence[tuple[int, int]]) -> Figures:
+def _bucketed(
+    figures: FigureFunction, width: int, buckets: Sequence[tuple[int, int]]
+) -> FigureFunction:
     def all_figures(sums: Stats) -> Mapping[str, Stats]:
         found = dict(figures(sums[..., : width - 1]))
         for index, (low, high) in enumerate(buckets, start=1):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fgaif.eval.chair import chair
+from fgaif.eval.benchmarks.chair import chair
 from fgaif.types import (
     KINDS,
     UNKNOWN,

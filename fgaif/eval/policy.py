@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 from fgaif.config import Config
 from fgaif.errors import DataError
+from fgaif.eval.benchmarks.pope import mean_metrics, pope_metrics
 from fgaif.eval.captions import JudgedCaption, caption_metrics
-from fgaif.eval.pope import STRATEGIES, PopeQuestion, mean_metrics, pope_metrics
+from fgaif.eval.pope_questions import STRATEGIES, PopeQuestion
 from fgaif.types import (
     EvalReport,
     GenerationRequest,

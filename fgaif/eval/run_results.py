@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from fgaif.errors import DataError
 from fgaif.eval.captions import JudgedCaption, repeated_segments, token_length
 from fgaif.eval.policy import MODES, Captions, Mode
-from fgaif.eval.pope import STRATEGIES
+from fgaif.eval.pope_questions import STRATEGIES
 from fgaif.files import write_whole
 from fgaif.types import (
     KINDS,

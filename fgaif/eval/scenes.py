@@ -7,8 +7,8 @@ import numpy as np
 from fgaif.data.scenes.facts import oracle, oracle_classes, parse_facts
 from fgaif.data.scenes.world import NOUNS, PARTNER, Scene
 from fgaif.eval.captions import JudgedCaption, segment_texts
-from fgaif.eval.chair import Vocabulary
-from fgaif.eval.pope import STRATEGIES, PopeQuestion, build_questions
+from fgaif.eval.pope_questions import STRATEGIES, PopeQuestion, build_questions
+from fgaif.eval.vocabulary import Vocabulary
 from fgaif.types import (
     KINDS,
     Answer,

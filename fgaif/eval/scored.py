@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fgaif.types import Json
 
 Stats = NDArray[np.float64]
-Figures = Callable[[Stats], Mapping[str, Stats]]
+FigureFunction = Callable[[Stats], Mapping[str, Stats]]
 """From sums (..., D) of the columns to figures (...) by name; NaN without a denominator."""
 
 
@@ -31,7 +31,7 @@ class Scored:
     ids: tuple[str, ...]
     units: tuple[str, ...]
     stats: Stats
-    figures: Figures
+    figures: FigureFunction
     groups: tuple[str, ...] = ()
     items: tuple[Json, ...] = ()
     badness: Stats | None = None

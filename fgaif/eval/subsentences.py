@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from fgaif.chat.messages import ChatRequest, PromptFile, load_prompt
-from fgaif.eval.chair import singular, tokenize
 from fgaif.eval.judge import PROMPTS
+from fgaif.eval.vocabulary import singular, tokenize
 from fgaif.feedback.segment import split_offsets
 from fgaif.types import Answer, Fact
 

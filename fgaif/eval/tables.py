@@ -14,7 +14,8 @@ from fgaif.chat.images import data_uri
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
 from fgaif.eval.benchmark_results import worst_items
-from fgaif.eval.figures import Figure, figure_of, group_of, title_of
+from fgaif.eval.benchmarks import load_benchmark
+from fgaif.eval.figures import Figure, find_figure, group_of, title_of
 from fgaif.eval.images import ImageFolder
 from fgaif.eval.scored import Scored
 from fgaif.eval.uncertainty import Comparison, Estimate
@@ -62,15 +63,15 @@ def results_grid(title: str, results: Sequence[tuple[Scored, Mapping[str, Estima
         Line(
             benchmark=scored.benchmark,
             group=group_of(name),
-            title=title_of(name),
+            title=title_of(figure, name),
             meaning=figure.meaning,
             cells=(figure.show(estimate.value), _interval(estimate, figure)),
-            bar=_bar(estimate, 0.0, _top(figure, estimates)),
+            bar=_bar(estimate, 0.0, _top(scored.benchmark, figure, estimates)),
         )
         for scored, estimates in results
         for name, estimate in estimates.items()
         if not _repeats(name, estimates) and not _empty(name, estimate.value)
-        for figure in [figure_of(name)]
+        for figure in [_figure(scored.benchmark, name)]
     ]
     return Grid(
         title=title,
@@ -89,13 +90,13 @@ def comparison_grid(title: str, comparisons: Sequence[Comparison]) -> Grid:
         for name, found in comparison.figures.items():
             if _repeats(name, comparison.figures) or _empty(name, found.difference.value):
                 continue
-            figure = figure_of(name)
+            figure = _figure(comparison.benchmark, name)
             reach = _reach(known, name, comparison)
             lines.append(
                 Line(
                     benchmark=comparison.benchmark,
                     group=group_of(name),
-                    title=title_of(name),
+                    title=title_of(figure, name),
                     meaning=figure.meaning,
                     cells=(
                         figure.show(found.a),
@@ -228,18 +229,23 @@ def _verdict(figure: Figure, difference: float | None, p: float | None) -> str:
     return "better" if difference * figure.better > 0 else "worse"
 
 
-def _top(figure: Figure, estimates: Mapping[str, Estimate]) -> float:
+def _figure(benchmark: str, name: str) -> Figure:
+    return find_figure(load_benchmark(benchmark).figures, name)
+
+
+def _top(benchmark: str, figure: Figure, estimates: Mapping[str, Estimate]) -> float:
     if figure.share:
         return 1.0
-    return _highest(e for other, e in estimates.items() if figure_of(other) == figure)
+    return _highest(e for other, e in estimates.items() if _figure(benchmark, other) == figure)
 
 
 def _reach(known: Sequence[Estimate], name: str, comparison: Comparison) -> float:
-    figure = figure_of(name)
+    figure = _figure(comparison.benchmark, name)
+    others = [_figure(comparison.benchmark, other) for other in comparison.figures]
     alike = [
         estimate
-        for estimate, other in zip(known, comparison.figures, strict=True)
-        if figure_of(other) == figure or (figure.share and figure_of(other).share)
+        for estimate, other in zip(known, others, strict=True)
+        if other == figure or (figure.share and other.share)
     ]
     return _highest(alike)
 

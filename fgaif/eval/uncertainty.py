@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fgaif.errors import DataError
-from fgaif.eval.scored import Figures, Scored, Stats
+from fgaif.eval.scored import FigureFunction, Scored, Stats
 
 RESAMPLES = 2000
 PERMUTATIONS = 10_000
@@ -203,7 +203,7 @@ def _weights(units: int, resamples: int, seed: int) -> Iterator[Stats]:
 
 
 def _sign_flip(
-    sums_a: Stats, sums_b: Stats, figures: Figures, permutations: int, seed: int
+    sums_a: Stats, sums_b: Stats, figures: FigureFunction, permutations: int, seed: int
 ) -> dict[str, float | None]:
     total_a, total_b, apart = sums_a.sum(axis=0), sums_b.sum(axis=0), sums_b - sums_a
     observed = _minus(figures(total_b), figures(total_a))

@@ -14,11 +14,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster.evaluation.generate import Asked, ModelSpec, generate_answers, generation_config
+from cluster.evaluation.generate import ModelSpec, generate_answers, generation_config
 from cluster.groups.rollout_group import RolloutGroup
 from cluster.launch import Cluster
 from fgaif.config import load_config
 from fgaif.data.prompts import load_prompts
+from fgaif.eval.questions import QuestionSet
 from fgaif.types import GenerationRequest, Prompt
 
 CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
@@ -41,11 +42,11 @@ def benchmark(
 ) -> float:
     """Seconds of the way that the command line takes, answer file included."""
     names = tuple(Path(prompt.image.path).name for prompt in prompts)
-    asked = Asked(
+    questions = QuestionSet(
         prompts=prompts, images=names, max_new_tokens=TOKENS, file=folder / "answers_chair.jsonl"
     )
     start = time.perf_counter()
-    generate_answers(model, [asked], folder / "answers.jsonl", lambda: pool)
+    generate_answers(model, [questions], folder / "answers.jsonl", lambda: pool)
     return time.perf_counter() - start
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fgaif.eval.answers import read_answers, read_captions
-from fgaif.eval.chair import chair_truth, coco_vocabulary, score_chair, singular
-from fgaif.eval.pope import STRATEGIES, build_rows, read_questions, write_questions
-from fgaif.eval.pope_score import score_pope
+from fgaif.eval.benchmarks.chair import chair_truth, score_chair
+from fgaif.eval.benchmarks.pope import score_pope
+from fgaif.eval.pope_questions import STRATEGIES, build_rows, read_questions, write_questions
 from fgaif.eval.scored import Scored
+from fgaif.eval.vocabulary import coco_vocabulary, singular
 
 CATEGORIES = sorted(coco_vocabulary().objects)
 FILLERS = (

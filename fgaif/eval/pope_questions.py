@@ -1,8 +1,7 @@
-"""POPE: does the policy say that absent objects are there? (Li et al., 2023)
+"""POPE's questions: drawn by the official sampling rule, read from and written to official files.
 
 Per image three objects that it shows and three that it does not, the absent ones drawn at random,
 by how common they are (popular), or by how often they go with a shown one (adversarial).
-Questions are built here or read from the official files; ``pope_score`` scores answer files.
 """
 
 import json
@@ -10,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,8 +19,9 @@ from fgaif.data.scenes.world import NOUNS, Split
 from fgaif.errors import DataError
 from fgaif.eval.answers import check_ids
 from fgaif.eval.rows import read_rows
+from fgaif.eval.yes_no import YesNoQuestion
 from fgaif.files import write_whole
-from fgaif.types import ImageRef, Json, PopeMetrics
+from fgaif.types import ImageRef, Json
 
 Strategy = Literal["random", "popular", "adversarial"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -45,17 +45,6 @@ class PopeQuestion:
     def text(self) -> str:
         """The question, for example "Is there a moon in the image?"."""
         return question_text(self.object)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PopeRow:
-    """A row of an official file: ``image`` is a file name, ``where`` the row as FILE:LINE."""
-
-    where: str
-    id: str
-    image: str
-    text: str
-    label: bool
 
 
 def question_text(noun: str) -> str:
@@ -107,7 +96,7 @@ def build_rows(
     per_image: int = 6,
     seed: int = 0,
     related: Mapping[str, Sequence[str]] | None = None,
-) -> list[PopeRow]:
+) -> list[YesNoQuestion]:
     """Build a file's questions from (image file, objects in annotation order), numbered from 1.
 
     As in the official set, only images with at least ``per_image // 2`` distinct objects take
@@ -130,7 +119,7 @@ def build_rows(
         (image, *pair) for (image, _), pairs in zip(drawn, asked, strict=True) for pair in pairs
     ]
     return [
-        PopeRow(
+        YesNoQuestion(
             where=f"question {n}", id=str(n), image=image, text=question_text(name), label=label
         )
         for n, (image, name, label) in enumerate(flat, start=1)
@@ -185,7 +174,7 @@ def co_occurrence(objects: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     return {name: [other for other, _ in counter.most_common()] for name, counter in counts.items()}
 
 
-def write_questions(path: Path, rows: Sequence[PopeRow]) -> None:
+def write_questions(path: Path, rows: Sequence[YesNoQuestion]) -> None:
     """Write questions in the official format, a JSON object per line."""
     lines = [
         {
@@ -199,7 +188,7 @@ def write_questions(path: Path, rows: Sequence[PopeRow]) -> None:
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def read_questions(path: Path) -> list[PopeRow]:
+def read_questions(path: Path) -> list[YesNoQuestion]:
     """Read the official format: ``question_id``, ``image``, ``text``, ``label`` (yes or no).
 
     Raises:
@@ -211,7 +200,7 @@ def read_questions(path: Path) -> list[PopeRow]:
         if label not in ("yes", "no"):
             raise row.wrong("label", label, "yes or no")
         rows.append(
-            PopeRow(
+            YesNoQuestion(
                 where=row.where,
                 id=row.identity("question_id"),
                 image=row.text("image"),
@@ -221,40 +210,6 @@ def read_questions(path: Path) -> list[PopeRow]:
         )
     check_ids((row.where, row.id) for row in rows)
     return rows
-
-
-def read_answer(text: str) -> bool:
-    """Read a free answer by the official rule, to the letter: of the words between blanks before
-    the first full stop, commas dropped, "No", "not" or "no" means no; anything else means yes."""
-    return not {"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" "))
-
-
-def pope_metrics(answers: Sequence[bool], labels: Sequence[bool]) -> PopeMetrics:
-    """Score answers against labels, True meaning yes; a figure without a denominator is 0.
-
-    Raises:
-        DataError: no answers, or another number of answers than of labels.
-    """
-    if not answers or len(answers) != len(labels):
-        raise DataError(f"POPE: {len(answers)} answers for {len(labels)} questions")
-    pairs = list(zip(answers, labels, strict=True))
-    hits = sum(answer and label for answer, label in pairs)
-    said, true = sum(answers), sum(labels)
-    precision = hits / said if said else 0.0
-    recall = hits / true if true else 0.0
-    return PopeMetrics(
-        accuracy=sum(answer == label for answer, label in pairs) / len(pairs),
-        precision=precision,
-        recall=recall,
-        f1=2 * precision * recall / (precision + recall) if hits else 0.0,
-        yes_ratio=said / len(pairs),
-    )
-
-
-def mean_metrics(parts: Sequence[PopeMetrics]) -> PopeMetrics:
-    """Average the strategies with equal weight, as published tables do."""
-    names = [field.name for field in fields(PopeMetrics)]
-    return PopeMetrics(**{n: sum(getattr(p, n) for p in parts) / len(parts) for n in names})
 
 
 def build_from_coco(instances: Path, out: Path, *, count: int, seed: int) -> dict[str, int]:

@@ -7,15 +7,21 @@ the image. What fails is left out and counted, never taken for a verdict.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import typer
 
 from fgaif.chat.messages import ChatModel
 from fgaif.errors import DataError
+from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
+from fgaif.eval.benchmarks.chair import official_annotations
+from fgaif.eval.figures import Figure
 from fgaif.eval.images import ImageFolder
 from fgaif.eval.judge import CONCURRENCY, READS, Progress, in_parallel, judge
+from fgaif.eval.questions import QuestionSet
 from fgaif.eval.rows import Row, read_rows
 from fgaif.eval.scored import Scored, Stats, ratio
 from fgaif.eval.subsentences import (
@@ -28,10 +34,34 @@ from fgaif.eval.subsentences import (
     read_labels,
     sub_sentences,
 )
-from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier
+from fgaif.feedback.extract import ModelFacts
+from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier, SceneFacts
+from fgaif.feedback.verify import YesNoVerifier, load_fact_prompt
 from fgaif.types import KINDS, Answer, Fact, FactQuery, ImageRef, Json, Prompt, Response, Segment
 
+FIGURES = (
+    Figure(
+        key="faithscore",
+        title="FaithScore",
+        meaning="Mean share of an answer's atomic facts that the image bears out",
+        better=1,
+    ),
+    Figure(
+        key="faithscore_s",
+        title="FaithScore by sentence",
+        meaning="Mean share of an answer's descriptive sub-sentences without a wrong fact",
+        better=1,
+    ),
+    Figure(key="facts", title="facts", meaning="Facts per answer", better=0, share=False),
+    *(
+        Figure(key=kind, title=f"{kind} facts", meaning="Facts that the image bears out", better=1)
+        for kind in KINDS
+    ),
+)
+Extractor = Literal["judge", "scenes"]
 _AT_ONCE = 16
+_FACTS_PER_ANSWER = 12
+"""Assumed for the estimate of the third stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,3 +334,95 @@ def _shown(item: AnsweredImage, check: _Checked) -> Json:
             for fact in check.facts
         ],
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaithscoreOptions:
+    """Options of ``fgaif eval faithscore``."""
+
+    answers: Annotated[Path | None, typer.Option("--answers", help="Answers that exist.")] = None
+    questions: Annotated[
+        Path | None, typer.Option(help="For --model: rows with image, prompt and optionally id.")
+    ] = None
+    extractor: Annotated[
+        Extractor, typer.Option(help="Who states facts; scenes: the embedded world.")
+    ] = "judge"
+    label: Annotated[bool, typer.Option(help="Leave analytical sub-sentences out (stage 1).")] = (
+        True
+    )
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length limit of generated answers.")
+    ] = 512
+
+
+def prepare_faithscore(options: FaithscoreOptions, context: EvalContext) -> PreparedBenchmark:
+    """Make FaithScore ready; the judge does all three stages unless others are named.
+
+    Raises:
+        ConfigError, DataError: an option or a file cannot be used; the message names it.
+    """
+    builder = context.builder_unless(options.answers)
+    questions: tuple[QuestionSet, ...] = ()
+    if builder is not None:
+        rows = _question_rows(needed(options.questions, "faithscore", "--questions"))
+        questions = (builder.build("faithscore", rows, options.max_new_tokens),)
+    file = questions[0].file if questions else needed(options.answers, "faithscore", "--answers")
+    root = needed(context.images, "faithscore", "--images")
+    text_form = context.judge is not None and context.judge.structured == "text"
+
+    async def score(judges: Judges, progress: Progress) -> Scored:
+        scorer = FaithScorer(
+            SceneFacts()
+            if options.extractor == "scenes"
+            else ModelFacts(judges.needed_judge, text_form=text_form),
+            YesNoVerifier(judges.verifier or judges.needed_judge, load_fact_prompt("statement")),
+            judges.needed_judge if options.label else None,
+            min_words=context.min_words,
+        )
+        return await scorer.score(read_lines(file, root), progress=progress)
+
+    return PreparedBenchmark(
+        benchmark="faithscore",
+        score=score,
+        judged=options.label or options.extractor == "judge" or context.verifier is None,
+        questions=questions,
+        files={"answers": file},
+        items=len(questions[0].prompts) if questions else 0,
+        cost_note="these are stage 1; stages 2 and 3 depend on the replies: about 1 and "
+        f"{_FACTS_PER_ANSWER} requests per answer, the latter with the image",
+    )
+
+
+def _question_rows(path: Path) -> list[tuple[str, str, str]]:
+    return [
+        (
+            row.identity("id") if "id" in row.data else str(number),
+            row.text("image"),
+            row.text("prompt"),
+        )
+        for number, row in enumerate(read_rows(path), start=1)
+    ]
+
+
+def prepare_official(data: Path, context: EvalContext, count: int) -> PreparedBenchmark | Path:
+    """Make the captions ready that CHAIR asks for in the same call, or return the missing path."""
+    if not official_annotations(data):
+        return data / "instances_*.json"
+    captions = context.builder.answers_file("chair") if context.builder is not None else None
+    return prepare_faithscore(FaithscoreOptions(answers=captions), replace(context, builder=None))
+
+
+BENCHMARK = Benchmark(
+    name="faithscore",
+    title="FaithScore",
+    summary="atomic facts checked with the image",
+    answers="--answers (lines of `answer`, `image`)",
+    truth="--images",
+    options=FaithscoreOptions,
+    prepare=prepare_faithscore,
+    figures=FIGURES,
+    compute=lambda groups: faithscore_figures,
+    models=("judge", "verifier"),
+    descriptions=True,
+    official=prepare_official,
+)

@@ -11,16 +11,21 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from fgaif.chat.messages import ChatModel, ChatRequest, PromptFile, load_prompt
 from fgaif.errors import DataError
+from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
+from fgaif.eval.figures import Figure
 from fgaif.eval.judge import CONCURRENCY, PROMPTS, READS, Judgement, Progress, failures, judge_all
+from fgaif.eval.questions import QuestionSet
 from fgaif.eval.rows import Row, read_rows
-from fgaif.eval.scored import Figures, Scored, Stats, ratio
+from fgaif.eval.scored import FigureFunction, Scored, Stats, ratio
 from fgaif.types import Json
 
 log = logging.getLogger(__name__)
@@ -40,6 +45,15 @@ SLOTS = ("image_content", "question", "standard_answer", "model_answer")
 """Slots of a judge prompt file, each once as ``{slot}``."""
 
 PROMPT = PROMPTS / "mmhal.txt"
+FIGURES = (
+    Figure(key="score", title="score", meaning="Mean rating, 0 to 6", better=1, share=False),
+    Figure(
+        key="hallucination_rate",
+        title="hallucination rate",
+        meaning="Answers that the judge rates below 3",
+        better=-1,
+    ),
+)
 _MAX_TOKENS = 1024
 _PER_TYPE = 3
 
@@ -272,7 +286,7 @@ def _stats(item: MmhalItem, rating: int | None, types: Sequence[str]) -> list[fl
     return [1.0, *values, *own]
 
 
-def mmhal_figures(types: Sequence[str]) -> Figures:
+def mmhal_figures(types: Sequence[str]) -> FigureFunction:
     """Make the figures for question types, in order of their columns."""
 
     def figures(sums: Stats) -> dict[str, Stats]:
@@ -306,3 +320,76 @@ def _shown(item: MmhalItem, judgement: Judgement[int]) -> Json:
         "failure": judgement.failure,
         "judge": judgement.reply,
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MmhalOptions:
+    """Options of ``fgaif eval mmhal``."""
+
+    questions: Annotated[Path | None, typer.Option(help="The template with the 96 items.")] = None
+    answers: Annotated[
+        Path | None, typer.Option(help="Response file; or JSONL, with --questions.")
+    ] = None
+    judge_prompt: Annotated[Path | None, typer.Option(help="Prompt file instead of ours.")] = None
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length limit of generated answers.")
+    ] = 1024
+
+
+def prepare_mmhal(options: MmhalOptions, context: EvalContext) -> PreparedBenchmark:
+    """Make MMHal-Bench ready. Without questions the answers are a response file, which holds both.
+
+    Raises:
+        ConfigError, DataError: an option or a file cannot be used; the message names it.
+    """
+    builder = context.builder_unless(options.answers)
+    judge_prompt = load_judge_prompt(options.judge_prompt or PROMPT)
+    source = options.questions or needed(options.answers, "mmhal", "--questions or --answers")
+    separate = options.answers if options.questions is not None else None
+    questions: tuple[QuestionSet, ...] = ()
+    if builder is not None:
+        bench = read_items(source, answered=False)
+        rows = [(str(item.index), item.image, item.question) for item in bench.items]
+        questions = (builder.build("mmhal", rows, options.max_new_tokens),)
+        separate = questions[0].file
+
+    @cache
+    def read() -> MmhalItems:
+        if separate is None:
+            return read_items(source)
+        return with_answers(read_items(source, answered=False), separate)
+
+    async def score(judges: Judges, progress: Progress) -> Scored:
+        return await score_mmhal(read(), judges.needed_judge, judge_prompt, progress=progress)
+
+    return PreparedBenchmark(
+        benchmark="mmhal",
+        score=score,
+        judged=True,
+        questions=questions,
+        files={"questions": source} | ({"answers": separate} if separate else {}),
+        items=len(questions[0].prompts) if questions else len(read().items),
+    )
+
+
+def prepare_official(data: Path, context: EvalContext, count: int) -> PreparedBenchmark | Path:
+    """Make the official template of a folder ready, or return the path that is not there."""
+    template = data / "mmhal-bench_answer_template.json"
+    if not template.is_file():
+        return template
+    return prepare_mmhal(MmhalOptions(questions=template), context)
+
+
+BENCHMARK = Benchmark(
+    name="mmhal",
+    title="MMHal-Bench",
+    summary="96 questions, rated 0 to 6 by a judge",
+    answers="--answers (response file, or JSONL with --questions)",
+    truth="in the file",
+    options=MmhalOptions,
+    prepare=prepare_mmhal,
+    figures=FIGURES,
+    compute=mmhal_figures,
+    models=("judge",),
+    official=prepare_official,
+)

@@ -7,13 +7,18 @@ grades is asked again and then left out and counted; the official script average
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from fgaif.chat.messages import ChatModel, ChatRequest, load_prompt
 from fgaif.errors import DataError
+from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
+from fgaif.eval.figures import Figure
 from fgaif.eval.judge import (
     CONCURRENCY,
     PROMPTS,
@@ -28,12 +33,37 @@ from fgaif.eval.llava_bench_files import (
     BenchItem,
     Rule,
     category_of,
+    load_rules,
+    read_bench,
     rows_by_key,
 )
+from fgaif.eval.questions import QuestionSet
 from fgaif.eval.rows import Row
 from fgaif.eval.scored import Scored, Stats, ratio
 from fgaif.types import Json
 
+_RELATIVE = "100 x mean grade / mean grade of the reference answers"
+FIGURES = (
+    Figure(key="all", title="relative score", meaning=_RELATIVE, better=1, share=False),
+    Figure(key="conv", title="conversation", meaning=_RELATIVE, better=1, share=False),
+    Figure(key="detail", title="detail", meaning=_RELATIVE, better=1, share=False),
+    Figure(key="complex", title="complex reasoning", meaning=_RELATIVE, better=1, share=False),
+    Figure(
+        key="reference_grade",
+        title="reference grade",
+        meaning="Mean grade of the reference answers, 1 to 10",
+        better=0,
+        share=False,
+    ),
+    Figure(
+        key="model_grade",
+        title="model grade",
+        meaning="Mean grade of the model's answers, 1 to 10",
+        better=0,
+        share=False,
+    ),
+)
+_OFFICIAL = ("qa90_questions.jsonl", "qa90_gpt4_answer.jsonl", "caps_boxes_coco2014_val_80.jsonl")
 _LOWEST, _HIGHEST = 1, 10
 _TEMPERATURE = 0.2
 _MAX_TOKENS = 1024
@@ -213,3 +243,98 @@ def _grades(row: Row) -> Grades | None:
     if not isinstance(pair, list) or not numbers or len(pair) != 2:
         raise row.wrong("tuple", pair, "a list of two grades")
     return read_grades(f"{pair[0]} {pair[1]}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlavaBenchOptions:
+    """Options of ``fgaif eval llava-bench``."""
+
+    questions: Annotated[Path | None, typer.Option(help="Questions, JSONL.")] = None
+    references: Annotated[Path | None, typer.Option(help="Reference answers, JSONL.")] = None
+    contexts: Annotated[
+        Path | None, typer.Option(help="Captions and boxes of the images, JSONL.")
+    ] = None
+    answers: Annotated[Path | None, typer.Option("--answers", help="Answers that exist.")] = None
+    rules: Annotated[Path | None, typer.Option(help="rule.json instead of our rules.")] = None
+    reviews: Annotated[
+        Path | None, typer.Option(help="Official review file: score it and ask nobody.")
+    ] = None
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length limit of generated answers.")
+    ] = 1024
+
+
+def prepare_llava_bench(options: LlavaBenchOptions, context: EvalContext) -> PreparedBenchmark:
+    """Make LLaVA-Bench ready to be judged; or the official reviews of a file, without a judge.
+
+    Raises:
+        ConfigError, DataError: an option or a file cannot be used; the message names it.
+    """
+    builder = context.builder_unless(options.answers or options.reviews)
+    if options.reviews is not None:
+        return _prepare_reviews(options.reviews, options.questions)
+    question_file = needed(options.questions, "llava-bench", "--questions")
+    reference_file = needed(options.references, "llava-bench", "--references")
+    context_file = needed(options.contexts, "llava-bench", "--contexts")
+    questions: tuple[QuestionSet, ...] = ()
+    rows = rows_by_key(question_file, "question_id")
+    if builder is not None:
+        items = [(name, row.text("image"), row.text("text")) for name, row in rows.items()]
+        questions = (builder.build("llava-bench", items, options.max_new_tokens),)
+    answer_file = (
+        questions[0].file if questions else needed(options.answers, "llava-bench", "--answers")
+    )
+
+    async def score(judges: Judges, progress: Progress) -> Scored:
+        bench = read_bench(question_file, reference_file, context_file, answer_file)
+        rules = load_rules(options.rules, bench.in_the_wild)
+        return await score_llava_bench(bench, judges.needed_judge, rules, progress=progress)
+
+    return PreparedBenchmark(
+        benchmark="llava-bench",
+        score=score,
+        judged=True,
+        questions=questions,
+        files={
+            "questions": question_file,
+            "references": reference_file,
+            "contexts": context_file,
+            "answers": answer_file,
+            **({"rules": options.rules} if options.rules else {}),
+        },
+        items=len(rows),
+    )
+
+
+def _prepare_reviews(reviews: Path, questions: Path | None) -> PreparedBenchmark:
+    async def score(judges: Judges, progress: Progress) -> Scored:
+        return score_reviews(reviews, questions)
+
+    files = {"reviews": reviews} | ({"questions": questions} if questions else {})
+    return PreparedBenchmark(benchmark="llava-bench", score=score, files=files)
+
+
+def prepare_official(data: Path, context: EvalContext, count: int) -> PreparedBenchmark | Path:
+    """Make the COCO set of a folder ready, or return the path that is not there."""
+    paths = [data / name for name in _OFFICIAL]
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None:
+        return missing
+    questions, references, contexts = paths
+    options = LlavaBenchOptions(questions=questions, references=references, contexts=contexts)
+    return prepare_llava_bench(options, context)
+
+
+BENCHMARK = Benchmark(
+    name="llava-bench",
+    title="LLaVA-Bench",
+    summary="COCO or in the wild, grades of a judge relative to reference answers",
+    answers="--answers, or --reviews without a judge",
+    truth="--questions --references --contexts [--rules]",
+    options=LlavaBenchOptions,
+    prepare=prepare_llava_bench,
+    figures=FIGURES,
+    compute=lambda groups: llava_bench_figures,
+    models=("judge",),
+    official=prepare_official,
+)

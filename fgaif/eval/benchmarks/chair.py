@@ -1,0 +1,283 @@
+"""CHAIR: objects that captions name and images do not show (Rohrbach et al., 2018).
+
+One and the same for COCO's annotations, which the command reads, and for the embedded world, whose
+scenes say what an image shows: ``chair`` scores what captions name against what images show.
+"""
+
+import math
+import random
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from fgaif.data.coco import CocoImage, read_coco
+from fgaif.errors import ConfigError, DataError
+from fgaif.eval.answers import Caption, image_name, read_captions
+from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
+from fgaif.eval.figures import Figure
+from fgaif.eval.judge import Progress
+from fgaif.eval.questions import QuestionSet
+from fgaif.eval.scored import Scored, Stats
+from fgaif.eval.vocabulary import Vocabulary, coco_vocabulary
+from fgaif.types import Json
+
+DESCRIBE = "Describe this image in detail."
+COLUMNS = ("captions", "hallucinating", "mentions", "hallucinated", "shown", "covered", "words")
+FIGURES = (
+    Figure(
+        key="chair_i",
+        title="CHAIR_i",
+        meaning="Object mentions that the image does not show",
+        better=-1,
+    ),
+    Figure(
+        key="chair_s",
+        title="CHAIR_s",
+        meaning="Captions that name an object which the image does not show",
+        better=-1,
+    ),
+    Figure(
+        key="recall",
+        title="recall",
+        meaning="Objects of the image that the caption names",
+        better=1,
+    ),
+    Figure(key="length", title="length", meaning="Words per caption", better=0, share=False),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChairScores:
+    """``chair_s``: captions with a hallucinated object / captions; ``chair_i``: hallucinated
+    mentions / mentions; ``recall``: objects named / objects shown. None without a denominator."""
+
+    chair_s: float | None
+    chair_i: float | None
+    recall: float | None
+
+
+def chair(mentions: Sequence[Sequence[str]], objects: Sequence[Collection[str]]) -> ChairScores:
+    """Score captions, each with the objects it names (repeats count) and those the image shows.
+
+    Sums run over the corpus: a caption with many mentions weighs more in ``chair_i``.
+    """
+    rows = [caption_stats(*pair) for pair in zip(mentions, objects, strict=True)]
+    sums = np.array(rows, np.float64).reshape(-1, len(COLUMNS)).sum(axis=0)
+    named = {k: None if math.isnan(v) else float(v) for k, v in chair_figures(sums).items()}
+    return ChairScores(chair_s=named["chair_s"], chair_i=named["chair_i"], recall=named["recall"])
+
+
+def caption_stats(mentions: Sequence[str], objects: Collection[str], words: int = 0) -> list[float]:
+    """Count for one caption what is summed, in the order of ``COLUMNS``."""
+    wrong = sum(name not in objects for name in mentions)
+    shown = set(objects)
+    return [1, wrong > 0, len(mentions), wrong, len(shown), len(shown & set(mentions)), words]
+
+
+def chair_figures(sums: Stats) -> dict[str, Stats]:
+    """Compute the figures from sums (..., 7) of ``COLUMNS``; NaN without a denominator.
+
+    chair_i = hallucinated / mentions; chair_s = hallucinating / captions; recall = covered / shown
+    (distinct objects per caption); length = words / captions.
+    """
+    captions, hallucinating, mentions, hallucinated, shown, covered, words = np.moveaxis(
+        np.asarray(sums, np.float64), -1, 0
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "chair_i": hallucinated / mentions,
+            "chair_s": hallucinating / captions,
+            "recall": covered / shown,
+            "length": words / captions,
+        }
+
+
+def chair_truth(
+    instances: Mapping[str, Iterable[str]],
+    references: Mapping[str, Iterable[str]],
+    vocabulary: Vocabulary,
+) -> dict[str, frozenset[str]]:
+    """Unite per image the annotated objects with those that its reference captions name.
+
+    ``instances`` holds category names by image (as ``answers.image_name`` gives it), ``references``
+    captions. Categories that the vocabulary does not know cannot be named either, and are left out.
+    """
+    truth: dict[str, set[str]] = {}
+    for image, categories in instances.items():
+        names = {vocabulary.object_named(category) for category in categories}
+        truth.setdefault(image, set()).update(name for name in names if name is not None)
+    for image, captions in references.items():
+        for caption in captions:
+            truth.setdefault(image, set()).update(vocabulary.mentions(caption))
+    return {image: frozenset(names) for image, names in truth.items()}
+
+
+def score_chair(
+    captions: Sequence[Caption],
+    truth: Mapping[str, Collection[str]],
+    vocabulary: Vocabulary,
+    *,
+    asked: Collection[str] = (),
+) -> Scored:
+    """Score captions against the objects of their images.
+
+    Figures: ``chair_i``, ``chair_s``, ``recall``, ``length`` (mean number of words between blanks).
+    A caption of an image that ``truth`` does not know is left out and counted
+    (``captions_without_truth``), as is an image of ``asked`` that has no caption
+    (``images_without_caption``).
+
+    Raises:
+        DataError: no caption is of a known image.
+    """
+    known = [caption for caption in captions if caption.image in truth]
+    if not known:
+        example = f"{captions[0].where}: image {captions[0].image!r}" if captions else "no captions"
+        raise DataError(
+            f"CHAIR: the ground truth knows no image of the captions ({example}); give annotations "
+            "of the images that were captioned"
+        )
+    rows: list[list[float]] = []
+    items: list[Json] = []
+    for caption in known:
+        mentions, shown = vocabulary.mentions(caption.text), truth[caption.image]
+        rows.append(caption_stats(mentions, shown, len(caption.text.split())))
+        items.append(_item(caption, mentions, shown))
+    stats = np.array(rows, np.float64)
+    return Scored(
+        benchmark="chair",
+        ids=tuple(caption.id for caption in known),
+        units=tuple(caption.image for caption in known),
+        stats=stats,
+        figures=chair_figures,
+        items=tuple(items),
+        badness=stats[:, COLUMNS.index("hallucinated")],
+        counts={
+            "captions_without_truth": len(captions) - len(known),
+            "images_without_caption": len(set(asked) - {caption.image for caption in captions}),
+        },
+    )
+
+
+def _item(caption: Caption, mentions: Sequence[str], shown: Collection[str]) -> Json:
+    return {
+        "id": caption.id,
+        "image": caption.image,
+        "question": caption.question,
+        "answer": caption.text,
+        "named": list(mentions),
+        "hallucinated": [name for name in mentions if name not in shown],
+        "shown": sorted(shown),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChairOptions:
+    """Options of ``fgaif eval chair``."""
+
+    annotations: Annotated[
+        list[Path] | None,
+        typer.Option(help="COCO instances and captions files; repeat it for more."),
+    ] = None
+    captions: Annotated[
+        Path | None, typer.Option("--captions", "--answers", help="Captions that exist.")
+    ] = None
+    synonyms: Annotated[
+        Path | None, typer.Option(help="Table of objects in CHAIR's form; default: ours of COCO.")
+    ] = None
+    count: Annotated[int, typer.Option(min=1, help="Annotated images drawn for --model.")] = 500
+    prompt: Annotated[str, typer.Option(help="What --model is asked.")] = DESCRIBE
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length limit of generated answers.")
+    ] = 512
+
+
+def prepare_chair(options: ChairOptions, context: EvalContext) -> PreparedBenchmark:
+    """Make CHAIR ready against COCO annotations, of instances, reference captions or both.
+
+    Raises:
+        ConfigError, DataError: an option or a file cannot be used; the message names it.
+    """
+    if not options.annotations:
+        raise ConfigError(
+            "fgaif eval chair needs --annotations: COCO's instances_*.json, and captions_*.json"
+        )
+    builder = context.builder_unless(options.captions)
+    images = read_coco(*options.annotations)
+    questions: tuple[QuestionSet, ...] = ()
+    if builder is not None:
+        drawn = draw_images(images, options.count, context.seed)
+        rows = [(str(image.id), image.file_name, options.prompt) for image in drawn]
+        questions = (builder.build("chair", rows, options.max_new_tokens),)
+    file = questions[0].file if questions else needed(options.captions, "chair", "--captions")
+
+    async def score(judges: Judges, progress: Progress) -> Scored:
+        vocabulary = coco_vocabulary(options.synonyms)
+        return score_chair(read_captions(file), coco_truth(images, vocabulary), vocabulary)
+
+    return PreparedBenchmark(
+        benchmark="chair",
+        score=score,
+        questions=questions,
+        files={
+            **{f"annotations {path.name}": path for path in options.annotations},
+            **({"synonyms": options.synonyms} if options.synonyms else {}),
+            "answers": file,
+        },
+        items=len(questions[0].prompts) if questions else len(read_captions(file)),
+    )
+
+
+def draw_images(images: Mapping[int, CocoImage], count: int | None, seed: int) -> list[CocoImage]:
+    """Draw annotated images, in order of their ids; all if there are no more than ``count``."""
+    known = [image for image in images.values() if image.objects or image.captions]
+    if count is None or count >= len(known):
+        return known
+    return sorted(random.Random(f"chair {seed}").sample(known, count), key=lambda image: image.id)
+
+
+def coco_truth(
+    images: Mapping[int, CocoImage], vocabulary: Vocabulary
+) -> dict[str, frozenset[str]]:
+    """Return what each image shows, by its number and by its file name.
+
+    The two are the same in COCO; where they differ a file name beats a number.
+    """
+    names = {str(image.id): image for image in images.values()}
+    names |= {image_name(image.file_name): image for image in images.values()}
+    return chair_truth(
+        {name: image.objects for name, image in names.items()},
+        {name: image.captions for name, image in names.items()},
+        vocabulary,
+    )
+
+
+def official_annotations(data: Path) -> list[Path]:
+    """Find COCO's annotation files in a folder, those of instances first."""
+    return sorted(data.glob("instances*.json")) + sorted(data.glob("captions*.json"))
+
+
+def prepare_official(data: Path, context: EvalContext, count: int) -> PreparedBenchmark | Path:
+    """Make CHAIR ready with the annotations of a folder, or return the path that is not there."""
+    annotations = official_annotations(data)
+    if not annotations:
+        return data / "instances_*.json"
+    return prepare_chair(ChairOptions(annotations=annotations, count=count), context)
+
+
+BENCHMARK = Benchmark(
+    name="chair",
+    title="CHAIR",
+    summary="objects that captions name and images do not show",
+    answers="--captions",
+    truth="--annotations (COCO instances, captions), --synonyms",
+    options=ChairOptions,
+    prepare=prepare_chair,
+    figures=FIGURES,
+    compute=lambda groups: chair_figures,
+    descriptions=True,
+    official=prepare_official,
+)
