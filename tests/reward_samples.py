@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from fgaif.config import Config, RewardConfig, parse_config
+from fgaif.config import Config, parse_config
 from fgaif.data.images import image_ref
 from fgaif.lvlm.model import load_processor
-from fgaif.reward.model import RewardModel, trainable_state
-from fgaif.reward.train import make_optimizer
 from fgaif.types import (
     KINDS,
     ImageRef,
@@ -88,38 +84,6 @@ def settings(checkpoint: Path, **reward: object) -> Config:
             "reward": {"lora": {"r": 4, "alpha": 8}, **chosen},
         }
     )
-
-
-class PlainEngine:
-    """One process, torch alone: what DeepSpeed does with one rank, for tests of the loop."""
-
-    def __init__(
-        self, model: RewardModel, config: RewardConfig, steps: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self.rank, self.world_size = rank, world
-        self.model, self.clip = model, config.max_grad_norm
-        self.optimizer, self.schedule = make_optimizer(model, config, steps)
-        self.steps = 0
-
-    def __call__(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
-        return self.model(input_ids, features, separators)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
-
-    def step(self) -> None:
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trainable, self.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        self.steps += 1
-
-    def state(self) -> dict[str, Tensor]:
-        return trainable_state(self.model)
-
-    def agree(self, value: float) -> float:
-        return value
 
 
 @cache

@@ -21,6 +21,7 @@ from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm
 from fgaif.reward.dataset import read_data
 from fgaif.reward.inputs import load_reward_encoder
+from fgaif.reward.local import PlainEngine
 from fgaif.reward.model import new_reward_model
 from fgaif.reward.train import TrainedReward, planned_steps, train_reward_model
 from fgaif.types import KINDS, Kind, LabeledResponse
@@ -178,7 +179,7 @@ def trained_alone(
     model = new_reward_model(backbone, settings.lora, settings.head, seed)
     return train_reward_model(
         data, model,
-        reward_samples.PlainEngine(model, settings, planned_steps(len(data.train), settings)),
+        PlainEngine(model, settings, planned_steps(len(data.train), settings)),
         encoder, FeatureCache(backbone, encoder.encoder), settings,
         seed=seed, report=lambda *told: None,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm
 from fgaif.reward.dataset import RewardData, class_weights, plan_batches, prepare_data
 from fgaif.reward.inputs import load_reward_encoder
+from fgaif.reward.local import PlainEngine
 from fgaif.reward.metrics import calibration_error, reward_metrics
 from fgaif.reward.model import RewardModel, new_reward_model, segment_probs
 from fgaif.reward.train import TrainedReward, lr_factor, planned_steps, train_reward_model
@@ -142,9 +143,7 @@ def train(
     model = new_reward_model(
         load_lvlm(checkpoint, dtype="float32"), config.lora, config.head, seed=0
     )
-    engine = reward_samples.PlainEngine(
-        model, config, planned_steps(len(data.train), config), world=world
-    )
+    engine = PlainEngine(model, config, planned_steps(len(data.train), config), world=world)
     reports: list[tuple[int, int, dict[str, float]]] = []
     result = train_reward_model(
         data, model, engine, encoder, FeatureCache(model.backbone, encoder.encoder), config,
@@ -197,7 +196,7 @@ def test_ranks_share_a_batch_and_their_mean_is_its_gradient(
     data = prepare_data("object", rows[:40], val_fraction=0.2, seed=0)
     gradients = []
 
-    class Spy(reward_samples.PlainEngine):
+    class Spy(PlainEngine):
         def step(self) -> None:
             if self.steps == 0:
                 gradients.append(self.model.head.weight.grad.clone())

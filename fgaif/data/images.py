@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 _EXIF_ORIENTATION = 0x0112
+
+Picture: TypeAlias = str | Path | bytes | Image.Image
+"""An image as Python code has it: a path, a file's bytes, or Pillow's."""
 
 T = TypeVar("T")
 
@@ -61,6 +64,26 @@ def image_bytes(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Imag
     """
     _header(name, content, max_pixels)
     return ImageBytes(path=name, sha256=hashlib.sha256(content).hexdigest(), content=content)
+
+
+def as_image(image: Picture | ImageRef, max_pixels: int = MAX_PIXELS) -> ImageRef:
+    """Turn a file, a file's bytes or a Pillow image into a checked image that holds its content.
+
+    A reference is returned as it is.
+
+    Raises:
+        DataError: the file cannot be read, or its content as in :func:`image_bytes`.
+    """
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, str | Path):
+        ref, content = _read(image, None)
+        return image_bytes(content, ref.path, max_pixels)
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        _to_rgb(image).save(buffer, "PNG")  # PNG keeps neither EXIF's rotation nor all modes
+        image = buffer.getvalue()
+    return image_bytes(image, "given", max_pixels)
 
 
 def image_ref(path: str | Path, root: Path | None = None) -> ImageRef:

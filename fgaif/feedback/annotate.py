@@ -62,6 +62,22 @@ class Annotator:
         } | {name: str(count) for name, count in sorted(trouble.items()) if count}
 
 
+async def label_response(
+    response: Response,
+    segments: Sequence[Segment],
+    extractor: FactExtractor,
+    verifier: FactVerifier,
+    *,
+    min_words: int = 5,
+) -> LabeledResponse:
+    """Label the segments of one response: whoever extracts states their facts, the verifier checks.
+
+    ``min_words`` is the splitting that made the segments, for the provenance; see
+    :class:`Annotator`, which labels many.
+    """
+    return await Annotator(extractor, verifier, min_words).annotate(response, segments)
+
+
 def feedback_losses(labeled: Iterable[LabeledResponse]) -> dict[str, int]:
     """Count what the labels had to do without, over all responses, one pass.
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from fgaif.data.images import MAX_PIXELS, check_image
+from fgaif.data.images import MAX_PIXELS, Picture, as_image, check_image
 from fgaif.data.prompts import Skipped, skipped_warning
 from fgaif.data.rows import read_rows, row_id, text_of
+from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import DataError
 from fgaif.types import ImageRef, Prompt, Response
 
@@ -69,6 +70,23 @@ class ResponseMaker:
             except DataError as error:
                 self._images[image] = str(error)
         return self._images[image]
+
+
+def make_response(
+    image: Picture | ImageRef, text: str, tokenizer: Any, *, prompt: str = DESCRIBE
+) -> Response:
+    """Make a response of a text about an image, with log-probs of zero and EOS at its end.
+
+    Args:
+        image: a path, a file's bytes, or a Pillow image.
+        tokenizer: whose ids the text gets, a ``PreTrainedTokenizerFast``.
+        prompt: what was asked.
+
+    Raises:
+        DataError: the image cannot be read, or the tokenizer cannot write the text exactly.
+    """
+    asked = Prompt(id="given", image=as_image(image), text=prompt)
+    return given_response("the text", asked, text, tokenizer)
 
 
 def given_response(where: str, prompt: Prompt, text: str, tokenizer: Any) -> Response:

@@ -67,6 +67,12 @@ def split_offsets(text: str, min_words: int = 5) -> list[int]:
     return [0, *starts, len(text)] if text else [0]
 
 
+def split(text: str, min_words: int = 5) -> list[str]:
+    """Split a text into sub-sentences, which joined give the text; see :func:`split_offsets`."""
+    offsets = split_offsets(text, min_words)
+    return [text[start:end] for start, end in pairwise(offsets)]
+
+
 def settled_offsets(text: str, min_words: int = 5) -> list[int]:
     """Return the offsets of ``split_offsets`` that no continuation of the text can change.
 

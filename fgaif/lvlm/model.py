@@ -60,13 +60,16 @@ def resolve_checkpoint(name: str) -> Path:
     return path
 
 
-def load_processor(path: Path) -> Any:
+def load_processor(path: str | Path) -> Any:
     """Load tokenizer, image processor and chat template, and check that they fit together.
+
+    ``path`` is a directory, or a name as in :func:`resolve_checkpoint`.
 
     Raises:
         CheckpointError: a file is missing, the tokenizer lacks the image token, or there is no
             chat template.
     """
+    path = _resolved(path)
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -88,13 +91,16 @@ def load_processor(path: Path) -> Any:
 
 
 def load_lvlm(
-    path: Path, *, dtype: str, device: str = "cpu", attention: str = "sdpa"
+    path: str | Path, *, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa"
 ) -> LlavaForConditionalGeneration:
     """Load the checkpoint in evaluation mode with every parameter frozen.
+
+    ``path`` is a directory, or a name as in :func:`resolve_checkpoint`.
 
     Raises:
         CheckpointError: weights are missing or of the wrong shape.
     """
+    path = _resolved(path)
     try:
         model, info = LlavaForConditionalGeneration.from_pretrained(
             path,
@@ -184,6 +190,10 @@ def check_adapter_anchored(model: PeftModel) -> None:
 def base_of(model: nn.Module) -> LlavaForConditionalGeneration:
     """The LLaVA model inside an optional PEFT wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _resolved(path: str | Path) -> Path:
+    return resolve_checkpoint(path) if isinstance(path, str) else path
 
 
 @torch.no_grad()
