@@ -8,14 +8,17 @@ of the shape of LLaVA-1.5-7B are made on the device, nothing is downloaded. Each
 of the time; one that fails or comes too late is reported, the others go on, the exit code is 1.
 
 - learner: a PPO step with LoRA r 64 with and without gradient checkpointing; tokens/s, MFU, memory.
+- reference: reference log-probs, values and a step of the value model, on one backbone.
 - scoring: three kinds as adapters that take turns on one base, against three merged models.
-- adapters: which share of an update survives being merged, by learning rate, and what is lost of
-  its effect on log-probs; beside it, how far log-probs move when only the batch is another.
+- adapters: which share of an update survives being merged, and being served unmerged, by learning
+  rate, and what merging loses of its effect on log-probs; beside it, how far log-probs move when
+  only the batch is another.
 - zero off: bfloat16 AdamW without the float32 masters that ZeRO keeps, against float32.
-- memory: the memory plan's figure for the learner's steps against their measured peaks.
+- memory: what the memory plan says that each role takes of a device, against what it took.
+- constants: what the plan's constants ``_GPU_...`` are on this device.
 
 MFU is model FLOPs over time and the device's dense bfloat16 peak. Model FLOPs of one step, for L
-tokens of a sequence (7B: 576 of the image, 128, 896) of which T (896) are scored, width D, N frozen
+tokens of a sequence (7B: 576 of the image, 64, 896) of which T (896) are scored, width D, N frozen
 linear weights, n LoRA weights:
 
     forward   2 (N + n) L + 2 V D T + 2 L^2 D per layer (causal: half of the square)
@@ -39,7 +42,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +52,17 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from fgaif.lvlm.arrival import arrived, lora_update, merged_sums
+from fgaif.lvlm.arrival import arrived, factor_sums, lora_update, merged_sums
 from fgaif.lvlm.inputs import EncodedBatch, image_token_count
-from fgaif.lvlm.logprobs import response_logprobs
-from fgaif.lvlm.model import LORA_TARGETS, attach_lora, image_features
-from fgaif.ppo.losses import policy_loss
+from fgaif.lvlm.logprobs import gather_hidden, hidden_logprobs, response_logprobs
+from fgaif.lvlm.model import (
+    LORA_TARGETS,
+    attach_lora,
+    image_features,
+    last_hidden,
+    without_dropout,
+)
+from fgaif.ppo.losses import policy_loss, value_loss
 from fgaif.reward.model import RewardModel, SharedRewardModels, make_head
 from fgaif.types import KINDS
 
@@ -80,7 +89,7 @@ class Shape:
     vision_width: int = 1024
     vision_layers: int = 24
     image_size: int = 336
-    prompt: int = 128
+    prompt: int = 64  # as the memory plan assumes
     response: int = 896
     r: int = 64
     alpha: float = ALPHA
@@ -116,7 +125,7 @@ MIDDLE = Shape(
 )
 TINY = Shape(
     width=64, layers=2, heads=2, ffn=128, vocab=96, vision_width=64, vision_layers=2,
-    image_size=28, prompt=8, response=12, r=4,
+    image_size=28, response=12, r=4,
 )  # fmt: skip
 
 
@@ -132,6 +141,7 @@ class Bench:
     sizes: tuple[int, ...] = (8, 4, 2, 1)
     until: float = math.inf
     peaks: list[Row] = field(default_factory=list)
+    host_before: float | None = field(default_factory=lambda: resident_gib())
 
     @property
     def on_gpu(self) -> bool:
@@ -158,9 +168,24 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    def peak_gib(self) -> float | None:
-        """Most memory allocated at once since ``reset_peak``; None on the CPU."""
-        return torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None
+    def memory(self) -> Row:
+        """The device's memory in GiB since ``reset_peak``; None each on the CPU.
+
+        ``held_gib`` is allocated now, ``peak_gib`` was at once, ``reserved_gib`` is the most that
+        torch's allocator took for it. ``context_gib`` is what is gone of the device beside that:
+        the CUDA context and its libraries, if nobody else uses the device.
+        """
+        names = ("held_gib", "peak_gib", "reserved_gib", "context_gib")
+        if not self.on_gpu:
+            return dict.fromkeys(names)
+        free, total = torch.cuda.mem_get_info()
+        figures = (
+            torch.cuda.memory_allocated(),
+            torch.cuda.max_memory_allocated(),
+            torch.cuda.max_memory_reserved(),
+            total - free - torch.cuda.memory_reserved(),
+        )
+        return {name: value / 2**30 for name, value in zip(names, figures, strict=True)}
 
     def seconds(self, action: Callable[[], object]) -> float:
         """Median time of ``action`` after one run to warm up; once only where time is over."""
@@ -175,6 +200,15 @@ class Bench:
             if times and time.perf_counter() > self.until:
                 break
         return statistics.median(times)
+
+
+def resident_gib() -> float | None:
+    """What this process holds on the host; None where /proc does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def build(shape: Shape, device: str, dtype: torch.dtype) -> nn.Module:
@@ -273,43 +307,100 @@ def learner_step(
 
 def learner(bench: Bench) -> list[Row]:
     """Time the step at the largest batch that fits into memory, without and with checkpointing."""
-    shape, rows = bench.shape, []
-    for checkpointing in (False, True):
-        bench.reset_peak()
-        model = trainable(shape, bench.device, bench.dtype, checkpointing=checkpointing)
-        optimizer = MasterAdamW(model, lr=1e-6)
-        size, seconds = largest_step(bench, model, optimizer)
-        rate, peak = step_flops(shape, size) / seconds, bench.peak_flops()
-        rows.append(
-            {
-                "checkpointing": checkpointing,
-                "batch": size,
-                "length": shape.length,
-                "seconds": seconds,
-                "tokens_per_second": size * shape.length / seconds,
-                "model_tflops": rate / 1e12,
-                "mfu": peak and rate / peak,
-                "peak_gib": bench.peak_gib(),
-            }
-        )
-        bench.peaks.append({"role": "learner", **rows[-1]})
-        del model, optimizer
+    rows = [learner_row(bench, checkpointing) for checkpointing in (False, True)]
+    bench.peaks += [{"role": "learner", "shared": False, **row} for row in rows]
     return rows
 
 
-def largest_step(bench: Bench, model: nn.Module, optimizer: MasterAdamW) -> tuple[int, float]:
-    """Batch size and seconds of the first of ``bench.sizes`` that fits."""
+def learner_row(bench: Bench, checkpointing: bool) -> Row:
+    """Figures of the learner's step; its model is gone afterwards."""
+    bench.reset_peak()
+    shape = bench.shape
+    model = trainable(shape, bench.device, bench.dtype, checkpointing=checkpointing)
+    optimizer = MasterAdamW(model, lr=1e-6)
+
+    def prepare(size: int) -> Callable[[], object]:
+        batch = make_batch(shape, size, bench.device, bench.dtype)
+        features = image_features(model, batch.pixel_values)
+        return lambda: learner_step(model, optimizer, batch, features)
+
+    size, seconds = largest(bench, prepare, model)
+    rate, peak = step_flops(shape, size) / seconds, bench.peak_flops()
+    return {
+        "checkpointing": checkpointing,
+        "batch": size,
+        "length": shape.length,
+        "seconds": seconds,
+        "tokens_per_second": size * shape.length / seconds,
+        "model_tflops": rate / 1e12,
+        "mfu": peak and rate / peak,
+        **bench.memory(),
+    }
+
+
+def largest(
+    bench: Bench, prepare: Callable[[int], Callable[[], object]], model: nn.Module
+) -> tuple[int, float]:
+    """Batch size and seconds of the first of ``bench.sizes`` whose action fits."""
     for size in bench.sizes:
         bench.reset_peak()
         try:
-            batch = make_batch(bench.shape, size, bench.device, bench.dtype)
-            features = image_features(model, batch.pixel_values)
-            step = (model, optimizer, batch, features)
-            return size, bench.seconds(lambda step=step: learner_step(*step))  # type: ignore[misc]
+            return size, bench.seconds(prepare(size))
         except torch.OutOfMemoryError:
             model.zero_grad()
-            batch = features = step = None  # type: ignore[assignment]
     raise RuntimeError(f"not even a batch of {bench.sizes[-1]} fits into the device's memory")
+
+
+def reference(bench: Bench) -> list[Row]:
+    """What the reference role does with a batch, gradient checkpointing on, as its actor does it.
+
+    Reference log-probs with the adapter off, values with it, one AdamW step of the values in
+    float32.
+    """
+    shape = bench.shape
+    base = build(shape, bench.device, bench.dtype)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = attach_lora(base, shape, seed=0)  # type: ignore[arg-type]
+    without_dropout(model)
+    head = nn.Linear(shape.width, 1, device=bench.device)
+    trained = [*(p for p in model.parameters() if p.requires_grad), *head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def values(batch: EncodedBatch, features: Tensor) -> Tensor:
+        hidden = last_hidden(model, batch.input_ids, features)
+        return head(gather_hidden(hidden, batch.positions).float())[..., 0]
+
+    def work(batch: EncodedBatch, features: Tensor) -> None:
+        with torch.no_grad():
+            with model.disable_adapter():
+                hidden = last_hidden(model, batch.input_ids, features)
+                hidden_logprobs(model, hidden, batch, temperature=1.0)
+                del hidden
+            old = values(batch, features)
+        loss = value_loss(
+            values(batch, features), old, old + 1, batch.mask.float(),
+            clip=0.2, num_valid_tokens=float(old.numel()),
+        )  # fmt: skip
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def prepare(size: int) -> Callable[[], object]:
+        batch = make_batch(shape, size, bench.device, bench.dtype)
+        features = image_features(model, batch.pixel_values)
+        return lambda: work(batch, features)
+
+    size, seconds = largest(bench, prepare, model)
+    row = {
+        "batch": size,
+        "length": shape.length,
+        "seconds": seconds,
+        "ms_per_response": 1e3 * seconds / size,
+        **bench.memory(),
+    }
+    bench.peaks.append({"role": "reference", "shared": False, "checkpointing": True, **row})
+    return [row]
 
 
 def shared_models(base: nn.Module, shape: Shape) -> SharedRewardModels:
@@ -341,10 +432,12 @@ def segment_ends(shape: Shape, size: int, device: str) -> Tensor:
 def scoring(bench: Bench) -> list[Row]:
     """Time three kinds on three merged models and on a shared base, which sees images once.
 
-    Merged models differ in their weights only, so one of them is run three times for the time and
-    counted three times for the memory.
+    A separator follows every ``SEGMENT_TOKENS`` tokens of a response. Merged models differ in their
+    weights only, so one of them is run three times for the time and counted three times for the
+    weights; peaks are of one.
     """
     shape, size, rows = bench.shape, bench.sizes[0], []
+    shape = replace(shape, response=shape.response + shape.response // SEGMENT_TOKENS)
     base = build(shape, bench.device, bench.dtype)
     batch = make_batch(shape, size, bench.device, bench.dtype)
     ends = segment_ends(shape, size, bench.device)
@@ -365,10 +458,11 @@ def scoring(bench: Bench) -> list[Row]:
                 "length": shape.length,
                 "ms_per_response": 1e3 * seconds / size,
                 "weights_gib": copies * weights,
-                "peak_gib": bench.peak_gib(),
+                **bench.memory(),
             }
         )
-        bench.peaks.append({"role": "reward", "shared": copies == 1, **rows[-1]})
+        one = {"role": "reward", "shared": copies == 1, "checkpointing": False}
+        bench.peaks.append(one | rows[-1])
     return rows
 
 
@@ -378,8 +472,10 @@ def adapters(bench: Bench) -> list[Row]:
 
     An update as ``UPDATES`` Adam steps under a cosine make it at most: |B| = rate x updates / 2
     with random signs. ``kept`` is <merged - W, D> / <D, D> over all layers, ``kept_least`` that of
-    the worst; ``effect`` the mean |log-prob difference| that the unmerged adapter makes, ``lost``
-    that between merged and unmerged, ``noise`` that between one base in batches of another size.
+    the worst; ``unmerged`` and ``unmerged_least`` the same of an engine that holds the factors, B
+    times the scaling, in its dtype. ``effect`` is the mean |log-prob difference| that the unmerged
+    adapter makes, ``lost`` that between merged and unmerged, ``noise`` that between one base in
+    batches of another size.
     """
     shape, device = bench.shape, bench.device
     model = trainable(shape, device, bench.dtype, checkpointing=False).eval()
@@ -393,10 +489,14 @@ def adapters(bench: Bench) -> list[Row]:
     rows = []
     for rate in RATES:
         generator = torch.Generator(device).manual_seed(2)
-        for layer in layers.values():
-            b = layer.lora_B["default"].weight
+        served = {}
+        for name, layer in layers.items():
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             signs = torch.randint(0, 2, b.shape, generator=generator, device=device) * 2 - 1
-            b.copy_(signs * (rate * UPDATES / 2))
+            published, scaling = signs * (rate * UPDATES / 2), layer.scaling["default"]
+            b.copy_(published)
+            held = (b * scaling).to(bench.dtype)
+            served[name] = factor_sums(a, published, a.to(bench.dtype), held, scaling)
         unmerged = response_logprobs(model, batch, temperature=1.0)
         sums = {}
         for name, layer in layers.items():
@@ -413,6 +513,8 @@ def adapters(bench: Bench) -> list[Row]:
                 "rate": rate,
                 "kept": arrived(sums).share,
                 "kept_least": arrived(sums).weakest,
+                "unmerged": arrived(served).share,
+                "unmerged_least": arrived(served).weakest,
                 "effect": (unmerged - base).abs().mean().item(),
                 "lost": (merged - unmerged).abs().mean().item(),
                 "noise": noise,
@@ -475,45 +577,132 @@ def device(bench: Bench) -> list[Row]:
 
 
 def memory(bench: Bench) -> list[Row]:
-    """The memory plan's formulas for the learner's steps that were measured, beside their peaks."""
+    """The memory plan of each role that was measured, beside what it took of the device.
+
+    ``planned_gib`` is the plan's all: with its constants for the CUDA context and fragments.
+    ``took_gib`` is context and reserved memory. ``planned_beyond_gib`` are the plan's activations
+    without fragments, ``beyond_gib`` is the peak beyond what is held between steps.
+    """
     try:  # the plan reads configurations, the other sections do without
-        from cluster.memory.actors import Pass, training_peak
-        from fgaif.config import LoraConfig
-        from fgaif.lvlm.sizes import config_facts
+        import cluster.memory.actors as plan
     except ImportError as error:
         return [{"skipped": f"the memory plan needs {error.name}"}]
 
-    shape, width = bench.shape, bench.dtype.itemsize
-    facts, lora = config_facts(shape.config()), LoraConfig(r=shape.r)
-    trained, rows = facts.lora_parameters(lora), []
-    for measured in (row for row in bench.peaks if row["role"] == "learner"):
-        step = Pass(
-            rows=measured["batch"], length=shape.length, width=width, adapter_width=width,
-            lora=lora, checkpointing=measured["checkpointing"],
-        )  # fmt: skip
-        activations = training_peak(facts, step, step.rows * shape.response)
-        # Adapter and gradients in the model's dtype; float32 masters and two moments.
-        planned = (facts.parameters + 2 * trained) * width + 12 * trained + activations
-        peak = measured["peak_gib"]
+    rows = []
+    for measured in bench.peaks:
+        planned = planned_memory(bench, measured)
+        activations = planned.activations / (1 + plan._GPU_FRAGMENTS)
+        took = beyond = None
+        if bench.on_gpu:
+            took = measured["context_gib"] + measured["reserved_gib"]
+            beyond = measured["peak_gib"] - measured["held_gib"]
         rows.append(
             {
-                "checkpointing": step.checkpointing,
-                "batch": step.rows,
-                "planned_gib": planned / 2**30,
-                "peak_gib": peak,
-                "planned_over_peak": peak and planned / 2**30 / peak,
+                "role": measured["role"],
+                "shared": measured["shared"],
+                "checkpointing": measured["checkpointing"],
+                "batch": measured["batch"],
+                "planned_gib": planned.total / 2**30,
+                "took_gib": took,
+                "planned_over_took": took and planned.total / 2**30 / took,
+                "planned_beyond_gib": activations / 2**30,
+                "beyond_gib": beyond,
             }
         )
     return rows
 
 
+def planned_memory(bench: Bench, measured: Row) -> Any:
+    """The plan's ``ActorMemory`` of a role on a GPU as it was measured here.
+
+    The learner's optimiser is this script's, not DeepSpeed's: gradients in the model's dtype, and
+    in float32 masters and two moments.
+    """
+    from cluster.memory.actors import actor_memory
+    from fgaif.config import LoraConfig, parse_config
+    from fgaif.lvlm.sizes import config_facts
+
+    shape, size, width = bench.shape, measured["batch"], bench.dtype.itemsize
+    lora = {"r": shape.r, "alpha": shape.alpha}
+    config = parse_config(
+        {
+            "policy": {
+                "model": "measured",
+                "dtype": str(bench.dtype).removeprefix("torch."),
+                "gradient_checkpointing": measured["checkpointing"],
+                "lora": lora,
+                "max_new_tokens": shape.response,
+            },
+            "ppo": {
+                "micro_batch": size,
+                "minibatch": size,
+                "rollout_batch": size,
+                "zero_stage": 1,
+                "value_lora": lora,
+            },
+            "reward": {"micro_batch": size, "batch_size": size, "zero_stage": 1, "lora": lora},
+            "segment": {"min_words": SEGMENT_TOKENS},
+            "cluster": {"reward": {"shared": measured["shared"]}},
+        }
+    )
+    facts = config_facts(shape.config())
+    planned = actor_memory(
+        measured["role"], config, {"measured": facts}, gpu=None, on_gpu=True
+    )  # fmt: skip
+    if measured["role"] != "learner":
+        return planned
+    trained = facts.lora_parameters(LoraConfig(**lora))
+    return replace(planned, optimizer=(width + 12) * trained)
+
+
+def constants(bench: Bench) -> list[Row]:
+    """The plan's constants for GPUs, and what they are by the roles measured here.
+
+    Context and host: the largest found, in GiB. Fragments: what the allocator reserved beyond its
+    peak, as a share of the peak beyond what is held between steps; the largest of the roles.
+    """
+    try:
+        import cluster.memory.actors as plan
+    except ImportError as error:
+        return [{"skipped": f"the memory plan needs {error.name}"}]
+    found: dict[str, float | None] = dict.fromkeys(("context", "fragments", "host"))
+    now = resident_gib()
+    if bench.on_gpu and bench.peaks:
+        found["context"] = max(row["context_gib"] for row in bench.peaks)
+        found["fragments"] = max(
+            (row["reserved_gib"] - row["peak_gib"]) / (row["peak_gib"] - row["held_gib"])
+            for row in bench.peaks
+        )
+        if now is not None and bench.host_before is not None:
+            found["host"] = now - bench.host_before
+    return [
+        {
+            "constant": "_GPU_CONTEXT, GiB",
+            "planned": plan._GPU_CONTEXT / 2**30,
+            "measured": found["context"],
+        },
+        {
+            "constant": "_GPU_FRAGMENTS",
+            "planned": plan._GPU_FRAGMENTS,
+            "measured": found["fragments"],
+        },
+        {
+            "constant": "_GPU_HOST, GiB",
+            "planned": plan._GPU_HOST / 2**30,
+            "measured": found["host"],
+        },
+    ]
+
+
 SECTIONS: dict[str, tuple[float, Callable[[Bench], list[Row]]]] = {
     "device": (20, device),
-    "learner": (150, learner),
-    "scoring": (90, scoring),
-    "adapters": (100, adapters),
-    "zero off": (60, zero_off),
+    "learner": (140, learner),
+    "reference": (60, reference),
+    "scoring": (80, scoring),
+    "adapters": (90, adapters),
+    "zero off": (50, zero_off),
     "memory": (10, memory),
+    "constants": (5, constants),
 }
 """Seconds and what is done in them; together less than eight minutes."""
 
