@@ -542,10 +542,10 @@ def sent_images(server: FaultServer) -> list[tuple[str, bytes]]:
 @pytest.mark.parametrize(
     ("name", "kind"), [("a.png", "png"), ("a.jpg", "jpeg"), ("a.webp", "webp")]
 )
-def test_a_small_image_is_sent_as_it_is(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_small_image_can_be_sent_as_it_is(tmp_path: Path, name: str, kind: str) -> None:
     ref = write(tmp_path / name, (60, 40))
     with FaultServer(lambda body: "yes", keep=True) as server:
-        ask(endpoint(server, max_image_side=64), request(image=ref))
+        ask(endpoint(server, max_image_side=64, original_images=True), request(image=ref))
     assert sent_images(server) == [(f"image/{kind}", (tmp_path / name).read_bytes())]
 
 
@@ -566,6 +566,20 @@ def test_a_large_or_unusual_image_is_sent_smaller(
     ((media, data),) = sent_images(server)
     assert media == f"image/{kind}"
     assert Image.open(io.BytesIO(data)).size == sent
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_no_metadata_of_a_photograph_leaves_the_machine(tmp_path: Path, name: str) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8825)[1] = "N"  # GPS
+    exif[0x010F] = "Camera of Ada"
+    Image.new("RGB", (60, 40), (1, 2, 3)).save(tmp_path / name, exif=exif)
+    assert b"Ada" in (tmp_path / name).read_bytes()
+    with FaultServer(lambda body: "yes", keep=True) as server:
+        ask(endpoint(server, max_image_side=64), request(image=image_ref(tmp_path / name)))
+    ((_, data),) = sent_images(server)
+    assert b"Ada" not in data
+    assert not Image.open(io.BytesIO(data)).getexif()
 
 
 def test_a_rotated_photograph_is_sent_upright(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 import hashlib
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fgaif.data.images import PixelCache, check_image, image_ref, load_image, read_image
 from fgaif.errors import DataError
@@ -159,3 +160,118 @@ def test_a_rotated_photograph_is_told_apart(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.jpg", exif=exif)
     assert not read_image(image_ref(path)).upright
     assert load_image(image_ref(path)).size == (6, 8)
+
+
+def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF as in a JPEG: little-endian TIFF with (tag, type, count, value or offset) entries."""
+    body = struct.pack("<H", len(entries))
+    for tag, kind, count, value in entries:
+        body += struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + body + bytes(4) + struct.pack("<II", 1, 2)
+
+
+def test_a_tag_of_the_wrong_type_costs_no_photograph(tmp_path: Path) -> None:
+    """The maker as a fraction: writing the tags anew, as Pillow's transposition does, fails."""
+    end = 8 + 2 + 2 * 12 + 4
+    exif = exif_block((0x010F, 5, 1, struct.pack("<I", end)), (0x0112, 3, 1, struct.pack("<H", 6)))
+    path = write_image(tmp_path / "a.jpg", (8, 6), exif=exif)
+    assert load_image(check_image(path)).size == (6, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    Image.fromarray(pixels, "L").save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert (np.asarray(load_image(image_ref(tmp_path / "a.png"))) == upright).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (np.array([[0, 256, 32768, 65535]], dtype=np.uint16), [0, 1, 128, 255]),
+        (np.array([[0, 256, 32768, 65535]], dtype=np.int32), [0, 1, 128, 255]),
+        (np.array([[0, 0.2, 0.5, 1.0]], dtype=np.float32), [0, 51, 128, 255]),
+        (np.array([[0, 20, 51, 255]], dtype=np.float32), [0, 20, 51, 255]),
+    ],
+)
+def test_deep_grey_images_are_scaled_and_not_clipped(
+    tmp_path: Path, pixels: np.ndarray, expected: list[int]
+) -> None:
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    image = load_image(check_image(tmp_path / "a.tif"))
+    assert np.asarray(image)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("value", [-1.0, 256.0, float("nan")])
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path, value: float) -> None:
+    Image.fromarray(np.array([[value, 0.5]], dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="outside 0 to"):
+        check_image(tmp_path / "a.tif")
+
+
+def png_chunk(name: bytes, data: bytes, crc: int | None = None) -> bytes:
+    right = zlib.crc32(name + data)
+    return (
+        struct.pack(">I", len(data))
+        + name
+        + data
+        + struct.pack(">I", right if crc is None else crc)
+    )
+
+
+@pytest.mark.parametrize(
+    "chunk", [png_chunk(b"eXIf", b"no tiff"), png_chunk(b"tEXt", b"a\0b", crc=1)]
+)
+def test_pixels_of_a_png_decide_over_its_metadata(tmp_path: Path, chunk: bytes) -> None:
+    content = write_image(tmp_path / "a.png").read_bytes()
+    head = 8 + 12 + 13  # signature and IHDR
+    (tmp_path / "b.png").write_bytes(content[:head] + chunk + content[head:])
+    assert load_image(check_image(tmp_path / "b.png")).getpixel((0, 0)) == (200, 10, 30)
+
+
+def test_a_decoder_may_raise_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_image(tmp_path / "a.png")
+
+    def fail(*_: object) -> None:
+        raise TypeError("odd")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        check_image(path)
+
+
+@pytest.mark.parametrize("size", [(1, 60), (60, 1), (101, 2)])
+def test_a_strip_is_refused_by_its_header(tmp_path: Path, size: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match="crop it"):
+        check_image(write_image(tmp_path / "a.png", size))
+
+
+def test_a_pipe_and_a_file_too_large_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match="not a file"):
+        image_ref(tmp_path / "pipe.png")
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(DataError, match="bytes, more than"):
+        image_ref(tmp_path / "sparse.png")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("data:image/png;base64," + "A" * 600_000, "save it to a file"),
+        ("https://a.example/b.jpg", "download it"),
+        ("file:///a/b.jpg", "without file://"),
+        ("a\\b.jpg", "written with /"),
+    ],
+)
+def test_what_is_no_path_is_named_in_few_words(path: str, words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        image_ref(path)
+    assert len(str(caught.value)) < 1000

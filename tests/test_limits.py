@@ -158,7 +158,7 @@ def test_a_gate_holds_as_many_as_its_places() -> None:
 def test_encoded_images_are_kept_within_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    def encode(ref: ImageRef, side: int, pixels: int) -> str:
+    def encode(ref: ImageRef, side: int, pixels: int, *, original: bool) -> str:
         made.append(ref.path)
         return ref.path * 10
 

@@ -69,7 +69,11 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("feedback", "extractor extract_per verifier prompt prompts_dir", _result("annotate")),
     ("feedback", "abstain max_facts reads", _result("annotate")),
     ("feedback", "max_cost max_tokens", _EXECUTION),
-    ("endpoints.*", "model base_url structured logprobs max_image_side", _result("annotate")),
+    (
+        "endpoints.*",
+        "model base_url structured logprobs max_image_side original_images",
+        _result("annotate"),
+    ),
     ("endpoints.*", "api_key_env api_key_file concurrency timeout_s attempts", _EXECUTION),
     ("endpoints.*", "requests_per_minute tokens_per_minute backoff_s breaker", _EXECUTION),
     ("endpoints.*", "image_tokens price_input price_output", _EXECUTION),

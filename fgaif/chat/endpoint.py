@@ -65,7 +65,9 @@ class Endpoint:
         self._budget = budget
         self._gate = Gate(config, sleep, clock)
         self._sleep = sleep
-        self._uris = DataUris(config.max_image_side, max_image_pixels)
+        self._uris = DataUris(
+            config.max_image_side, max_image_pixels, original=config.original_images
+        )
         self._client = _client(read_key(entry, config), config)
         self._dialect = Dialect(
             structured=config.structured, top_logprobs=20 if config.logprobs else 0

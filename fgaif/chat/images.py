@@ -1,4 +1,4 @@
-"""Images as data URIs: as they are where that is possible, else shrunk, each encoded once."""
+"""Images as data URIs: encoded anew, without metadata, shrunk where needed, each once."""
 
 import asyncio
 import base64
@@ -20,17 +20,21 @@ _PNG_PIXELS = 512 * 512
 """A PNG up to this size stays one (drawings, text); above it a JPEG is a tenth of the bytes."""
 
 
-def data_uri(ref: ImageRef, max_side: int, max_pixels: int = MAX_PIXELS) -> str:
+def data_uri(
+    ref: ImageRef, max_side: int, max_pixels: int = MAX_PIXELS, *, original: bool = False
+) -> str:
     """Return an image as a data URI with at most ``max_side`` pixels on its longer side.
 
-    The file's own bytes are used if it is a small enough upright JPEG, PNG or WebP.
+    It is encoded anew from the pixels that every role sees, so that no metadata (place, camera,
+    date) leaves the machine. ``original`` sends a small enough upright JPEG, PNG or WebP as it is.
 
     Raises:
         DataError: missing, changed since it was listed, broken, or more than ``max_pixels``.
     """
     file = read_image(ref, max_pixels)
-    small = max(file.width, file.height) <= max_side and len(file.content) <= _MAX_BYTES
-    if small and file.upright and file.format in _TYPES:
+    small = max(file.width, file.height) <= max_side
+    as_it_is = original and small and file.upright and len(file.content) <= _MAX_BYTES
+    if as_it_is and file.format in _TYPES:
         return _uri(_TYPES[file.format], file.content)
     image = load_image(ref, max_pixels)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
@@ -38,7 +42,7 @@ def data_uri(ref: ImageRef, max_side: int, max_pixels: int = MAX_PIXELS) -> str:
     if file.format == "PNG" and image.width * image.height <= _PNG_PIXELS:
         image.save(buffer, "PNG")
         return _uri("image/png", buffer.getvalue())
-    image.save(buffer, "JPEG", quality=90)
+    image.save(buffer, "JPEG", quality=95 if small else 90)
     return _uri("image/jpeg", buffer.getvalue())
 
 
@@ -60,7 +64,9 @@ class DataUris:
         *,
         max_bytes: int = 64 * 2**20,
         threads: int = 4,
+        original: bool = False,
     ) -> None:
+        self._original = original
         self._max_side = max_side
         self._max_pixels = max_pixels
         self._max_bytes = max_bytes
@@ -84,7 +90,9 @@ class DataUris:
 
     async def _make(self, ref: ImageRef) -> str:
         async with self._threads:
-            uri = await asyncio.to_thread(data_uri, ref, self._max_side, self._max_pixels)
+            uri = await asyncio.to_thread(
+                data_uri, ref, self._max_side, self._max_pixels, original=self._original
+            )
         self.made += 1
         if len(uri) <= self._max_bytes:
             self._kept[ref.sha256] = uri

@@ -40,6 +40,9 @@ class EndpointConfig(Section):
     """Ask for the log-probs of the first token of yes/no answers."""
     max_image_side: int = Field(1024, ge=16)
     """Larger images are shrunk to this many pixels before they are sent."""
+    original_images: bool = False
+    """Send image files as they are where they are small enough, with their metadata (place, camera,
+    date); by default pixels alone are sent, encoded anew."""
     image_tokens: int = Field(1000, ge=0)
     """Tokens that an image counts for in estimates; replies bring the true number."""
     price_input: float = Field(0.0, ge=0)

@@ -2,8 +2,8 @@
 
 import hashlib
 import io
+import stat
 import struct
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fgaif.errors import DataError
 from fgaif.types import ImageRef
@@ -22,12 +22,27 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 MAX_PIXELS = 50_000_000
 
+MAX_ASPECT = 50
+"""Longer side over shorter side. Image processors scale the shorter side to a few hundred pixels:
+a strip of 1 x 60,000 pixels in a file of 200 bytes would become gigabytes."""
+
+MAX_BYTES = 512 * 2**20
+"""Larger files are not read."""
+
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
-
-# What Pillow's decoders raise on broken files, besides OSError.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 _EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image with this EXIF orientation upright."""
+_SHOWN = 200
 
 Picture: TypeAlias = str | Path | bytes | Image.Image
 """An image as Python code has it: a path, a file's bytes, or Pillow's."""
@@ -171,42 +186,102 @@ class PixelCache:
 
 
 def _read(path: str | Path, root: Path | None) -> tuple[ImageRef, bytes]:
+    shown = _shown(path)
     try:
         resolved = ((root or Path()) / path).resolve()
         outside = root is not None and not resolved.is_relative_to(root.resolve())
-        content = b"" if outside else resolved.read_bytes()
+        content = b"" if outside else _content(resolved)
     except FileNotFoundError as error:
-        raise DataError(
-            f"image {path}: no such file; correct the path or set data.image_root"
-        ) from error
+        raise DataError(f"image {shown}: no such file; {_advice(str(path))}") from error
     except (OSError, RuntimeError, ValueError) as error:  # a folder, a loop of links, a NUL
-        raise DataError(f"image {str(path)!r}: cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"image {shown!r}: cannot be read: {why}; {_advice(str(path))}") from error
     if outside:
-        raise DataError(f"image {path}: lies outside {root}; move it there or set data.image_root")
+        raise DataError(f"image {shown}: lies outside {root}; move it there or set data.image_root")
     return ImageRef(path=str(resolved), sha256=hashlib.sha256(content).hexdigest()), content
 
 
+def _content(path: Path) -> bytes:
+    """The file's bytes, if it is a file (no pipe, which would never end) and not too large."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "not a file")
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"{status.st_size:,} bytes, more than {MAX_BYTES:,}")
+    return path.read_bytes()
+
+
+def _shown(path: str | Path) -> str:
+    """A path as messages show it: not the megabytes of an image that stands in its place."""
+    text = str(path)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+
+
+def _advice(path: str) -> str:
+    scheme = path.partition(":")[0].lower()
+    if scheme == "data" or len(path) > 4096:
+        return "images inside a row are not read: save it to a file and give its path"
+    if scheme in ("http", "https", "s3", "gs", "hf"):
+        return "addresses are not fetched: download it and give its path"
+    if scheme == "file":
+        return "give a path, without file://"
+    if "\\" in path:
+        return "paths are written with /"
+    return "correct the path or set data.image_root"
+
+
 def _decode(path: str, content: bytes, max_pixels: int, decode: Callable[[Image.Image], T]) -> T:
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height <= max_pixels:
-                return decode(image)
-    except (*_BROKEN, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"image {path}: cannot be decoded ({error}); give a whole file, one of "
-            f"{', '.join(FORMATS)}"
-        ) from error
+    """Open an image, check its size by its header, and decode it, if need be without metadata."""
+    broken: Exception | None = None
+    for attempt in (content, _bare_png(content)):
+        try:
+            if attempt is not None:
+                return _opened(path, attempt, max_pixels, decode)
+        except DataError:
+            raise
+        except Exception as error:  # decoders of broken files raise whatever they like
+            broken = error
     raise DataError(
-        f"image {path}: {width} x {height} pixels, more than data.max_image_pixels = "
-        f"{max_pixels}; shrink it or raise the limit"
-    )
+        f"image {_shown(path)}: cannot be decoded ({broken or type(broken).__name__}); give a "
+        f"whole file, one of {', '.join(FORMATS)}"
+    ) from broken
+
+
+def _opened(path: str, content: bytes, max_pixels: int, decode: Callable[[Image.Image], T]) -> T:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DataError(
+                f"image {_shown(path)}: {width} x {height} pixels, more than "
+                f"data.max_image_pixels = {max_pixels}; shrink it or raise the limit"
+            )
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise DataError(
+                f"image {_shown(path)}: {width} x {height} pixels, a strip of more than "
+                f"{MAX_ASPECT} to 1; crop it"
+            )
+        return decode(image)
+
+
+def _bare_png(content: bytes) -> bytes | None:
+    """A PNG without the chunks that hold metadata, which may be damaged beside whole pixels."""
+    if not content.startswith(_PNG_START):
+        return None
+    kept, at = [_PNG_START], len(_PNG_START)
+    while at + 12 <= len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        name, end = content[at + 4 : at + 8], at + 12 + length
+        if name[:1].isupper() or name == b"tRNS":  # critical chunks begin with a capital
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _header(path: str, content: bytes, max_pixels: int) -> ImageFile:
     whole_jpeg = content.startswith(_JPEG_START) and content.endswith(_JPEG_END)
 
     def header(image: Image.Image) -> ImageFile:
+        orientation = _orientation(image)
         if not whole_jpeg:
             _to_rgb(image)
         return ImageFile(
@@ -214,15 +289,49 @@ def _header(path: str, content: bytes, max_pixels: int) -> ImageFile:
             format=image.format or "",
             width=image.width,
             height=image.height,
-            upright=image.getexif().get(_EXIF_ORIENTATION, 1) in (0, 1),
+            upright=orientation not in _UPRIGHT,
         )
 
     return _decode(path, content, max_pixels, header)
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation; 1, upright, where the metadata are damaged."""
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # metadata of any kind; the pixels count
+        return 1
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
+    turn = _UPRIGHT.get(_orientation(image))
+    upright = _eight_bits(image)
+    if turn is not None:
+        upright = upright.transpose(turn)
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return upright.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of more than 8 bits a pixel scaled to 8, where Pillow would clip them to white.
+
+    16 bits keep their upper half. Floating-point pixels are taken for shares of 1 if none is
+    larger, else for 0 to 255.
+
+    Raises:
+        ValueError: pixels outside the range.
+    """
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    pixels = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        top = 1.0 if pixels.max(initial=0.0) <= 1 else 255.0
+        scaled = pixels * (255 / top)
+    else:
+        top = 65535.0
+        scaled = np.floor(pixels / 256)
+    if not (np.isfinite(pixels).all() and pixels.min(initial=0.0) >= 0 and pixels.max() <= top):
+        raise ValueError(f"pixels of mode {image.mode} outside 0 to {top:g}; save it with 8 bits")
+    return Image.fromarray(np.round(scaled).astype(np.uint8), "L")
