@@ -13,6 +13,7 @@ runs can be repeated and resumed exactly too.
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fgaif.config import Config
 from fgaif.data.order import batch_indexes, draw, request_seed
 from fgaif.errors import ActorError, CheckpointError, ConfigError, DivergedError, FgaifError
 from fgaif.feedback.store import response_store
+from fgaif.interrupts import held_back
 from fgaif.pending import Pending, Ready, gather
 from fgaif.ppo.batch import make_batch
 from fgaif.ppo.importance import drop_stale, off_policy_metrics
@@ -129,13 +131,26 @@ class PpoDriver:
         Raises:
             FgaifError: what stopped the run, and which step is kept as a checkpoint: the last
                 finished one where the learner is whole and the disk takes it.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; what is kept is logged.
         """
-        config = self._config.ppo
         self._resume()
-        self._sync(self._first_responses(), self._state.step)
-        while self._state.step < config.steps:
+        try:
+            self._sync(self._first_responses(), self._state.step)
+            while self._state.step < self._config.ppo.steps:
+                yield from self._whole_step()
+        except KeyboardInterrupt:
+            self._keep_step()
+            step, path = self._kept
+            kept = f"step {step} is kept in {path}" if path else "no step is kept yet"
+            log.warning("interrupted: %s", kept)
+            raise
+
+    def _whole_step(self) -> Iterator[StepReport]:
+        """A step with its sync and checkpoint; from the update on an interruption waits."""
+        config = self._config.ppo
+        with ExitStack() as learning:
             try:
-                report, probe = self._step()
+                report, probe = self._step(learning)
             except FgaifError as error:
                 raise self._stopped(error) from error
             try:
@@ -157,8 +172,11 @@ class PpoDriver:
                 return found
         raise ActorError("every prompt of the first batch was set aside because it kills engines")
 
-    def _step(self) -> tuple[StepReport, list[Response]]:
-        """Sample, score and train; returns the report and the probe of the sync that is due."""
+    def _step(self, learning: ExitStack) -> tuple[StepReport, list[Response]]:
+        """Sample, score and train; returns the report and the probe of the sync that is due.
+
+        Before the update ``learning`` begins to hold back interruptions.
+        """
         config, state = self._config.ppo, self._state
         self._timer = timer = StepTimer()
         with timer("rollout"):
@@ -175,6 +193,7 @@ class PpoDriver:
         )  # fmt: skip
         self._keep_rollouts(batch, scored, rewards)
         timer.tokens = float(batch.mask.sum())
+        learning.enter_context(held_back(f"step {state.step + 1}, which is being learnt from,"))
         with timer("update"):
             trained = self._train(batch)
         metrics = rollout_metrics(batch, scored.segments, scored.scores, rewards, state.kl.coef)
@@ -291,18 +310,23 @@ class PpoDriver:
         )
         return (last or self._syncing).result()
 
-    def _stopped(self, error: FgaifError) -> FgaifError:
-        """Keep the last finished step, if the learner still stands there; say what is kept."""
+    def _keep_step(self) -> None:
+        """Write a checkpoint of the last finished step, if the learner still stands there."""
         step = self._state.step
-        if not self._updating and step > self._kept[0]:
-            try:
-                # Where the engines are what failed, a resumed run samples these batches itself.
-                last = step + self._config.ppo.async_depth
-                kept = {n: sampling for n, sampling in self._ahead.items() if n < last}
-                self._ahead = {n: sampling for n, sampling in kept.items() if _came(sampling)}
-                self._checkpoint()
-            except FgaifError as failure:
-                log.warning("step %d could not be kept: %s", step, failure)
+        if self._updating or step <= self._kept[0]:
+            return
+        try:
+            # Where the engines are what failed, a resumed run samples these batches itself.
+            last = step + self._config.ppo.async_depth
+            kept = {n: sampling for n, sampling in self._ahead.items() if n < last}
+            self._ahead = {n: sampling for n, sampling in kept.items() if _came(sampling)}
+            self._checkpoint()
+        except FgaifError as failure:
+            log.warning("step %d could not be kept: %s", step, failure)
+
+    def _stopped(self, error: FgaifError) -> FgaifError:
+        """Keep the last finished step; say what is kept."""
+        self._keep_step()
         step, path = self._kept
         if path is None:
             return type(error)(f"{error}\nNo step is kept yet in {self._checkpoints}")

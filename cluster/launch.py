@@ -33,6 +33,7 @@ from cluster.monitoring.status import ActorStatus
 from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
+from fgaif.interrupts import kept_handlers
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.types import KINDS, Kind
 
@@ -313,4 +314,5 @@ def connect(config: Config) -> None:
     """Join the configured or surrounding Ray cluster, else start a local one."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     local = {} if address else {"num_cpus": config.cluster.local_cpus, "include_dashboard": False}
-    ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+    with kept_handlers():
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def two_segments(_: Response) -> tuple[Segment, ...]:
 
 class World:
     """All four roles in one object. ``parameter`` moves with each update and is the policy; the
-    disk is full for so many attempts to save as ``full`` says."""
+    disk is full for so many attempts to save as ``full`` says; ``interrupted`` names the work in
+    which a signal comes, once or ``twice`` in a row."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -71,6 +73,8 @@ class World:
         self.stale = False
         self.poison: set[str] = set()
         self.broken = ""
+        self.interrupted: tuple[str, int] | None = None
+        self.twice = False
         self.full = 0
         self.batch_sizes: list[int] = []
 
@@ -93,6 +97,10 @@ class World:
         return response(request.prompt, request.sample, version=version)
 
     def _maybe_break(self, what: str) -> None:
+        if self.interrupted is not None and self.interrupted[0] == what:
+            number, self.interrupted = self.interrupted[1], None
+            for _ in range(1 + self.twice):
+                signal.raise_signal(number)
         if self.broken == what:
             raise ActorError("rollout-0 died for good")
 

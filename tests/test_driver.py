@@ -1,6 +1,8 @@
 """The PPO loop over fakes: order of events, versions, checkpoints, exact resume."""
 
 import json
+import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from cluster.pipeline.stage_status import check_resumable
 from fgaif.checkpoint import latest_checkpoint
 from fgaif.config import Config, load_config, with_overrides
 from fgaif.errors import ActorError, CheckpointError, ConfigError, SyncError
+from fgaif.interrupts import interrupt_on_sigterm
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:
@@ -305,3 +308,57 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_says_what_is_kept
     list(driver(resumed, with_overrides(settings, ["ppo.resume=latest"])).run())
     list(driver(whole, config(tmp_path / "whole")).run())
     assert resumed.parameter == whole.parameter
+
+
+# Ctrl-C and SIGTERM.
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def number(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A signal that interrupts this process, as under the command."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt_on_sigterm()
+    yield request.param
+    for n, handler in before.items():
+        signal.signal(n, handler)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(("during", "step"), [("generate", 3), ("score", 3), ("update", 4)])
+def test_an_interrupted_run_keeps_its_last_step_and_goes_on_to_the_same_end(
+    tmp_path: Path,
+    number: int,
+    during: str,
+    step: int,
+    depth: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the fourth step. An update that was begun is ended first: it cannot be cut in two."""
+    ahead = f"ppo.async_depth={depth}"
+    world, settings = World(), config(tmp_path / "cut", "ppo.checkpoint_every=100", ahead)
+    steps = driver(world, settings).run()
+    reports = [next(steps) for _ in range(3)]
+    world.interrupted = during, number
+    with pytest.raises(KeyboardInterrupt):
+        reports += steps
+    assert [report.step for report in reports] == list(range(1, step + 1)), "none of it is lost"
+    kept = settings.run_dir / "policy" / "checkpoints" / f"step_{step:06d}"
+    assert f"interrupted: step {step} is kept in {kept}" in caplog.text
+    resumed, whole = World(), World()
+    list(driver(resumed, with_overrides(settings, ["ppo.resume=latest"])).run())
+    list(driver(whole, config(tmp_path / "whole", ahead)).run())
+    assert resumed.parameter == whole.parameter
+
+
+def test_a_second_interruption_does_not_wait(tmp_path: Path, number: int) -> None:
+    world, settings = World(), config(tmp_path)
+    steps = driver(world, settings).run()
+    reports = [next(steps) for _ in range(3)]
+    world.interrupted, world.twice = ("update", number), True
+    with pytest.raises(KeyboardInterrupt):
+        reports += steps
+    assert len(reports) == 3
+    kept = latest_checkpoint(settings.run_dir / "policy" / "checkpoints")
+    assert kept is not None
+    assert kept.name == "step_000002", "a half update is not kept"

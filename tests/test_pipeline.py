@@ -265,7 +265,8 @@ def test_a_bfloat16_run_killed_in_ppo_and_run_again_equals_the_straight_one(tmp_
 
 
 @pytest.mark.long
-def test_ctrl_c_says_what_is_kept_and_exits_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_say_what_is_kept_and_exit_with_130(number: int, tmp_path: Path) -> None:
     sampling = subprocess.Popen(
         command(tmp_path, "sample"),
         stderr=subprocess.PIPE,
@@ -274,10 +275,14 @@ def test_ctrl_c_says_what_is_kept_and_exits_with_130(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     _wait_for((tmp_path / "scenes" / "stages.json").exists, sampling)
-    sampling.send_signal(signal.SIGINT)
+    sampling.send_signal(number)
     _, message = sampling.communicate(timeout=120)
     assert sampling.returncode == 130
     assert "interrupted: what was finished is kept" in message.replace("\n", " ")
+    assert "*** SIG" not in message, "no dump of Ray's native part"
+    status = read_status(tmp_path / "scenes")
+    assert status is not None
+    assert status.state == "interrupted"
 
 
 def _wait_for(condition: object, process: subprocess.Popen[Any], seconds: float = 300) -> None:

@@ -8,7 +8,9 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ import cluster.pipeline.stages as stages
 from cluster.pipeline.aside import OUTPUTS, move_aside, next_aside
 from cluster.pipeline.dry_run import print_plan
 from cluster.pipeline.keys import ORDER, Stage
+from cluster.pipeline.stage_status import StageStatus
+from cluster.pipeline.stages import make_report
 from fgaif.config import Config, load_config
-from fgaif.errors import ActorError, CheckpointError, ConfigError, DivergedError
+from fgaif.errors import ActorError, CheckpointError, ConfigError, DataError, DivergedError
 from fgaif.feedback.store import response_store
 from fgaif.pending import Then
 from fgaif.ppo.metrics import require_finite
@@ -158,7 +162,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("stages.json", "config.yaml")
+        if path.is_file() and path.name not in ("stages.json", "config.yaml", "driver.lock")
     }
 
 
@@ -369,3 +373,96 @@ def test_nothing_aside_is_ever_overwritten(tmp_path: Path) -> None:
         assert target == tmp_path / "aside" / f"train-{number}"
     assert next_aside(tmp_path, "train").name == "train-3"
     assert set(OUTPUTS) == set(ORDER)
+
+
+# Guards: what is refused changes nothing.
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files below a folder by name, and what they hold."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize("command", ["run", "dry run", "report", "forced"])
+def test_a_folder_that_fgaif_did_not_make_is_left_alone(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(tmp_path, monkeypatch)
+    theirs = runs.folder / "policy" / "law.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    (runs.folder / "config.yaml").write_text("of: another program")
+    before = everything(tmp_path)
+    act = {
+        "run": runs,
+        "dry run": runs.dry,
+        "forced": partial(runs, force=True),
+        "report": partial(make_report, runs.config(), Console(file=io.StringIO())),
+    }[command]
+    with pytest.raises(DataError, match=r"holds config\.yaml, policy, but no run of fgaif"):
+        act()
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", ""])
+def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="name = "):
+        load_config(None, [f"dir={tmp_path}", f"name='{name}'"])
+
+
+class Full(Roles):
+    """A cluster without room: it refuses when it is entered."""
+
+    def __enter__(self) -> "Roles":
+        raise ConfigError("learner-0: needs 99 CPUs")
+
+
+def test_a_command_that_the_cluster_refuses_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(tmp_path, monkeypatch)
+    runs.roles = Full()
+    with pytest.raises(ConfigError, match="99 CPUs"):
+        runs()
+    assert list(tmp_path.iterdir()) == []
+    runs.roles = Roles()
+    runs()
+    before = everything(tmp_path)
+    monkeypatch.setattr(stages, "Cluster", lambda *_, **__: Full())
+    with pytest.raises(ConfigError, match="99 CPUs"):
+        runs("ppo.lr=1e-5", "seed=3")
+    assert everything(tmp_path) == before
+
+
+def test_a_second_driver_changes_nothing_of_the_first_one_s(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config.yaml was overwritten before the second was refused."""
+
+    def refused(*_: Any) -> None:
+        raise ActorError("another run works in this folder")
+
+    before = everything(runs.folder)
+    monkeypatch.setattr(stages, "driver_lock", refused)
+    with pytest.raises(ActorError, match="another run works"):
+        runs("ppo.lr=1e-5")
+    assert everything(runs.folder) == before
+
+
+def test_what_another_command_did_meanwhile_is_not_planned_over(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stages.driver_lock
+
+    @contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        with real(folder):
+            StageStatus(folder).forget("train")
+            yield
+
+    monkeypatch.setattr(stages, "driver_lock", late)
+    with pytest.raises(DataError, match="meanwhile; run this one again"):
+        runs("ppo.lr=1e-5")
+    assert (runs.folder / "policy").is_dir()
+    assert not (runs.folder / "aside").exists()

@@ -20,6 +20,7 @@ from fgaif import __version__
 from fgaif.config import Config, dump_config, load_config
 from fgaif.data.scenes.world import Split
 from fgaif.errors import CheckpointError, ConfigError, DataError, FgaifError
+from fgaif.interrupts import interrupt_on_sigterm
 
 _SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 
@@ -38,7 +39,8 @@ app = typer.Typer(
     "[bold]fgaif demo[/bold] runs everything on the embedded world. Your own data: "
     "[bold]fgaif run --config configs/my_images.yaml[/bold]. Every stage can be run alone and "
     "resumes where it stopped.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong configuration or data, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong configuration or data, 130 interrupted (Ctrl-C "
+    "or SIGTERM).",
 )
 app.add_typer(labels_app)
 app.add_typer(jobs_app)
@@ -366,6 +368,7 @@ def version() -> None:
 
 def main() -> None:
     """Entry point: one clear message per failure, and exit codes that scripts can use."""
+    interrupt_on_sigterm()
     try:
         code = app(standalone_mode=False)  # Typer turns Ctrl-C into this exit code
         if code == _INTERRUPTED:

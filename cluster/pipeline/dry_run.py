@@ -9,6 +9,7 @@ from rich.table import Table
 
 from cluster.pipeline.aside import existing_outputs, next_aside
 from cluster.pipeline.keys import AFTER, ORDER, Stage
+from cluster.pipeline.run_lock import require_own
 from cluster.pipeline.stage_status import (
     StageState,
     StageStatus,
@@ -104,7 +105,9 @@ def plan_stages(
             already, or ``force`` asks for the opposite.
         CheckpointError: ``ppo.resume`` names a checkpoint that is not there or damaged, or all
             that the training has are damaged.
+        DataError: the run folder holds something that fgaif did not make.
     """
+    require_own(config.run_dir)
     plans: dict[Stage, StagePlan] = {}
     for stage in (stage for stage in ORDER if stage in wanted):
         inputs = [plans[name] for name in AFTER[stage] if name in plans and plans[name].runs]

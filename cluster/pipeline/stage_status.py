@@ -69,6 +69,10 @@ class StageStatus:
         entries = self._read().items()
         return {stage: entry["seconds"] for stage, entry in entries if entry["seconds"] is not None}
 
+    def entries(self) -> dict[Stage, Json]:
+        """What is stored of all stages."""
+        return self._read()
+
     def entry(self, stage: Stage) -> Json:
         """What is stored of a stage; empty if nothing is."""
         return self._read().get(stage, {})
@@ -112,10 +116,15 @@ class StageStatus:
             return {}
         try:
             entries: dict[Stage, Json] = json.loads(self._file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise DataError(
                 f"{self._file}: not valid JSON ({error}); delete it to redo the stages"
             ) from error
+        if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+            raise DataError(
+                f"{self._file}: not what fgaif writes; if this folder is a run, delete the file to "
+                "redo the stages"
+            )
         self._add_values({stage: entry for stage, entry in entries.items() if "keys" not in entry})
         return entries
 
@@ -130,6 +139,10 @@ class StageStatus:
         for stage, entry in old.items():
             if entry["digest"] == old_digest(last, stage, tolerance):
                 entry["keys"] = stage_values(last, stage)
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and "seconds" in entry and ("keys" in entry or "digest" in entry)
 
 
 def _status(finished: bool, differing: Sequence[Change]) -> Status:

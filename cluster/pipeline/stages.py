@@ -18,6 +18,7 @@ from cluster.pipeline.aside import move_aside
 from cluster.pipeline.dry_run import StagePlan, plan_stages, require_upstream, stage_roles
 from cluster.pipeline.feedback_report import write_summary
 from cluster.pipeline.keys import ORDER, Stage, stage_values
+from cluster.pipeline.run_lock import driver_lock, require_own
 from cluster.pipeline.sample import sample_all
 from cluster.pipeline.stage_status import StageStatus, check_resumable
 from cluster.pipeline.train_rewards import train_rewards
@@ -28,6 +29,7 @@ from fgaif.config import Config, dump_config, with_overrides
 from fgaif.data.order import request_seed
 from fgaif.data.scenes.facts import oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
+from fgaif.errors import DataError
 from fgaif.eval.captions import JudgedCaption, judged_by_scores
 from fgaif.eval.policy import Captions, Judge, evaluate_policy
 from fgaif.eval.pope_questions import PopeQuestion
@@ -39,7 +41,7 @@ from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.labels import Oracle
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import label_store, response_store
-from fgaif.files import write_json
+from fgaif.files import write_json, write_whole
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.reward.checkpoint import checkpoint_digest
@@ -57,9 +59,11 @@ def run_stages(
     Outputs that are made anew are moved aside first, as ``plan_stages`` says.
 
     Raises:
-        FgaifError: whatever stopped a stage. Finished stages stay finished.
+        FgaifError: what is asked for cannot be done, and nothing was changed; or whatever stopped a
+            stage. Finished stages stay finished.
     """
     stage_status = StageStatus(config.run_dir)
+    planned_on = stage_status.entries()
     plans = plan_stages(stage_status, config, stages, force)
     for plan in plans:
         if not plan.runs:
@@ -68,32 +72,44 @@ def run_stages(
     if not todo:
         return None
     require_upstream(stage_status, config, [plan.stage for plan in todo])
-    stage_status.keep_values()
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    heavy = [plan for plan in todo if plan.stage != "report"]
-    if heavy:
-        if warning := untested_engine():
-            console.print(warning, style="yellow", markup=False)
-        roles = stage_roles(config, [plan.stage for plan in heavy])
-        with Cluster(config, roles, live=True) as cluster:
-            run = Run(config, cluster, console)
-            if config.feedback.local_verifier and any(p.stage == "annotate" for p in heavy):
-                cluster.judges()  # loads while the policy samples
-            for plan in heavy:
-                run.prepare(plan, stage_status)
-                if cluster.live:
-                    cluster.live.publisher.stage(plan.stage)
-                with stage_status.record(config, plan.stage):
-                    run.stage(plan.stage)
+    if heavy := [plan for plan in todo if plan.stage != "report"]:
+        with driver_lock(config.run_dir):
+            if stage_status.entries() != planned_on:
+                raise DataError(
+                    f"{config.run_dir}: another command has worked in this folder meanwhile; run "
+                    "this one again"
+                )
+            _run_over_cluster(config, heavy, stage_status, console)
     if todo[-1].stage != "report":
         return None
     whole = len(todo) == len(ORDER)
     return make_report(config, console, _process_seconds() if whole else None)
 
 
+def _run_over_cluster(
+    config: Config, plans: Sequence[StagePlan], stage_status: StageStatus, console: Console
+) -> None:
+    """Run stages as planned; nothing is written before the last thing that may refuse them."""
+    if warning := untested_engine():
+        console.print(warning, style="yellow", markup=False)
+    roles = stage_roles(config, [plan.stage for plan in plans])
+    with Cluster(config, roles, live=True) as cluster:
+        run = Run(config, cluster, console)
+        stage_status.keep_values()
+        write_whole(config.run_dir / "config.yaml", dump_config(config))
+        if config.feedback.local_verifier and any(plan.stage == "annotate" for plan in plans):
+            cluster.judges()  # loads while the policy samples
+        for plan in plans:
+            run.prepare(plan, stage_status)
+            if cluster.live:
+                cluster.live.publisher.stage(plan.stage)
+            with stage_status.record(config, plan.stage):
+                run.stage(plan.stage)
+
+
 def make_report(config: Config, console: Console, wall_seconds: float | None = None) -> Path:
     """Build the report from the run folder and print its table and path."""
+    require_own(config.run_dir)
     path = build_report(config.run_dir, wall_seconds)
     console.print(console_table(config.run_dir))
     console.print(f"report: {path}")

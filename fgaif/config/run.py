@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fgaif.config.cluster import ClusterConfig
 from fgaif.config.data import DataConfig
@@ -65,6 +65,13 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     study: StudyConfig = StudyConfig()
     serve: ServeConfig = ServeConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_no_way_out(cls, name: str) -> str:
+        if name in (".", ".."):
+            raise ValueError("names a folder that is there already; give the run a name of its own")
+        return name
 
     @model_validator(mode="after")
     def _endpoints_exist(self) -> Self:
