@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fgaif.config import Config, TrackingConfig, dump_config
+from fgaif.config import Config, TrackingConfig, dump_config, load_config
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
 from fgaif.eval.before_after import CAPTIONS, compare
@@ -149,6 +149,29 @@ def test_report_json_has_the_promised_keys_and_values(built: Path) -> None:
     assert tree["provenance"]["skipped"] == {"rows": 2}
     assert tree["provenance"]["rewards_against"] == "labels"
     assert tree["missing"] == []
+
+
+def test_settings_are_those_of_the_stages_and_not_of_the_last_command(run_dir: Path) -> None:
+    """The last command's may be none of those that made these results: one was refused with a seed
+    that the report then showed."""
+    made = {"seconds": 1.0, "keys": {}, "contents": {"data.train": {"sha256": "abc", "rows": 3}}}
+    evaluated = load_config(None, ["data.held_out=scenes:val"]).model_dump(mode="json")
+    stages = {
+        "sample": made | {"config": Config(seed=1).model_dump(mode="json")},
+        "train": made | {"config": Config(seed=3).model_dump(mode="json")},
+        "eval-after": made | {"config": evaluated},
+    }
+    write_json(run_dir / "stages.json", stages)
+    tree = report_of(run_dir)
+    assert tree["seed"] == 3
+    assert tree["provenance"]["held_out"] == "scenes:val"
+    sources = tree["provenance"]["stages"]
+    assert {name: source["seed"] for name, source in sources.items()} == {
+        "sample": 1, "train": 3, "eval-after": 0,
+    }  # fmt: skip
+    assert tree["provenance"]["config_digest"] == sources["train"]["config_digest"]
+    assert sources["sample"]["config_digest"] != sources["train"]["config_digest"]
+    assert sources["sample"]["contents"] == {"data.train": "abc"}
 
 
 def test_a_measured_wall_time_wins_over_the_sum(run_dir: Path) -> None:

@@ -166,6 +166,12 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def files_in(found: dict[str, bytes]) -> dict[str, bytes]:
+    """Those of ``everything`` that a stage wrote."""
+    own = ("stages.json", "config.yaml", "driver.lock")
+    return {name: content for name, content in found.items() if Path(name).name not in own}
+
+
 def missing(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
     """What was there before and is nowhere now, neither in its place nor aside."""
     kept = list(after.values())
@@ -373,6 +379,73 @@ def test_nothing_aside_is_ever_overwritten(tmp_path: Path) -> None:
         assert target == tmp_path / "aside" / f"train-{number}"
     assert next_aside(tmp_path, "train").name == "train-3"
     assert set(OUTPUTS) == set(ORDER)
+
+
+# Outputs that are gone, and files that were edited.
+
+
+@pytest.mark.parametrize(
+    ("gone", "redone"),
+    [
+        ("policy", ["train", "eval-after"]),
+        ("policy/adapter", ["train", "eval-after"]),
+        ("rewards", ["train-reward", "eval-before", "train", "eval-after"]),
+        ("responses/responses.jsonl", list(ORDER[:-1])),
+        ("eval/before.json", ["eval-before"]),
+    ],
+)
+def test_outputs_that_are_gone_are_made_again(runs: Runs, gone: str, redone: list[str]) -> None:
+    path = runs.folder / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    kept = everything(runs.folder)
+    if redone[0] != "sample":  # whose dry run would read the fake labels
+        assert f"{redone[0]}: " in (said := runs.dry())
+        assert gone in said
+    runs()
+    assert runs.done == redone
+    assert path.exists()
+    assert missing(files_in(kept), files(runs.folder)) == []
+    runs()
+    assert runs.done == []
+
+
+def test_a_lost_adapter_is_written_again_from_the_last_checkpoint(runs: Runs) -> None:
+    adapter = runs.folder / "policy" / "adapter"
+    before = files(adapter)
+    shutil.rmtree(adapter)
+    runs(only=["train"])
+    assert runs.roles.updates == 0
+    assert set(runs.roles.restored) == {"step_000004"}
+    assert files(adapter) == before
+
+
+def test_a_stage_is_not_begun_on_inputs_that_are_gone(runs: Runs) -> None:
+    shutil.rmtree(runs.folder / "rewards")
+    with pytest.raises(DataError, match=r"train needs train-reward, of which rewards/.* is gone"):
+        runs(only=["train"], force=True)
+
+
+def test_edited_labels_make_the_reward_models_anew(runs: Runs) -> None:
+    with (runs.folder / "feedback" / "labels.jsonl").open("a") as file:
+        file.write("one more\n")
+    before = files(runs.folder)
+    runs()
+    assert runs.done == ["train-reward", "eval-before", "train", "eval-after"]
+    assert "train-reward: moved rewards to " in runs.printed
+    assert "labels.jsonl were edited" in runs.printed
+    assert missing(before, files(runs.folder)) == []
+
+
+def test_a_command_without_work_and_a_refused_one_change_no_settings(runs: Runs) -> None:
+    before = everything(runs.folder)
+    runs("ppo.micro_batch=1")
+    with pytest.raises(DataError, match="train needs train-reward"):
+        runs("seed=7", only=["train"])
+    assert everything(runs.folder) == before
+    runs("ppo.lr=1e-5", only=["train"])
+    kept = StageStatus(runs.folder).entries()
+    assert kept["train"]["config"]["ppo"]["lr"] == 1e-5
+    assert kept["sample"]["config"]["ppo"]["lr"] == 3e-5
 
 
 # Guards: what is refused changes nothing.

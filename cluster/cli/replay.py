@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fgaif.config import Config, load_config
+from cluster.pipeline.stage_status import StageStatus
+from fgaif.config import Config, load_config, parse_config, with_overrides
 from fgaif.errors import DataError
 from fgaif.files import write_whole
 from fgaif.ppo.rollout_dump import COMPUTED, PER_TOKEN, Dump, Row, read_dump, recompute
@@ -38,7 +39,8 @@ def replay(
         bool, typer.Option("--recompute", help="Compute rewards and advantages anew; compare.")
     ] = False,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Default: the run's own config.yaml.")
+        Path | None,
+        typer.Option("--config", "-c", help="Default: what the run's training ran with."),
     ] = None,
 ) -> None:
     """Show rollouts that `tracking.rollouts` kept: segments, kinds, rewards, advantages.
@@ -173,7 +175,12 @@ def _settings_of(dump: Dump, config: Config) -> list[tuple[str, object, object]]
 
 
 def _settings(config: Path | None, file: Path, overrides: list[str]) -> Config:
-    own = file.resolve().parents[2] / "config.yaml"  # RUN/policy/rollouts/step_*.jsonl
-    if config is None and not own.is_file():
+    run = file.resolve().parents[2]  # RUN/policy/rollouts/step_*.jsonl
+    if config is not None:
+        return load_config(config, overrides)
+    if trained_with := StageStatus(run).entry("train").get("config"):
+        return with_overrides(parse_config(trained_with), overrides)
+    own = run / "config.yaml"  # of the last command
+    if not own.is_file():
         raise DataError(f"{own}: not there; give the configuration with --config")
-    return load_config(config or own, overrides)
+    return load_config(own, overrides)

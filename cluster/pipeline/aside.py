@@ -26,6 +26,25 @@ OUTPUTS: dict[Stage, tuple[str, ...]] = {
 """What a stage writes, but for the replies of models, which are keyed by all they depend on."""
 
 
+RESULTS: dict[Stage, tuple[str, ...]] = {
+    "sample": ("responses/responses.jsonl",),
+    "annotate": ("feedback/labels.jsonl",),
+    "train-reward": ("rewards/*/*",),
+    "eval-before": ("eval/before.json",),
+    "train": ("policy/adapter/*",),
+    "eval-after": ("eval/after.json",),
+    "report": (),
+}
+"""Of these what later stages and people need: without them a stage is not finished."""
+
+
+def results_of(run_dir: Path, stage: Stage) -> list[str]:
+    """The files of ``RESULTS`` that are there, relative to the run folder."""
+    found = (path for pattern in RESULTS[stage] for path in run_dir.glob(pattern))
+    names = (path.relative_to(run_dir) for path in found)
+    return sorted(n.as_posix() for n in names if not any(p.startswith(".") for p in n.parts))
+
+
 def existing_outputs(run_dir: Path, stage: Stage) -> tuple[str, ...]:
     """Outputs of a stage that are there, relative to the run folder."""
     return tuple(name for name in OUTPUTS[stage] if (run_dir / name).exists())

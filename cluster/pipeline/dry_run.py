@@ -124,7 +124,7 @@ def _plan(
     anew = [plan.stage for plan in inputs if not (stage == "annotate" and plan.goes_on)]
     if force:
         why = "--force"
-    elif status == "stale":
+    elif status == "stale" or (found.gone and stage in ("eval-before", "eval-after")):
         why = found.why
     elif status == "missing":
         why = "not listed in stages.json"
@@ -202,11 +202,12 @@ def require_upstream(stage_status: StageStatus, config: Config, todo: Sequence[S
             found = stage_status.found(config, upstream)
             if upstream in todo or found.status == "done":
                 continue
-            what = {"missing": "has not run", "partial": "is not finished"}.get(
-                found.status, f"ran with other settings ({found.why})"
+            what = {"missing": "which has not run", "partial": "which is not finished"}.get(
+                found.status, f"which ran with other settings or files ({found.why})"
             )
+            what = f"of which {found.why}" if found.gone else what
             raise DataError(
-                f"{stage} needs {upstream}, which {what} in {config.run_dir}: run "
+                f"{stage} needs {upstream}, {what} in {config.run_dir}: run "
                 f"`fgaif {'eval run' if 'eval' in upstream else upstream}` "
                 "with this configuration first, or `fgaif run`"
             )

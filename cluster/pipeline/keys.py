@@ -130,8 +130,12 @@ class Change:
     was: Any
     now: Any
     kind: Kind
+    note: str = ""
+    """Said instead, where the values tell people nothing."""
 
     def __str__(self) -> str:
+        if self.note:
+            return self.note
         return f"{self.key} was {_shown(self.was)}, is {_shown(self.now)}"
 
 

@@ -1,13 +1,22 @@
-"""Which stages of a run are up to date: the values that each was made with, in stages.json."""
+"""Which stages of a run are up to date: what each was made with, in stages.json.
+
+seconds    it took; null while it is not finished
+keys       values of the keys that its result depends on
+contents   digests of what lay in the files that it and those before it read
+outputs    the files that must be there for it to count as finished
+config     the whole configuration that it ran with
+"""
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.pipeline.aside import results_of
+from cluster.pipeline.contents import Contents
 from cluster.pipeline.keys import Change, Stage, changes, stage_values
 from cluster.pipeline.old_digests import old_config, old_digest
 from fgaif.config import Config
@@ -22,15 +31,23 @@ wanted than it was begun with. ``stale``: another result is wanted."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageState:
-    """What stages.json says of a stage, and the keys that differ from this configuration."""
+    """What stages.json says of a stage, and what differs from this configuration and its files.
+
+    ``gone`` are outputs of a finished one that are not there any more; it then counts as partial.
+    """
 
     status: Status
     finished: bool = False
     changes: tuple[Change, ...] = ()
+    gone: tuple[str, ...] = ()
 
     @property
     def why(self) -> str:
-        """The keys that make it stale or short, with both values; empty if nothing differs."""
+        """What makes it stale, short or partial: keys with both values, files that were edited, or
+        outputs that are gone; empty if nothing does."""
+        if self.status == "partial" and self.gone:
+            shown = ", ".join(self.gone[:3]) + (", ..." if len(self.gone) > 3 else "")
+            return f"{shown} {'is' if len(self.gone) == 1 else 'are'} gone"
         results = [change for change in self.changes if change.kind == "result"]
         named = "; ".join(map(str, results or self.changes))
         if self.status == "stale" and not named:
@@ -44,6 +61,7 @@ class StageStatus:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._file = run_dir / "stages.json"
+        self._contents: tuple[Config, Contents] | None = None
 
     def found(self, config: Config, stage: Stage) -> StageState:
         """Compare a stage with a configuration; keys of mere execution count for nothing."""
@@ -53,12 +71,19 @@ class StageStatus:
         finished = entry["seconds"] is not None
         if "keys" in entry:
             differing = changes(config, stage, entry["keys"])
+            if not any(change.kind == "result" for change in differing):  # those say enough
+                made_of = entry.get("contents", {})
+                differing += self._contents_of(config).edits(stage, made_of)
             status = _status(finished, differing)
         else:
             differing = ()
             same = entry["digest"] == old_digest(config, stage)
             status = _status(finished, differing) if same else "stale"
-        return StageState(status=status, finished=finished, changes=differing)
+        written = entry.get("outputs", []) if finished else []  # earlier versions did not say
+        gone = tuple(name for name in written if not (self._run_dir / name).exists())
+        if gone and status in ("done", "short", "long"):
+            status = "partial"
+        return StageState(status=status, finished=finished, changes=differing, gone=gone)
 
     def status(self, config: Config, stage: Stage) -> Status:
         """The status alone; see :meth:`found`."""
@@ -79,15 +104,30 @@ class StageStatus:
 
     @contextmanager
     def record(self, config: Config, stage: Stage) -> Iterator[None]:
-        """Mark the stage started, time the block, mark it done if the block ends well."""
-        start = time.monotonic()
-        self._write(config, stage, None)
+        """Mark the stage started, time the block, mark it done if the block ends well.
+
+        Raises:
+            DataError: a file that it reads was edited meanwhile. What it made stays, as made of
+                what lay there at its start.
+        """
+        start, self._contents = time.monotonic(), None
+        at_start = self._contents_of(config)
+        own, made_of = at_start.of(stage), at_start.with_inputs(stage)
+        at_start.save()
+        self._write(config, stage, None, made_of)
         yield
-        self._write(config, stage, round(time.monotonic() - start, 2))
+        self._contents = None
+        self._write(config, stage, round(time.monotonic() - start, 2), made_of)
+        if edited := self._contents_of(config).edits(stage, own):
+            raise DataError(
+                f"{stage}: {'; '.join(map(str, edited))} while it ran, so what it made may mix old "
+                "and new: put back what lay there before, and it counts as finished; else run the "
+                "command again, which moves it aside and makes it anew"
+            )
 
     def adopt(self, config: Config, stage: Stage) -> None:
         """Mark a stage done whose output was copied from another run."""
-        self._write(config, stage, 0.0)
+        self._write(config, stage, 0.0, self._contents_of(config).with_inputs(stage))
 
     def forget(self, stage: Stage) -> None:
         """Let a stage be missing, because its outputs are moved away."""
@@ -100,9 +140,23 @@ class StageStatus:
         if self._file.is_file():
             self._save(self._read())
 
-    def _write(self, config: Config, stage: Stage, seconds: float | None) -> None:
+    def _contents_of(self, config: Config) -> Contents:
+        """The contents of a configuration's files, each read once until a stage has run."""
+        if self._contents is None or self._contents[0] is not config:
+            self._contents = config, Contents(config)
+        return self._contents[1]
+
+    def _write(
+        self, config: Config, stage: Stage, seconds: float | None, contents: Mapping[str, Json]
+    ) -> None:
         entries = self._read()
-        entry = {"seconds": seconds, "keys": stage_values(config, stage)}
+        entry = {
+            "seconds": seconds,
+            "keys": stage_values(config, stage),
+            "contents": contents,
+            "outputs": results_of(self._run_dir, stage),
+            "config": config.model_dump(mode="json"),
+        }
         if "digest" in entries.get(stage, {}):  # names it in checkpoints that are gone on from
             entry["digest"] = entries[stage]["digest"]
         entries[stage] = entry

@@ -15,6 +15,7 @@ from cluster.driver import PpoData, PpoDriver
 from cluster.launch import Cluster
 from cluster.pipeline.annotate import annotate_responses
 from cluster.pipeline.aside import move_aside
+from cluster.pipeline.contents import Hashes
 from cluster.pipeline.dry_run import StagePlan, plan_stages, require_upstream, stage_roles
 from cluster.pipeline.feedback_report import write_summary
 from cluster.pipeline.keys import ORDER, Stage, stage_values
@@ -367,7 +368,7 @@ class Run:
         self._console.print(line, markup=False, soft_wrap=True)
 
     def _open(self, name: str, limit: int) -> Source:
-        source = open_source(name, self._config, limit)
+        source = open_source(name, self._config, limit, Hashes(self._dir).check_image)
         if warning := source.prompts.warning():
             self._console.print(f"[yellow]{warning}[/yellow]", highlight=False)
         return source

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ SCENES = "scenes:"
 COCO = "coco:"
 _CHUNK = 512
 
+CheckImage = Callable[[str, Path | None, int], ImageRef]
+"""From path, root and most pixels, as :func:`check_image`."""
 _COLUMNS = ("image", "images", "prompt", "id")
 
 
@@ -81,6 +83,7 @@ def load_prompts(
     seed: int | None = None,
     cache: Path | None = None,
     max_pixels: int = MAX_PIXELS,
+    check: CheckImage = check_image,
 ) -> PromptSet:
     """Read prompts and check their images (in threads; each distinct path once).
 
@@ -98,6 +101,7 @@ def load_prompts(
         seed: shuffles the rows before the limit.
         cache: where ``scenes:SPLIT`` writes its images; needed for it, as is ``limit``.
         max_pixels: larger images count as broken.
+        check: looks at an image; raises DataError for one that cannot be used.
 
     Raises:
         DataError: unreadable file, bad row, id used twice, or no usable row.
@@ -111,7 +115,7 @@ def load_prompts(
         rows = _distinct(_parse_row(path, n, row) for n, row in read_rows(path, _COLUMNS))
     if seed is not None:
         random.Random(seed).shuffle(rows)
-    check = partial(_check, root or path.parent, max_pixels)
+    look = partial(_check, check, root or path.parent, max_pixels)
     prompts: list[Prompt] = []
     skipped: list[Skipped] = []
     checked: dict[str, ImageRef | str] = {}
@@ -120,7 +124,7 @@ def load_prompts(
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         while chunk := list(islice(remaining, min(_CHUNK, wanted - len(prompts)))):
             new = list({row.image for row in chunk} - checked.keys())
-            checked.update(zip(new, pool.map(check, new), strict=True))
+            checked.update(zip(new, pool.map(look, new), strict=True))
             for row in chunk:
                 image = checked[row.image]
                 if isinstance(image, ImageRef):
@@ -133,9 +137,9 @@ def load_prompts(
     return loaded
 
 
-def _check(root: Path, max_pixels: int, image: str) -> ImageRef | str:
+def _check(check: CheckImage, root: Path, max_pixels: int, image: str) -> ImageRef | str:
     try:
-        return check_image(image, root, max_pixels)
+        return check(image, root, max_pixels)
     except DataError as error:
         return str(error)
 

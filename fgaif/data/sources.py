@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgaif.config import Config
-from fgaif.data.prompts import COCO, SCENES, PromptSet, load_prompts
+from fgaif.data.images import check_image
+from fgaif.data.prompts import COCO, SCENES, CheckImage, PromptSet, load_prompts
 from fgaif.data.scenes.files import read_scenes
 from fgaif.data.scenes.questions import sample_question
 from fgaif.data.scenes.world import Scene
@@ -29,11 +30,11 @@ class Source:
         return self.scenes[prompt.id]
 
 
-def open_source(name: str, config: Config, limit: int) -> Source:
+def open_source(name: str, config: Config, limit: int, check: CheckImage = check_image) -> Source:
     """Load ``scenes:SPLIT`` (drawn into the run folder first), a prompts file, or ``coco:PATH``.
 
     Of COCO, and with ``data.shuffle`` of a file, ``limit`` prompts are drawn by ``data.seed``; a
-    smaller limit draws the first of them.
+    smaller limit draws the first of them. ``check`` looks at each image.
 
     Raises:
         DataError: the file, a row or a column cannot be used, or there is no such split.
@@ -46,6 +47,7 @@ def open_source(name: str, config: Config, limit: int) -> Source:
         seed=config.data.seed if drawn else None,
         cache=config.run_dir / "data",
         max_pixels=config.data.max_image_pixels,
+        check=check,
     )
     if not name.startswith(SCENES):
         return Source(prompts=loaded)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,9 +73,9 @@ def read_results(run_dir: Path) -> Results:
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: no such run folder; check name and dir, or run `fgaif run`")
     missing: list[str] = []
-    config = _read_config(run_dir, missing)
     summary = _read_json(run_dir / "feedback" / "summary.json", missing, "fgaif annotate") or {}
     stages = _read_json(run_dir / "stages.json", missing, "fgaif run") or {}
+    config = _config_of(stages) or _read_config(run_dir, missing)
     rewards, reward_truth = _read_rewards(run_dir, missing)
     evals, captions = _read_evals(run_dir / "eval", missing)
     feedback = summary.get("accuracy") or {}
@@ -90,7 +91,7 @@ def read_results(run_dir: Path) -> Results:
         evals=evals,
         captions=captions,
         steps=_read_steps(run_dir / "policy" / "metrics.jsonl", missing),
-        provenance=_provenance(run_dir, config, summary.get("skipped") or {}),
+        provenance=_provenance(run_dir, config, stages, summary.get("skipped") or {}),
         missing=tuple(missing),
     )
 
@@ -165,6 +166,19 @@ def _read_steps(path: Path, missing: list[str]) -> list[StepReport]:
     return list(read_metrics(path))
 
 
+def _config_of(stages: Json) -> dict[str, Any]:
+    """The configuration that the training ran with, else that of the last stage that has one.
+
+    Empty for runs of versions that did not keep it. config.yaml is that of the last command, whose
+    settings may be none of those that the results come from.
+    """
+    for name in ("train", *reversed(stages)):
+        entry = stages.get(name)
+        if isinstance(entry, dict) and entry.get("config"):
+            return dict(entry["config"])
+    return {}
+
+
 def _read_config(run_dir: Path, missing: list[str]) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -180,17 +194,36 @@ def _seconds(entry: Any) -> float:
     return float(entry["seconds"] if isinstance(entry, dict) else entry)
 
 
-def _provenance(run_dir: Path, config: dict[str, Any], skipped: Json) -> Json:
+def _provenance(run_dir: Path, config: dict[str, Any], stages: Json, skipped: Json) -> Json:
     path = run_dir / "config.yaml"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    known = {name: e for name, e in stages.items() if isinstance(e, dict) and e.get("config")}
     return {
-        "config_digest": digest,
+        "config_digest": _digest(config) if known else digest,
+        "stages": {
+            name: {
+                "seed": entry["config"].get("seed"),
+                "config_digest": _digest(entry["config"]),
+                "contents": {key: one.get("sha256") for key, one in entry["contents"].items()},
+            }
+            for name, entry in known.items()
+        },
         "policy": config.get("policy", {}).get("model"),
-        "held_out": config.get("data", {}).get("held_out"),
+        "held_out": _evaluated(config, known).get("data", {}).get("held_out"),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {"system": platform.platform(), "cores": _cores()},
         "skipped": skipped,
     }
+
+
+def _evaluated(config: Json, known: Mapping[str, Json]) -> Json:
+    """The configuration of the evaluation, which is of the images that are shown."""
+    entry = known.get("eval-after") or known.get("eval-before")
+    return entry["config"] if entry else config
+
+
+def _digest(config: Json) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:

@@ -28,16 +28,20 @@ _MIN_MASS = 0.1
 _MAX_TOKENS = 8
 
 
+def prompt_path(name: str) -> Path:
+    """The file of a prompt in ``fgaif/feedback/prompts``, or of a path."""
+    shipped = PROMPTS / f"{name}.txt"
+    return shipped if "/" not in name and shipped.is_file() else Path(name)
+
+
 def load_fact_prompt(name: str) -> PromptFile:
     """Read a prompt by its name in ``fgaif/feedback/prompts``, or from a path.
 
     Raises:
         ConfigError: no such file, or the text does not hold ``{fact}`` exactly once.
     """
-    shipped = PROMPTS / f"{name}.txt"
-    path = shipped if "/" not in name and shipped.is_file() else Path(name)
     try:
-        return load_prompt(path, ["fact"])
+        return load_prompt(prompt_path(name), ["fact"])
     except ConfigError as error:
         stems = sorted(file.stem for file in PROMPTS.glob("*.txt"))
         known = ", ".join(stem for stem in stems if not stem.startswith("facts"))
