@@ -102,3 +102,8 @@ def test_scenes_are_drawn_to_look_at(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert fgaif(monkeypatch, "scenes", str(tmp_path / "look"), "--count", "3") == 0
     assert len(list((tmp_path / "look" / "images").glob("*.png"))) == 3
     assert (tmp_path / "look" / "scenes.jsonl").is_file()
+    theirs = tmp_path / "prompts.jsonl"
+    theirs.write_text("theirs")
+    assert fgaif(monkeypatch, "scenes", str(tmp_path)) == 2
+    assert [path.name for path in tmp_path.iterdir() if path.name != "look"] == [theirs.name]
+    assert theirs.read_text() == "theirs"

@@ -79,6 +79,16 @@ def test_labels_go_out_and_come_back(run_dir: Path, form: str, file: str) -> Non
         call("labels", "import", str(path), *back, "--form", form, "--image-root", images)
 
 
+def test_a_folder_of_somebody_else_s_is_no_place_to_import_into(run_dir: Path) -> None:
+    theirs = run_dir.parent / "theirs"
+    (theirs / "feedback").mkdir(parents=True)
+    path = run_dir.parent / "rows.jsonl"
+    call("labels", "export", str(path), "--form", "reference", *settings(run_dir))
+    with pytest.raises(DataError, match="no run of fgaif"):
+        call("labels", "import", str(path), *settings(run_dir, "theirs"), "--form", "reference")
+    assert [child.name for child in theirs.rglob("*")] == ["feedback"]
+
+
 def test_stepwise_rows_of_each_kind_are_joined(run_dir: Path) -> None:
     names = []
     for kind in ("object", "attribute", "relation"):

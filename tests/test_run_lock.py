@@ -136,7 +136,9 @@ def test_where_the_file_system_keeps_no_locks_the_name_decides(
     assert "ended without a word" in caplog.text
 
 
-@pytest.mark.parametrize("content", [[], ["stages.json"], [LOCK, "policy"]])
+@pytest.mark.parametrize(
+    "content", [[], ["stages.json"], [LOCK, "policy"], ["live.json", "status.json"]]
+)
 def test_folders_of_runs_old_and_new_and_empty_ones_are_ours(
     tmp_path: Path, content: list[str]
 ) -> None:

@@ -102,6 +102,7 @@ def dump_replies(overrides: Overrides = None, config: ConfigFile = None) -> None
 
 
 def _import(config: Config, form: Form, names: list[str], root: Path | None) -> None:
+    from cluster.pipeline.run_lock import require_own
     from cluster.pipeline.stage_status import StageStatus
     from fgaif.feedback.interchange import import_reference, import_stepwise, join_labels
     from fgaif.feedback.parquet import read_labels
@@ -115,6 +116,7 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
     for path in (target, responses):
         if path.exists():
             raise DataError(f"{path}: exists; import into another run, e.g. name=imported")
+    require_own(config.run_dir)
     tokenizer = load_processor(resolve_checkpoint(config.policy.model)).tokenizer
     pixels = config.data.max_image_pixels
     if form == "parquet":

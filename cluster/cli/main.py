@@ -356,6 +356,8 @@ def scenes(
     """Draw scenes of the embedded world with their scene graphs, to look at."""
     from fgaif.data.scenes.files import write_split
 
+    if (output / "prompts.jsonl").exists() and not (output / "scenes.jsonl").exists():
+        raise DataError(f"{output}/prompts.jsonl: not of drawn scenes; name another directory")
     write_split(output, split, count)
     out.print(f"wrote {count} scenes of split {split} to {output}")
 

@@ -25,7 +25,8 @@ from fgaif.errors import ActorError, DataError
 log = logging.getLogger(__name__)
 
 LOCK = "driver.lock"
-_MARKS = (LOCK, "stages.json")  # runs of earlier versions have no lock
+_MARKS = ({LOCK}, {"stages.json"}, {"live.json", "status.json"})
+"""Files of which one set is enough: runs of earlier versions have no lock."""
 _WAIT_S = 10.0  # that of a driver which is just ending
 _LOOK_EVERY_S = 0.2
 
@@ -58,11 +59,11 @@ def require_own(run_dir: Path) -> None:
             f"{run_dir}: cannot be read as a run folder: {error.strerror}; choose another name "
             "or dir"
         ) from error
-    if names and not any(mark in names for mark in _MARKS):
+    if names and not any(mark.issubset(names) for mark in _MARKS):
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise DataError(
-            f"{run_dir} holds {shown}, but no run of fgaif ({' or '.join(_MARKS)}): nothing there "
-            "will be moved or overwritten; choose another name or dir"
+            f"{run_dir} holds {shown}, but no run of fgaif ({LOCK} or stages.json): nothing "
+            "there will be moved or overwritten; choose another name or dir"
         )
 
 
