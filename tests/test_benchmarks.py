@@ -12,7 +12,7 @@ from fault_server import FaultServer
 from cluster.cli.main import main
 from fgaif.errors import DataError
 from fgaif.eval import benchmarks
-from fgaif.eval.answers import Answer
+from fgaif.eval.answers import AnswerRow
 from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 from fgaif.eval.benchmarks.pope import pope_metrics, score_pope
 from fgaif.eval.figures import find_figure
@@ -276,7 +276,7 @@ def test_the_embedded_world_and_answer_files_have_one_pope() -> None:
         for i, label in enumerate(labels)
     ]
     answers = [
-        Answer(where="a", id=str(i), text="Yes" if yes else "No") for i, yes in enumerate(said)
+        AnswerRow(where="a", id=str(i), text="Yes" if yes else "No") for i, yes in enumerate(said)
     ]
     scored = score_pope({"random": questions}, {"random": answers}).metrics()
     metrics = pope_metrics(said, labels)

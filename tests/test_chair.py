@@ -10,7 +10,7 @@ import pytest
 
 from fgaif.errors import DataError
 from fgaif.eval.answers import Caption, read_captions
-from fgaif.eval.benchmarks.chair import chair, chair_truth, score_chair
+from fgaif.eval.benchmarks.chair import chair_scores, chair_truth, score_chair
 from fgaif.eval.vocabulary import Vocabulary, coco_vocabulary, singular
 
 COCO = coco_vocabulary()
@@ -149,12 +149,14 @@ def test_figures_by_hand_count_mentions_not_types() -> None:
 
     CHAIR_i = 1 / 4 mentions, CHAIR_s = 1 / 3 captions, recall = (1 + 1 + 0) / (1 + 2 + 1).
     """
-    scores = chair([["moon", "moon", "star"], ["ring"], []], [["moon"], ["ring", "tree"], ["star"]])
+    scores = chair_scores(
+        [["moon", "moon", "star"], ["ring"], []], [["moon"], ["ring", "tree"], ["star"]]
+    )
     assert (scores.chair_s, scores.chair_i, scores.recall) == (1 / 3, 1 / 4, 2 / 4)
 
 
 def test_without_captions_there_are_no_figures() -> None:
-    scores = chair([], [])
+    scores = chair_scores([], [])
     assert (scores.chair_s, scores.chair_i, scores.recall) == (None, None, None)
 
 
@@ -187,7 +189,7 @@ def test_a_caption_file_is_scored_and_what_is_left_out_is_counted() -> None:
         captions(("1", "A man, a cat, cats"), ("2", "A dog."), ("9", "A dog.")),
         {"1": {"dog", "person"}, "2": {"dog"}, "3": {"cat"}},
         COCO,
-        asked=["1", "2", "3"],
+        images=["1", "2", "3"],
     )
     assert scored.metrics() == {"chair_i": 2 / 4, "chair_s": 1 / 2, "recall": 2 / 3, "length": 3.5}
     assert scored.counts == {"captions_without_truth": 1, "images_without_caption": 1}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -71,6 +72,21 @@ def test_pope_prints_one_object_with_its_keys(run: Run, tmp_path: Path) -> None:
     assert (tree["items"], tree["units"]) == (6, 3)
     assert len(tree["provenance"]["questions q"]) == 16
     assert not list(tmp_path.glob("runs*"))
+
+
+def test_scoring_starts_neither_torch_nor_ray_nor_an_api_client(tmp_path: Path) -> None:
+    """They take seconds to import, and a machine that only scores need not have them."""
+    questions = write(tmp_path / "q.jsonl", QUESTIONS)
+    given = write(tmp_path / "a.jsonl", answers("ynynyn"))
+    script = (
+        "import sys; from cluster.cli.main import main\n"
+        f"sys.argv = ['fgaif', 'eval', 'pope', '--questions', {str(questions)!r},"
+        f" '--answers', {str(given)!r}]\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'ray', 'openai') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n"), done.stderr
 
 
 def test_splits_are_paired_by_name_and_averaged(run: Run, tmp_path: Path) -> None:

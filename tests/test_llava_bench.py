@@ -13,7 +13,7 @@ from chats import Scripted
 from fgaif.chat.messages import ChatRequest
 from fgaif.errors import DataError
 from fgaif.eval.benchmarks.llava_bench import read_grades, score_llava_bench, score_reviews
-from fgaif.eval.llava_bench_files import CATEGORIES, Bench, load_rules, read_bench
+from fgaif.eval.llava_bench_files import CATEGORIES, LlavaBenchItems, load_rules, read_bench
 from fgaif.eval.scored import Scored
 
 COCO = {
@@ -36,7 +36,7 @@ def bench(
     questions: Sequence[dict[str, Any]] | None = None,
     context: dict[str, Any] = COCO,
     answers: Sequence[dict[str, Any]] | None = None,
-) -> Bench:
+) -> LlavaBenchItems:
     """Three questions, one per category, about one image."""
     asked = questions or [
         {"question_id": n, "image": "1.jpg", "text": f"Question {n}?", "category": name}
@@ -52,7 +52,7 @@ def bench(
     )
 
 
-def score(found: Bench, judge: Scripted, rules: Path | None = None) -> Scored:
+def score(found: LlavaBenchItems, judge: Scripted, rules: Path | None = None) -> Scored:
     return asyncio.run(score_llava_bench(found, judge, load_rules(rules, found.in_the_wild)))
 
 

@@ -7,7 +7,7 @@ of the labels.
 
 import pytest
 
-from fgaif.eval.answers import Answer
+from fgaif.eval.answers import AnswerRow
 from fgaif.eval.benchmarks.pope import score_pope
 from fgaif.eval.yes_no import YesNoQuestion
 
@@ -37,7 +37,7 @@ def ours(texts: list[str], rule: str = "") -> dict[str, float]:
         YesNoQuestion(where="q", id=str(i), image=f"{i}.jpg", text=f"Q{i}?", label=label)
         for i, label in enumerate(LABELS)
     ]
-    answers = [Answer(where="a", id=str(i), text=text) for i, text in enumerate(texts)]
+    answers = [AnswerRow(where="a", id=str(i), text=text) for i, text in enumerate(texts)]
     metrics = score_pope({"random": rows}, {"random": answers}).metrics()
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     return {name: metrics[rule + name] for name in names}

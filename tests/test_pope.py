@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fgaif.errors import DataError
-from fgaif.eval.answers import Answer
+from fgaif.eval.answers import AnswerRow
 from fgaif.eval.benchmarks.pope import mean_metrics, pope_metrics, read_answer, score_pope
 from fgaif.eval.pope_questions import (
     PopeQuestion,
@@ -157,11 +157,11 @@ ROWS = [
 ]
 
 
-def answer(where: int, text: str, **known: str) -> Answer:
-    return Answer(where=f"a:{where}", text=text, **known)
+def answer(where: int, text: str, **known: str) -> AnswerRow:
+    return AnswerRow(where=f"a:{where}", text=text, **known)
 
 
-def by_id(*texts: str) -> list[Answer]:
+def by_id(*texts: str) -> list[AnswerRow]:
     return [answer(n, text, id=str(n)) for n, text in enumerate(texts, start=1)]
 
 
@@ -346,7 +346,7 @@ def test_texts_that_repeat_are_paired_row_by_row_and_verified() -> None:
         ),
     ],
 )
-def test_answers_to_other_questions_are_refused(answers: list[Answer], message: str) -> None:
+def test_answers_to_other_questions_are_refused(answers: list[AnswerRow], message: str) -> None:
     with pytest.raises(DataError, match=message):
         pair_answers(ROWS, answers)
 
@@ -370,6 +370,6 @@ def test_official_files_ask_what_we_would_ask(split: str, size: int) -> None:
     assert others == {
         f"Is there a {noun} in the image?" for noun in ("skis", "scissors", "broccoli")
     }
-    always = [Answer(where=row.where, id=row.id, text="Yes") for row in rows]
+    always = [AnswerRow(where=row.where, id=row.id, text="Yes") for row in rows]
     metrics = score_pope({split: rows}, {split: always}).metrics()
     assert (metrics["accuracy"], metrics["recall"]) == (1500 / size, 1)

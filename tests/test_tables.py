@@ -12,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 
 from fgaif.errors import DataError
-from fgaif.eval.answers import Answer, Caption
+from fgaif.eval.answers import AnswerRow, Caption
 from fgaif.eval.benchmark_results import (
-    by_length,
+    benchmarks_in,
     comparison_json,
     read_scored,
     result_json,
-    saved_benchmarks,
+    with_length_figures,
     worst_items,
     write_scored,
 )
@@ -26,11 +26,11 @@ from fgaif.eval.benchmarks.chair import score_chair
 from fgaif.eval.benchmarks.pope import score_pope
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
-    comparison_grid,
-    console_table,
+    comparison_table,
+    for_console,
     markdown,
     render_page,
-    results_grid,
+    results_table,
     show_items,
 )
 from fgaif.eval.uncertainty import compare, intervals
@@ -47,7 +47,7 @@ def pope(answers: str, splits: tuple[str, ...] = ("random",)) -> Scored:
         for i in range(len(answers))
     ]
     given = [
-        Answer(where="a", id=str(i), text="yes" if c == "y" else "No")
+        AnswerRow(where="a", id=str(i), text="yes" if c == "y" else "No")
         for i, c in enumerate(answers)
     ]
     return score_pope(dict.fromkeys(splits, rows), dict.fromkeys(splits, given))
@@ -58,22 +58,24 @@ def chair(text: str = "There is a dog on a small red sofa.") -> Scored:
     return score_chair(captions, {"1": {"cat"}}, Vocabulary.from_nouns(["dog", "cat"]))
 
 
-def printed(grid: object) -> str:
+def printed(table: object) -> str:
     stream = StringIO()
-    Console(file=stream, width=80).print(console_table(grid))  # type: ignore[arg-type]
+    Console(file=stream, width=80).print(for_console(table))  # type: ignore[arg-type]
     return stream.getvalue()
 
 
 def page(scored: Scored, images: Path | None = None) -> str:
-    grid = results_grid("R", [(scored, intervals(scored, resamples=20))])
-    return render_page("A <title>", [grid], {"Worst": show_items(scored, images)})
+    table = results_table("R", [(scored, intervals(scored, resamples=20))])
+    return render_page("A <title>", [table], {"Worst": show_items(scored, images)})
 
 
 @pytest.mark.parametrize("scored", [pope("ynyy", ("random", "popular")), chair()])
 def test_a_result_comes_back_as_it_was(tmp_path: Path, scored: Scored) -> None:
-    path = write_scored(tmp_path, scored, intervals(by_length(scored), resamples=20), seed=3)
+    path = write_scored(
+        tmp_path, scored, intervals(with_length_figures(scored), resamples=20), seed=3
+    )
     back = read_scored(tmp_path, scored.benchmark)
-    assert saved_benchmarks(tmp_path) == [scored.benchmark]
+    assert benchmarks_in(tmp_path) == [scored.benchmark]
     assert (back.ids, back.units, back.items) == (scored.ids, scored.units, scored.items)
     assert (back.counts, back.provenance, back.groups) == (
         scored.counts, scored.provenance, scored.groups,
@@ -85,7 +87,7 @@ def test_a_result_comes_back_as_it_was(tmp_path: Path, scored: Scored) -> None:
 
 
 def test_the_object_has_every_figure_by_name_and_null_for_what_is_not_known() -> None:
-    scored = by_length(chair("Nothing."))
+    scored = with_length_figures(chair("Nothing."))
     tree = result_json(scored, intervals(scored, resamples=20))
     assert tree["chair_s"] == 0
     assert tree["chair_i"] is None
@@ -96,7 +98,7 @@ def test_the_object_has_every_figure_by_name_and_null_for_what_is_not_known() ->
 
 
 def test_only_descriptions_have_figures_by_length() -> None:
-    assert by_length(pope("yn")).metrics() == pope("yn").metrics()
+    assert with_length_figures(pope("yn")).metrics() == pope("yn").metrics()
 
 
 @pytest.mark.parametrize("spoil", ["items", "figures", "json", "missing"])
@@ -118,7 +120,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, spoil: st
 
 def test_an_empty_folder_names_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pope\.json.*--out"):
-        saved_benchmarks(tmp_path)
+        benchmarks_in(tmp_path)
 
 
 def test_the_worst_come_first_one_per_image_and_none_that_went_well() -> None:
@@ -131,26 +133,26 @@ def test_the_worst_come_first_one_per_image_and_none_that_went_well() -> None:
 def test_one_split_and_a_rule_without_effect_are_not_printed_twice() -> None:
     scored = pope("yyyn")
     found = intervals(scored, resamples=20)
-    text = printed(results_grid("R", [(scored, found)]))
+    text = printed(results_table("R", [(scored, found)]))
     assert text.count("accuracy") == 1
     assert "75.0 %" in text
     two = pope("yyyn", ("random", "popular"))
-    assert printed(results_grid("R", [(two, intervals(two, resamples=20))])).count("accuracy") == 3
+    assert printed(results_table("R", [(two, intervals(two, resamples=20))])).count("accuracy") == 3
 
 
 def test_a_rule_with_effect_is_printed() -> None:
     rows = [YesNoQuestion(where="q", id="0", image="0.png", text="Is it?", label=True)]
-    scored = score_pope({"r": rows}, {"r": [Answer(where="a", id="0", text="Sure.")]})
-    text = printed(results_grid("R", [(scored, intervals(scored, resamples=20))]))
+    scored = score_pope({"r": rows}, {"r": [AnswerRow(where="a", id="0", text="Sure.")]})
+    text = printed(results_table("R", [(scored, intervals(scored, resamples=20))]))
     assert "accuracy, strict" in text
 
 
 def test_a_comparison_says_better_only_if_the_corrected_test_does() -> None:
     better = compare(pope("ny" * 12), pope("yn" * 12), resamples=50, permutations=500)
     same = compare(pope("yn" * 12), pope("yn" * 11 + "nn"), resamples=50, permutations=500)
-    verdicts = {line.title: line.verdict for line in comparison_grid("C", [better]).lines}
+    verdicts = {line.title: line.verdict for line in comparison_table("C", [better]).lines}
     assert verdicts["accuracy"] == "better"
-    assert not any(line.verdict for line in comparison_grid("C", [same]).lines)
+    assert not any(line.verdict for line in comparison_table("C", [same]).lines)
     tree = comparison_json(better)
     assert tree["figures"]["accuracy"]["difference"] == 1.0
     assert tree["common"] == 24
@@ -160,7 +162,7 @@ def test_a_comparison_says_better_only_if_the_corrected_test_does() -> None:
 def test_tables_fit_into_80_columns_and_notes_say_what_differs() -> None:
     a = replace(pope("yn" * 9), provenance={"questions": "x"})
     b = replace(pope("ny" * 9), provenance={"questions": "y"})
-    text = printed(comparison_grid("C", [compare(a, b, resamples=20, permutations=99)]))
+    text = printed(comparison_table("C", [compare(a, b, resamples=20, permutations=99)]))
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "p (Holm)" in text
     assert "beware: pope: questions differs: x and y" in text
@@ -168,7 +170,7 @@ def test_tables_fit_into_80_columns_and_notes_say_what_differs() -> None:
 
 def test_markdown_is_one_table_whose_cells_cannot_break_it() -> None:
     scored = replace(pope("yn"), provenance={"model": "a|b"})
-    text = markdown(results_grid("R", [(scored, intervals(scored, resamples=20))]))
+    text = markdown(results_table("R", [(scored, intervals(scored, resamples=20))]))
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {5}
     assert "| pope | accuracy | 100.0 % |" in text
@@ -178,7 +180,7 @@ def test_the_page_stands_alone_and_shows_the_worst_items(tmp_path: Path) -> None
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (900, 600), "red").save(tmp_path / "deep" / "0.png")
     rows = [YesNoQuestion(where="q", id="0", image="0.png", text="<script>?", label=True)]
-    scored = score_pope({"random": rows}, {"random": [Answer(where="a", id="0", text="no <b>")]})
+    scored = score_pope({"random": rows}, {"random": [AnswerRow(where="a", id="0", text="no <b>")]})
     html = page(scored, tmp_path)
     assert html.count("data:image/") == 1
     assert len(html) < 60_000  # the image was shrunk
@@ -186,7 +188,7 @@ def test_the_page_stands_alone_and_shows_the_worst_items(tmp_path: Path) -> None
     assert "no &lt;b&gt;" in html
     assert "A &lt;title&gt;" in html
     assert not re.search(r"""(src|href)=["']?(https?:|//)""", html)
-    assert html.count('class="bar"') == len(results_grid("", [(scored, intervals(scored))]).lines)
+    assert html.count('class="bar"') == len(results_table("", [(scored, intervals(scored))]).lines)
 
 
 def test_an_image_that_is_not_there_is_named() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from cluster.evaluation.options import MODEL_OPTIONS, Common, JudgeOptions, command_of
+from cluster.evaluation.options import MODEL_OPTIONS, CommonOptions, JudgeOptions, command_of
 from fgaif.data.scenes.world import Split
 from fgaif.errors import ConfigError
 from fgaif.eval.benchmark import Benchmark
@@ -122,7 +122,7 @@ def describe(benchmark: Benchmark[Any]) -> dict[str, Any]:
 def benchmark_command(benchmark: Benchmark[Any]) -> Any:
     """Make the command of a benchmark: its own options, the shared ones, those of its models."""
 
-    def run(own: Any, common: Common, **models: Any) -> None:
+    def run(own: Any, common: CommonOptions, **models: Any) -> None:
         from cluster.evaluation.run import run_benchmarks
         from cluster.evaluation.settings import eval_context, make_settings
 
@@ -131,7 +131,7 @@ def benchmark_command(benchmark: Benchmark[Any]) -> Any:
 
     groups: dict[str, type] = {
         "own": benchmark.options,
-        "common": Common,
+        "common": CommonOptions,
         **{model: MODEL_OPTIONS[model] for model in benchmark.models},
     }
     figures = ", ".join(figure.key for figure in benchmark.figures)
@@ -152,7 +152,7 @@ class AllOptions:
     count: Annotated[int, typer.Option(min=1, help="Images for CHAIR and FaithScore.")] = 500
 
 
-def run_all(own: AllOptions, common: Common, judge: JudgeOptions) -> None:
+def run_all(own: AllOptions, common: CommonOptions, judge: JudgeOptions) -> None:
     """Run every benchmark whose official files lie in the folder."""
     from cluster.evaluation.run import prepare_all, run_benchmarks
     from cluster.evaluation.settings import eval_context, make_settings
@@ -170,7 +170,7 @@ def run_all(own: AllOptions, common: Common, judge: JudgeOptions) -> None:
 eval_app.command(
     "all",
     help="All benchmarks whose files lie in one folder; without a judge, those that need none.",
-)(command_of({"own": AllOptions, "common": Common, "judge": JudgeOptions}, run_all))
+)(command_of({"own": AllOptions, "common": CommonOptions, "judge": JudgeOptions}, run_all))
 
 
 @eval_app.command()

@@ -9,11 +9,11 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from fgaif.errors import ConfigError
-from fgaif.eval.benchmark import Model
+from fgaif.eval.benchmark import ModelRole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Common:
+class CommonOptions:
     """Options of every benchmark."""
 
     overrides: Annotated[
@@ -70,7 +70,7 @@ class VerifierOptions:
     ] = None
 
 
-MODEL_OPTIONS: Mapping[Model, type] = {"judge": JudgeOptions, "verifier": VerifierOptions}
+MODEL_OPTIONS: Mapping[ModelRole, type] = {"judge": JudgeOptions, "verifier": VerifierOptions}
 """Options of the commands whose benchmarks ask such a model."""
 
 

@@ -20,22 +20,22 @@ from fgaif.data.prompts import Skipped
 from fgaif.errors import DataError
 from fgaif.eval.benchmark import EvalContext, Judges, PreparedBenchmark
 from fgaif.eval.benchmark_results import (
-    by_length,
+    benchmarks_in,
     comparison_json,
     read_scored,
     result_json,
-    saved_benchmarks,
+    with_length_figures,
     write_scored,
 )
 from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
-    Grid,
-    comparison_grid,
-    console_table,
+    FigureTable,
+    comparison_table,
+    for_console,
     markdown,
     render_page,
-    results_grid,
+    results_table,
     show_items,
 )
 from fgaif.eval.uncertainty import compare, intervals
@@ -118,43 +118,47 @@ def run_comparison(
     Raises:
         DataError: a folder holds no results, or they have no benchmark in common.
     """
-    theirs = saved_benchmarks(b)
-    names = [name for name in saved_benchmarks(a) if name in theirs]
+    theirs = benchmarks_in(b)
+    names = [name for name in benchmarks_in(a) if name in theirs]
     if not names:
         raise DataError(f"{a} and {b} have no benchmark in common; run the same one for both")
     comparisons = [
-        compare(by_length(read_scored(a, name)), by_length(read_scored(b, name)), seed=seed)
+        compare(
+            with_length_figures(read_scored(a, name)),
+            with_length_figures(read_scored(b, name)),
+            seed=seed,
+        )
         for name in names
     ]
-    grid = comparison_grid(f"A = {a}, B = {b}", comparisons)
+    table = comparison_table(f"A = {a}, B = {b}", comparisons)
     tree = {found.benchmark: comparison_json(found) for found in comparisons}
     whole: Json = {"a": str(a), "b": str(b), "benchmarks": tree}
     if out is not None:
         write_whole(out / "comparison.json", _dump(whole))
-        write_whole(out / "comparison.md", markdown(grid))
-        write_whole(out / "comparison.html", render_page("fgaif: comparison", [grid], {}))
+        write_whole(out / "comparison.md", markdown(table))
+        write_whole(out / "comparison.html", render_page("fgaif: comparison", [table], {}))
     if as_json:
         _print_json(whole)
     else:
-        console.print(console_table(grid))
+        console.print(for_console(table))
 
 
-def write_tables(folder: Path, images: Path | None, seed: int = 0) -> Grid:
+def write_tables(folder: Path, images: Path | None, seed: int = 0) -> FigureTable:
     """Write ``results.{json,md,html}`` over all benchmarks of a result folder."""
-    scored = [read_scored(folder, name) for name in saved_benchmarks(folder)]
-    full = [by_length(one) for one in scored]
+    scored = [read_scored(folder, name) for name in benchmarks_in(folder)]
+    full = [with_length_figures(one) for one in scored]
     results = [(one, intervals(one, seed=seed)) for one in full]
-    grid = results_grid(f"Results in {folder.name}", results)
+    table = results_table(f"Results in {folder.name}", results)
     models = {one.provenance.get("model", "not known") for one in scored}
     if len(models) > 1:
         beware = f"beware: these benchmarks are of several models: {', '.join(sorted(models))}"
-        grid = replace(grid, notes=(*grid.notes, beware))
+        table = replace(table, notes=(*table.notes, beware))
     tree = {one.benchmark: result_json(one, estimates, seed) for one, estimates in results}
     worst = {f"Worst of {one.benchmark}": show_items(one, images) for one in scored}
     write_whole(folder / "results.json", _dump(tree))
-    write_whole(folder / "results.md", markdown(grid))
-    write_whole(folder / "results.html", render_page(f"fgaif: {folder.name}", [grid], worst))
-    return grid
+    write_whole(folder / "results.md", markdown(table))
+    write_whole(folder / "results.html", render_page(f"fgaif: {folder.name}", [table], worst))
+    return table
 
 
 def _generate(
@@ -239,7 +243,8 @@ def _report(
     scored: Sequence[Scored], settings: Settings, out: Console, err: Console, by_name: bool
 ) -> None:
     results = [
-        (full, intervals(full, seed=settings.seed)) for full in (by_length(one) for one in scored)
+        (full, intervals(full, seed=settings.seed))
+        for full in (with_length_figures(one) for one in scored)
     ]
     if settings.out is not None:
         for one, (_, estimates) in zip(scored, results, strict=True):
@@ -250,7 +255,7 @@ def _report(
         trees = {full.benchmark: result_json(full, found, settings.seed) for full, found in results}
         _print_json(trees if by_name else next(iter(trees.values())))
     else:
-        out.print(console_table(results_grid("results", results)))
+        out.print(for_console(results_table("results", results)))
 
 
 def _print_plan(prepared: Sequence[PreparedBenchmark], settings: Settings, out: Console) -> None:

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.evaluation.options import Common, JudgeOptions, VerifierOptions
-from cluster.launch import Cluster
+from cluster.evaluation.options import CommonOptions, JudgeOptions, VerifierOptions
 from fgaif.chat.batched import BatchedChat
 from fgaif.chat.cached import CachedChat
-from fgaif.chat.endpoint import Endpoint
 from fgaif.chat.limits import Budget, Spend, estimate, price
 from fgaif.chat.messages import ChatModel, ChatRequest, Reply, RequestFailed
 from fgaif.chat.store import ReplyStore
@@ -19,14 +17,14 @@ from fgaif.errors import ConfigError
 from fgaif.eval.benchmark import EvalContext
 from fgaif.eval.corrupt import Corruption
 from fgaif.eval.questions import QuestionBuilder
-from fgaif.reward.checkpoint import checkpoint_digest
 
 if TYPE_CHECKING:
     from cluster.evaluation.generate import ModelSpec
+    from cluster.launch import Cluster
 
 _SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 _REPLIES = Path("runs") / "judge.sqlite"
-ENTRY = "judge"
+JUDGE_ENTRY = "judge"
 """Name of the endpoint that ``--judge-model`` and its companions describe."""
 
 
@@ -48,7 +46,9 @@ class Settings:
 
 
 def make_settings(
-    common: Common, judge: JudgeOptions | None = None, verifier: VerifierOptions | None = None
+    common: CommonOptions,
+    judge: JudgeOptions | None = None,
+    verifier: VerifierOptions | None = None,
 ) -> Settings:
     """Read configuration and model, and check that the options go together.
 
@@ -63,7 +63,7 @@ def make_settings(
     overrides = list(common.overrides or ())
     entry = judge.judge if judge is not None else None
     if judge is not None and judge.judge_model is not None:
-        entry = ENTRY
+        entry = JUDGE_ENTRY
         overrides += _endpoint_overrides(judge)
     checkpoint = verifier.verifier if verifier is not None else None
     base = _SCENES_CONFIG if (common.model or "").startswith("scenes:") or checkpoint else None
@@ -135,18 +135,22 @@ def _endpoint_overrides(judge: JudgeOptions) -> list[str]:
         "base_url": judge.judge_url,
         "api_key_env": judge.judge_key_env,
     }
-    return [f"endpoints.{ENTRY}.{key}={value}" for key, value in settings.items() if value]
+    return [f"endpoints.{JUDGE_ENTRY}.{key}={value}" for key, value in settings.items() if value]
 
 
 @asynccontextmanager
 async def open_judge(
-    config: Config, entry: str | None, replies: Path, say: Callable[[str], None]
+    config: Config, entry: str | None, replies: Path, report_usage: Callable[[str], None]
 ) -> AsyncIterator[ChatModel]:
-    """Open the judge ``endpoints.ENTRY`` over the store of replies; ``say`` gets the bill.
+    """Open the judge, an entry of ``endpoints``, over its stored replies.
+
+    ``report_usage`` gets a line with the tokens and the cost at the end.
 
     Raises:
         ConfigError: no such entry, or its key is missing.
     """
+    from fgaif.chat.endpoint import Endpoint  # openai: not for scoring
+
     settings = judge_settings(config, entry)
     budget = Budget(config.feedback.max_cost, config.feedback.max_tokens)
     pixels = config.data.max_image_pixels
@@ -157,14 +161,16 @@ async def open_judge(
             yield CachedChat(endpoint, store)
         finally:
             await endpoint.close()
-            say(budget.usage().line())
+            report_usage(budget.usage().line())
 
 
-def local_verifier(cluster: Cluster, checkpoint: Path, store: ReplyStore) -> ChatModel:
+def local_verifier(cluster: "Cluster", checkpoint: Path, store: ReplyStore) -> ChatModel:
     """A LLaVA checkpoint on the cluster's judge engines, as a chat model over the store."""
+    from fgaif.reward.checkpoint import checkpoint_digest  # torch: not for scoring
+
     judges = cluster.judges()
     name = checkpoint_digest(checkpoint)[:16]
-    return CachedChat(BatchedChat(name, lambda asked: judges.answer(asked).result()), store)
+    return CachedChat(BatchedChat(name, lambda requests: judges.answer(requests).result()), store)
 
 
 @dataclass

@@ -19,7 +19,7 @@ _COCO_FILE = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})(?:\.\w+)?", re.IGNORECA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class AnswerRow:
     """An answer to one question. ``where`` is its row in a file; None stands for what the file
     does not say. ``image`` is a name as ``image_name`` gives it."""
 
@@ -53,7 +53,7 @@ def image_name(value: str | int) -> str:
     return str(int(name)) if name.isdecimal() else name
 
 
-def read_answers(path: Path) -> list[Answer]:
+def read_answers(path: Path) -> list[AnswerRow]:
     """Read answers to questions, in the order of the file.
 
     The answer stands under ``text`` or ``answer``, the question under ``question`` or ``prompt``,
@@ -67,10 +67,10 @@ def read_answers(path: Path) -> list[Answer]:
     return answers
 
 
-def _answer(row: Row) -> Answer:
+def _answer(row: Row) -> AnswerRow:
     data = row.data
     question = "question" if "question" in data else "prompt"
-    return Answer(
+    return AnswerRow(
         where=row.where,
         text=row.text("text", "answer", empty=True),
         id=row.identity("question_id") if "question_id" in data else None,

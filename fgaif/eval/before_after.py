@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 from fgaif.eval.benchmarks.chair import FIGURES as CHAIR
 from fgaif.eval.benchmarks.pope import FIGURES as POPE_FIGURES
-from fgaif.eval.figures import Figure, Verdict, find_figure
+from fgaif.eval.figures import ChangeVerdict, Figure, find_figure
 from fgaif.types import CaptionMetrics, PopeMetrics
 
 _OF_KIND = "Hallucinated share of the segments that state a fact of this kind"
@@ -60,7 +60,7 @@ class Change:
     before: str
     after: str
     change: str
-    verdict: Verdict
+    verdict: ChangeVerdict
 
 
 def compare(

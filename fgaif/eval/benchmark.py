@@ -20,7 +20,7 @@ from fgaif.eval.questions import QuestionBuilder, QuestionSet
 from fgaif.eval.scored import FigureFunction, Scored
 
 Options = TypeVar("Options")
-Model = Literal["judge", "verifier"]
+ModelRole = Literal["judge", "verifier"]
 """A model that a benchmark asks: a judge over an API, or a checkpoint that verifies facts."""
 
 
@@ -118,7 +118,7 @@ class Benchmark(Generic[Options]):
     prepare: Callable[[Options, EvalContext], PreparedBenchmark]
     figures: tuple[Figure, ...]
     compute: Callable[[tuple[str, ...]], FigureFunction]
-    models: tuple[Model, ...] = ()
+    models: tuple[ModelRole, ...] = ()
     descriptions: bool = False
     nested: bool = False
     official: Callable[[Path, EvalContext, int], PreparedBenchmark | Path] | None = None

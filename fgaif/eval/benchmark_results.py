@@ -22,7 +22,7 @@ from fgaif.files import write_whole
 from fgaif.types import Json
 
 
-def by_length(scored: Scored) -> Scored:
+def with_length_figures(scored: Scored) -> Scored:
     """Add the figures by number of sub-sentences to benchmarks of descriptions."""
     if not load_benchmark(scored.benchmark).descriptions:
         return scored
@@ -103,7 +103,7 @@ def read_scored(folder: Path, benchmark: str) -> Scored:
     return scored
 
 
-def saved_benchmarks(folder: Path) -> list[str]:
+def benchmarks_in(folder: Path) -> list[str]:
     """Names of the benchmarks with a result in the folder.
 
     Raises:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fgaif.eval.benchmarks.chair import chair
+from fgaif.eval.benchmarks.chair import chair_scores
 from fgaif.types import (
     KINDS,
     UNKNOWN,
@@ -137,7 +137,7 @@ def _chair(captions: Sequence[JudgedCaption]) -> tuple[float | None, float | Non
     ]
     if not known:
         return None, None, None
-    scores = chair([mentions for mentions, _ in known], [objects for _, objects in known])
+    scores = chair_scores([mentions for mentions, _ in known], [objects for _, objects in known])
     return scores.chair_s, scores.chair_i, scores.recall
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["better", "worse", "same", ""]
+ChangeVerdict = Literal["better", "worse", "same", ""]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Figure:
         text = text.replace("-", "−")
         return f"{text} (×{after / before:.2f})" if self.better < 0 and before > 0 else text
 
-    def verdict(self, before: float | None, after: float | None) -> Verdict:
+    def verdict(self, before: float | None, after: float | None) -> ChangeVerdict:
         """Say whether the change is for the better; "same" below a tenth of a point or .01."""
         if before is None or after is None or not self.better:
             return ""

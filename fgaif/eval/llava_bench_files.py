@@ -26,7 +26,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BenchItem:
+class LlavaBenchItem:
     """One question with its context; ``answer`` is the model's, ``reference`` the one to match."""
 
     id: str
@@ -39,15 +39,15 @@ class BenchItem:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
+class LlavaBenchItems:
     """Answered items in the order of the questions; ``in_the_wild`` says which set it is."""
 
-    items: tuple[BenchItem, ...]
+    items: tuple[LlavaBenchItem, ...]
     in_the_wild: bool
     counts: dict[str, int]
 
 
-def read_bench(questions: Path, references: Path, contexts: Path, answers: Path) -> Bench:
+def read_bench(questions: Path, references: Path, contexts: Path, answers: Path) -> LlavaBenchItems:
     """Join the four files by ``question_id``, and contexts by ``image``.
 
     Rows: questions ``question_id, image, text, category``; references and answers ``question_id,
@@ -60,34 +60,37 @@ def read_bench(questions: Path, references: Path, contexts: Path, answers: Path)
         DataError: names row and key; a question has no reference or context, a row is there twice,
             or no answer matches.
     """
-    asked = rows_by_key(questions, "question_id")
-    reference, given = rows_by_key(references, "question_id"), rows_by_key(answers, "question_id")
-    context = rows_by_key(contexts, "image")
+    question_rows = rows_by_key(questions, "question_id")
+    reference_rows = rows_by_key(references, "question_id")
+    answer_rows = rows_by_key(answers, "question_id")
+    context_rows = rows_by_key(contexts, "image")
     items = []
-    for identity, row in asked.items():
-        if identity not in given:
+    for identity, row in question_rows.items():
+        if identity not in answer_rows:
             continue
-        _check_prompt(row, given[identity])
+        _check_prompt(row, answer_rows[identity])
         image = row.text("image")
         items.append(
-            BenchItem(
+            LlavaBenchItem(
                 id=identity,
                 image=image,
                 category=category_of(row),
-                context=_context(_needed(context, image, row, "image", contexts)),
+                context=_context(_needed(context_rows, image, row, "image", contexts)),
                 question=row.text("text"),
-                reference=_needed(reference, identity, row, "question_id", references).text("text"),
-                answer=given[identity].text("text", empty=True),
+                reference=_needed(reference_rows, identity, row, "question_id", references).text(
+                    "text"
+                ),
+                answer=answer_rows[identity].text("text", empty=True),
             )
         )
     if not items:
         raise DataError(f"{answers}: key `question_id`: none is that of a question in {questions}")
-    return Bench(
+    return LlavaBenchItems(
         items=tuple(items),
-        in_the_wild=any("caption" in row.data for row in context.values()),
+        in_the_wild=any("caption" in row.data for row in context_rows.values()),
         counts={
-            "items_unanswered": len(asked) - len(items),
-            "answers_unmatched": len(given) - len(items),
+            "items_unanswered": len(question_rows) - len(items),
+            "answers_unmatched": len(answer_rows) - len(items),
             "answers_empty": sum(not item.answer.strip() for item in items),
         },
     )

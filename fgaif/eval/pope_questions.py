@@ -80,10 +80,10 @@ def build_questions(
     Raises:
         DataError: no image shows any object.
     """
-    asked = _draw([names for _, names in images], strategy, per_image, seed, related)
+    drawn = _draw([names for _, names in images], strategy, per_image, seed, related)
     return [
         PopeQuestion(image=image, strategy=strategy, object=name, label=label)
-        for (image, _), pairs in zip(images, asked, strict=True)
+        for (image, _), pairs in zip(images, drawn, strict=True)
         for name, label in pairs
     ]
 
@@ -114,9 +114,9 @@ def build_rows(
             f"{count or 1} are needed; give more annotated images or ask for fewer"
         )
     drawn = rich if count is None else random.Random(f"pope images {seed}").sample(rich, count)
-    asked = _draw([names for _, names in drawn], strategy, per_image, seed, related)
+    pairs_of = _draw([names for _, names in drawn], strategy, per_image, seed, related)
     flat = [
-        (image, *pair) for (image, _), pairs in zip(drawn, asked, strict=True) for pair in pairs
+        (image, *pair) for (image, _), pairs in zip(drawn, pairs_of, strict=True) for pair in pairs
     ]
     return [
         YesNoQuestion(

@@ -29,7 +29,7 @@ _DASH = "–"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class FigureRow:
     """One figure: its cells as text, where it lies, and whether a change is for the better.
 
     ``bar`` holds low, value and high in [0, 1] of the drawn axis; None where there is no interval.
@@ -45,22 +45,24 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class FigureTable:
     """A table of figures. ``axis`` says what the bars span, ``notes`` stand below; ``centred``: 0
     lies in the middle of the axis."""
 
     title: str
     columns: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[FigureRow, ...]
     axis: str
     notes: tuple[str, ...]
     centred: bool = False
 
 
-def results_grid(title: str, results: Sequence[tuple[Scored, Mapping[str, Estimate]]]) -> Grid:
+def results_table(
+    title: str, results: Sequence[tuple[Scored, Mapping[str, Estimate]]]
+) -> FigureTable:
     """Lay out one model's figures with their intervals."""
     lines = [
-        Line(
+        FigureRow(
             benchmark=scored.benchmark,
             group=group_of(name),
             title=title_of(figure, name),
@@ -73,7 +75,7 @@ def results_grid(title: str, results: Sequence[tuple[Scored, Mapping[str, Estima
         if not _repeats(name, estimates) and not _empty(name, estimate.value)
         for figure in [_figure(scored.benchmark, name)]
     ]
-    return Grid(
+    return FigureTable(
         title=title,
         columns=("figure", "value", "95 % interval"),
         lines=tuple(lines),
@@ -82,7 +84,7 @@ def results_grid(title: str, results: Sequence[tuple[Scored, Mapping[str, Estima
     )
 
 
-def comparison_grid(title: str, comparisons: Sequence[Comparison]) -> Grid:
+def comparison_table(title: str, comparisons: Sequence[Comparison]) -> FigureTable:
     """Lay out two models' figures on the same items, the difference and its p-value."""
     lines = []
     for comparison in comparisons:
@@ -93,7 +95,7 @@ def comparison_grid(title: str, comparisons: Sequence[Comparison]) -> Grid:
             figure = _figure(comparison.benchmark, name)
             reach = _reach(known, name, comparison)
             lines.append(
-                Line(
+                FigureRow(
                     benchmark=comparison.benchmark,
                     group=group_of(name),
                     title=title_of(figure, name),
@@ -110,7 +112,7 @@ def comparison_grid(title: str, comparisons: Sequence[Comparison]) -> Grid:
                     verdict=_verdict(figure, found.difference.value, found.p_holm),
                 )
             )
-    return Grid(
+    return FigureTable(
         title=title,
         columns=("figure", "A", "B", "B − A", "95 % interval", "p", "p (Holm)"),
         lines=tuple(lines),
@@ -120,35 +122,37 @@ def comparison_grid(title: str, comparisons: Sequence[Comparison]) -> Grid:
     )
 
 
-def console_table(grid: Grid) -> Group:
-    """Lay out a grid for the console, a section per benchmark; fits into 80 columns."""
-    table = RichTable(title=grid.title, title_justify="left", box=SIMPLE)
-    table.padding = (0, 1, 0, 0)
-    table.add_column(grid.columns[0])
-    for column in grid.columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for line, new_benchmark, new_group in _with_headings(grid.lines):
+def for_console(table: FigureTable) -> Group:
+    """Lay out a table for the console, a section per benchmark; fits into 80 columns."""
+    drawn = RichTable(title=table.title, title_justify="left", box=SIMPLE)
+    drawn.padding = (0, 1, 0, 0)
+    drawn.add_column(table.columns[0])
+    for column in table.columns[1:]:
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for line, new_benchmark, new_group in _with_headings(table.lines):
         if new_benchmark:
-            table.add_section()
-            table.add_row(Text(line.benchmark, style="bold"))
+            drawn.add_section()
+            drawn.add_row(Text(line.benchmark, style="bold"))
         if new_group:
-            table.add_row(Text(f" {line.group}", style="italic"))
+            drawn.add_row(Text(f" {line.group}", style="italic"))
         style = _COLOURS[line.verdict]
-        table.add_row(Text(f"  {line.title}"), *[Text(cell, style=style) for cell in line.cells])
-    return Group(table, Text("\n".join(grid.notes), style="dim"))
+        drawn.add_row(Text(f"  {line.title}"), *[Text(cell, style=style) for cell in line.cells])
+    return Group(drawn, Text("\n".join(table.notes), style="dim"))
 
 
-def markdown(grid: Grid) -> str:
-    """Write a grid as a Markdown table with its notes."""
-    columns = ["benchmark", *grid.columns]
+def markdown(table: FigureTable) -> str:
+    """Write a table as a Markdown table with its notes."""
+    columns = ["benchmark", *table.columns]
     rows = [columns, ["---", "---", *["---:"] * (len(columns) - 2)]]
-    rows += [[line.benchmark, _full(line), *line.cells] for line in grid.lines]
-    table = "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
-    notes = "".join(f"- {note}\n" for note in grid.notes)
-    return f"### {grid.title}\n\n{table}\n\n{notes}"
+    rows += [[line.benchmark, _full(line), *line.cells] for line in table.lines]
+    lines = "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+    notes = "".join(f"- {note}\n" for note in table.notes)
+    return f"### {table.title}\n\n{lines}\n\n{notes}"
 
 
-def render_page(title: str, grids: Sequence[Grid], worst: Mapping[str, Sequence[Json]]) -> str:
+def render_page(
+    title: str, tables: Sequence[FigureTable], worst: Mapping[str, Sequence[Json]]
+) -> str:
     """Render a page without script or link: tables, bars, the worst items with their images.
 
     ``worst`` maps a heading to items whose ``image`` is a data URI or None (``show_items``).
@@ -162,7 +166,7 @@ def render_page(title: str, grids: Sequence[Grid], worst: Mapping[str, Sequence[
     )
     return environment.get_template("benchmarks.html.jinja").render(
         title=title,
-        grids=[(grid, list(_with_headings(grid.lines))) for grid in grids],
+        tables=[(table, list(_with_headings(table.lines))) for table in tables],
         worst=worst,
     )
 
@@ -285,16 +289,16 @@ def _comparison_notes(comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield from (f"beware: {warning}" for warning in found.warnings)
 
 
-def _with_headings(lines: Sequence[Line]) -> Iterator[tuple[Line, bool, bool]]:
+def _with_headings(lines: Sequence[FigureRow]) -> Iterator[tuple[FigureRow, bool, bool]]:
     """Lines, whether a benchmark begins with it, and whether a group of figures does."""
-    before: Line | None = None
+    before: FigureRow | None = None
     for line in lines:
         new = before is None or line.benchmark != before.benchmark
         yield line, new, bool(line.group) and (new or before is None or line.group != before.group)
         before = line
 
 
-def _full(line: Line) -> str:
+def _full(line: FigureRow) -> str:
     return f"{line.group}: {line.title}" if line.group else line.title
 
 

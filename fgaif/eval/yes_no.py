@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fgaif.errors import DataError
-from fgaif.eval.answers import Answer, image_name
+from fgaif.eval.answers import AnswerRow, image_name
 from fgaif.eval.scored import Stats
 
 
@@ -32,8 +32,8 @@ def read_strictly(text: str) -> bool | None:
 
 
 def pair_answers(
-    questions: Sequence[YesNoQuestion], answers: Sequence[Answer]
-) -> tuple[dict[str, Answer], int]:
+    questions: Sequence[YesNoQuestion], answers: Sequence[AnswerRow]
+) -> tuple[dict[str, AnswerRow], int]:
     """Find the answer to each question: (answers by question id, number of answers left over).
 
     By id where the answers have ids. Otherwise by image and question text, or by the text alone,
@@ -50,14 +50,14 @@ def pair_answers(
         for question, answer in zip(questions, answers, strict=True):
             _check_pair(question, answer)
         return {q.id: answer for q, answer in zip(questions, answers, strict=True)}, 0
-    by_key: dict[tuple[str | None, ...], Answer] = {}
+    by_key: dict[tuple[str | None, ...], AnswerRow] = {}
     for answer in answers:
         first = by_key.setdefault(_name(answer, key), answer)
         if first is not answer:
             raise DataError(
                 f"{answer.where}: answers the question of {first.where} again; keep one"
             )
-    paired: dict[str, Answer] = {}
+    paired: dict[str, AnswerRow] = {}
     for question in questions:
         found = by_key.get(_name(question, key))
         if found is not None:
@@ -66,7 +66,7 @@ def pair_answers(
     return paired, len(answers) - len(paired)
 
 
-def _name(row: YesNoQuestion | Answer, key: tuple[str, ...]) -> tuple[str | None, ...]:
+def _name(row: YesNoQuestion | AnswerRow, key: tuple[str, ...]) -> tuple[str | None, ...]:
     parts: dict[str, str | None]
     if isinstance(row, YesNoQuestion):
         parts = {"id": row.id, "image": image_name(row.image), "question": row.text}
@@ -79,7 +79,7 @@ def _name(row: YesNoQuestion | Answer, key: tuple[str, ...]) -> tuple[str | None
 
 
 def _pairing_key(
-    questions: Sequence[YesNoQuestion], answers: Sequence[Answer]
+    questions: Sequence[YesNoQuestion], answers: Sequence[AnswerRow]
 ) -> tuple[str, ...] | None:
     """Name what tells questions apart and all answers say, or None: row by row."""
     if all(answer.id is not None for answer in answers):
@@ -104,7 +104,7 @@ def _pairing_key(
     return None
 
 
-def _check_pair(question: YesNoQuestion, answer: Answer) -> None:
+def _check_pair(question: YesNoQuestion, answer: AnswerRow) -> None:
     """Raise DataError unless image and text agree; a prompt may add to the question."""
     if answer.text == question.text:
         raise DataError(

@@ -1,15 +1,16 @@
 """The log of a probability ratio, kept where exp is finite."""
 
-from typing import TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from fgaif.types import FloatArray
+
+if TYPE_CHECKING:
+    from torch import Tensor  # not for those who only read numbers: it takes seconds to import
 
 MAX_LOG_RATIO = 20.0
 """verl bounds log-ratios likewise. exp(20) is 5e8: no policy in use comes near it."""
 
-A = TypeVar("A", Tensor, FloatArray)
+A = TypeVar("A", "Tensor", FloatArray)
 
 
 def bounded(log_ratio: A) -> A:

@@ -1,7 +1,7 @@
 """CHAIR: objects that captions name and images do not show (Rohrbach et al., 2018).
 
 One and the same for COCO's annotations, which the command reads, and for the embedded world, whose
-scenes say what an image shows: ``chair`` scores what captions name against what images show.
+scenes say what an image shows: ``chair_scores`` scores what captions name against what images show.
 """
 
 import math
@@ -60,7 +60,9 @@ class ChairScores:
     recall: float | None
 
 
-def chair(mentions: Sequence[Sequence[str]], objects: Sequence[Collection[str]]) -> ChairScores:
+def chair_scores(
+    mentions: Sequence[Sequence[str]], objects: Sequence[Collection[str]]
+) -> ChairScores:
     """Score captions, each with the objects it names (repeats count) and those the image shows.
 
     Sums run over the corpus: a caption with many mentions weighs more in ``chair_i``.
@@ -121,13 +123,13 @@ def score_chair(
     truth: Mapping[str, Collection[str]],
     vocabulary: Vocabulary,
     *,
-    asked: Collection[str] = (),
+    images: Collection[str] = (),
 ) -> Scored:
     """Score captions against the objects of their images.
 
     Figures: ``chair_i``, ``chair_s``, ``recall``, ``length`` (mean number of words between blanks).
     A caption of an image that ``truth`` does not know is left out and counted
-    (``captions_without_truth``), as is an image of ``asked`` that has no caption
+    (``captions_without_truth``), as is an image of ``images`` that has no caption
     (``images_without_caption``).
 
     Raises:
@@ -157,7 +159,7 @@ def score_chair(
         badness=stats[:, COLUMNS.index("hallucinated")],
         counts={
             "captions_without_truth": len(captions) - len(known),
-            "images_without_caption": len(set(asked) - {caption.image for caption in captions}),
+            "images_without_caption": len(set(images) - {caption.image for caption in captions}),
         },
     )
 

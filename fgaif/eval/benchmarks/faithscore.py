@@ -117,13 +117,13 @@ def read_lines(path: Path, image_root: Path) -> list[AnsweredImage]:
         identity = row.identity(name) if name else own
         if identity in answers:
             raise DataError(f"{row.where}: key `{name}`: {identity!r} is there twice; ids differ")
-        asked = next((key for key in ("question", "prompt") if row.data.get(key)), None)
+        prompt = next((key for key in ("question", "prompt") if row.data.get(key)), None)
         answers[identity] = AnsweredImage(
             id=identity,
             image=image,
             ref=images[image],
             answer=row.text("answer", "text", empty=True),
-            question=row.text(asked) if asked else "",
+            question=row.text(prompt) if prompt else "",
         )
     return list(answers.values())
 
@@ -189,7 +189,7 @@ class FaithScorer:
         if not pairs:
             raise DataError(f"FaithScore: no answer of {len(answers)} could be scored: {left_out}")
         stats = np.array([_stats(check) for _, check in pairs], np.float64)
-        given = Counter(answer for check in checked for answer in check.verdicts.values())
+        verdicts = Counter(answer for check in checked for answer in check.verdicts.values())
         return Scored(
             benchmark="faithscore",
             ids=tuple(item.id for item, _ in pairs),
@@ -200,7 +200,7 @@ class FaithScorer:
             badness=1 - stats[:, 1],
             counts={
                 "answers_without_facts": sum(not check.facts for _, check in pairs),
-                "facts_unknown": given["unknown"],
+                "facts_unknown": verdicts["unknown"],
                 "segments_malformed": sum(len(check.unsure) for check in checked),
                 **left_out,
             },

@@ -29,8 +29,8 @@ from fgaif.eval.judge import (
 )
 from fgaif.eval.llava_bench_files import (
     CATEGORIES,
-    Bench,
-    BenchItem,
+    LlavaBenchItem,
+    LlavaBenchItems,
     Rule,
     category_of,
     load_rules,
@@ -84,7 +84,7 @@ def read_grades(reply: str) -> Grades | None:
 
 
 async def score_llava_bench(
-    bench: Bench,
+    bench: LlavaBenchItems,
     model: ChatModel,
     rules: Mapping[str, Rule],
     *,
@@ -157,8 +157,8 @@ def score_reviews(path: Path, questions: Path | None = None) -> Scored:
     """
     images: dict[str, str] = {}
     if questions is not None:
-        asked = rows_by_key(questions, "question_id")
-        images = {identity: row.text("image") for identity, row in asked.items()}
+        rows = rows_by_key(questions, "question_id")
+        images = {identity: row.text("image") for identity, row in rows.items()}
     reviews = rows_by_key(path, "question_id")
     read = {identity: (row, _grades(row)) for identity, row in reviews.items()}
     graded = {i: (row, grades) for i, (row, grades) in read.items() if grades is not None}
@@ -216,7 +216,7 @@ def llava_bench_figures(sums: Stats) -> Mapping[str, Stats]:
     }
 
 
-def _request(rules: Mapping[str, Rule], system: str, item: BenchItem) -> ChatRequest:
+def _request(rules: Mapping[str, Rule], system: str, item: LlavaBenchItem) -> ChatRequest:
     rule = rules[item.category]
     parts = [
         f"[Context]\n{item.context}",

@@ -258,10 +258,10 @@ def _check_numbering(path: Path, rows: Sequence[Row], size: int) -> None:
 
 
 def _check_question(item: MmhalItem, row: Row) -> None:
-    asked = row.data.get("question", row.data.get("prompt"))
-    if isinstance(asked, str) and item.question.strip() not in asked:
+    prompt = row.data.get("question", row.data.get("prompt"))
+    if isinstance(prompt, str) and item.question.strip() not in prompt:
         raise DataError(
-            f"{row.where}: it answers {asked!r:.60}, but the item with this id asks "
+            f"{row.where}: it answers {prompt!r:.60}, but the item with this id asks "
             f"{item.question!r:.60}; number items from 0 in the order of the response file"
         )
 

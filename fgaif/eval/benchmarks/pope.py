@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from fgaif.errors import ConfigError, DataError
-from fgaif.eval.answers import Answer, image_name, read_answers
+from fgaif.eval.answers import AnswerRow, image_name, read_answers
 from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark
 from fgaif.eval.figures import Figure
 from fgaif.eval.judge import Progress
@@ -57,7 +57,7 @@ def read_answer(text: str) -> bool:
 
 
 def score_pope(
-    questions: Mapping[str, Sequence[YesNoQuestion]], answers: Mapping[str, Sequence[Answer]]
+    questions: Mapping[str, Sequence[YesNoQuestion]], answers: Mapping[str, Sequence[AnswerRow]]
 ) -> Scored:
     """Score answers, both given by split.
 
@@ -105,7 +105,7 @@ def score_pope(
     )
 
 
-def _item(split: str, question: YesNoQuestion, answer: Answer) -> Json:
+def _item(split: str, question: YesNoQuestion, answer: AnswerRow) -> Json:
     return {
         "id": f"{split}/{question.id}",
         "image": question.image,
