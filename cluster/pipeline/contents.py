@@ -28,8 +28,6 @@ from fgaif.errors import DataError, FgaifError
 from fgaif.feedback.extract import PROMPTS
 from fgaif.feedback.verify import prompt_path
 from fgaif.files import write_whole
-from fgaif.lvlm.model import resolve_checkpoint
-from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.types import ImageRef, Json
 
 LABELS = "feedback/labels.jsonl"
@@ -170,6 +168,9 @@ class Contents:
         return {key: partial(self._weights, name)}
 
     def _weights(self, name: str, _: int | None) -> Json:
+        from fgaif.lvlm.model import resolve_checkpoint  # torch: not for --help
+        from fgaif.reward.checkpoint import checkpoint_digest
+
         path = resolve_checkpoint(name)
         beside = [
             file for end in ("json", "jinja", "model", "txt") for file in path.glob(f"*.{end}")
