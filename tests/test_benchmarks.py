@@ -15,7 +15,7 @@ from fgaif.eval import benchmarks
 from fgaif.eval.answers import AnswerRow
 from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 from fgaif.eval.benchmarks.pope import pope_metrics, score_pope
-from fgaif.eval.figures import find_figure
+from fgaif.eval.figures import Figure, find_figure
 from fgaif.eval.yes_no import YesNoQuestion
 from fgaif.types import Json
 
@@ -267,6 +267,18 @@ def test_figures_of_one_name_keep_the_meaning_of_their_benchmark() -> None:
     assert find_figure(load_benchmark("pope").figures, "random/strict_recall") == pope
 
 
+def test_a_figure_of_one_group_can_have_a_meaning_of_its_own() -> None:
+    told, asked = (
+        Figure(key=key, title=key, meaning=meaning, better=1)
+        for key, meaning in (("told/recall", "objects told"), ("recall", "yes answers found"))
+    )
+    assert find_figure([told, asked], "told/recall") is told
+    assert find_figure([told, asked], "segments_6_15/told/recall") is told
+    assert find_figure([told, asked], "asked/colour/recall") is asked
+    assert find_figure([told, asked], "asked/strict_recall") is asked
+    assert find_figure([told, asked], "other").meaning == ""
+
+
 def test_the_embedded_world_and_answer_files_have_one_pope() -> None:
     """Of 7 questions 4 with yes as the answer; 3 said, 2 of them rightly: 4/7, 2/3, 1/2, 4/7."""
     said = [True, True, False, False, True, False, False]
@@ -289,6 +301,12 @@ def test_the_embedded_world_and_answer_files_have_one_pope() -> None:
 def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
     with pytest.raises(DataError, match="'nope': unknown; known: pope, chair"):
         load_benchmark("nope")
+
+
+def test_a_benchmark_named_unlike_its_module_is_refused(run: Run) -> None:
+    Path("categories.py").write_text(CATEGORIES.replace('name="categories"', 'name="other"'))
+    with pytest.raises(DataError, match="named 'other'; name it 'categories'"):
+        load_benchmark("categories")
 
 
 def test_the_list_names_every_benchmark_with_what_it_needs(run: Run) -> None:
@@ -353,6 +371,8 @@ def test_a_benchmark_of_one_module_asks_its_judge(run: Run) -> None:
     write_lines("c.jsonl", [{"image_id": i, "caption": text} for i, text in enumerate(texts)])
     code, _, err = run("manners", "--answers", "c.jsonl")
     assert (code, "--judge" in err) == (2, True)
+    code, _, err = run("manners")
+    assert (code, "Missing option" in err) == (2, True)
 
     def reply(body: Json) -> str:
         text = str(body["messages"])

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -99,6 +99,7 @@ def command_of(groups: Mapping[str, type], call: Callable[..., None]) -> Callabl
 
 def _parameter(group: type, field: Any) -> inspect.Parameter:
     hint = get_type_hints(group, include_extras=True)[field.name]
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hint
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
     )

@@ -53,12 +53,15 @@ _RULES = ("official", "strict")
 
 
 def find_figure(figures: Sequence[Figure], name: str) -> Figure:
-    """Find the declaration of a figure by the last part of its name, with or without the rule that
-    it is read by; an undeclared one is a plain number."""
-    key = name.rpartition("/")[2]
+    """Find the declaration of a figure: by its whole name, else without the group, and last without
+    the rule that it is read by; an undeclared one is a plain number."""
+    parts = name.split("/")
+    key = parts[-1]
     rule, _, rest = key.partition("_")
+    names = ["/".join(parts[start:]) for start in range(len(parts))]
+    names += [rest] if rule in _RULES else []
     by_key = {figure.key: figure for figure in (ITEMS, *figures)}
-    known = by_key.get(key) or (by_key.get(rest) if rule in _RULES else None)
+    known = next((by_key[name] for name in names if name in by_key), None)
     return known or Figure(key=key, title=key.replace("_", " "), meaning="", better=0, share=False)
 
 

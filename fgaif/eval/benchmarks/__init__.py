@@ -26,10 +26,15 @@ def load_benchmark(name: str) -> Benchmark[Any]:
     """Import a benchmark's declaration.
 
     Raises:
-        DataError: there is none of this name.
+        DataError: there is none of this name, or the declaration has another one.
     """
     modules = dict(zip(benchmark_names(), MODULES, strict=True))
     if name not in modules:
         raise DataError(f"benchmark {name!r}: unknown; known: {', '.join(modules)}")
     benchmark: Benchmark[Any] = import_module(modules[name]).BENCHMARK
+    if benchmark.name != name:
+        raise DataError(
+            f"{modules[name]}: its BENCHMARK is named {benchmark.name!r}; name it {name!r}, as the "
+            "module, with hyphens"
+        )
     return benchmark
