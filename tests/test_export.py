@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from engines import photo_prompts, response_to, rollout_actor
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
@@ -16,7 +18,7 @@ from fgaif.lvlm.adapters import ADAPTER_FILES
 from fgaif.lvlm.export import export_adapter, export_merged, public_name, save_llava
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.logprobs import response_logprobs
-from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor
+from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.types import FloatArray, Response
 
@@ -180,3 +182,140 @@ def test_a_rank_stabilised_adapter_has_its_own_scaling(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
     manifest = manifest_from_adapter(tmp_path / "adapter", version=1)
     assert manifest.scaling == pytest.approx(16 / 2)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def half(tensors: Tensors) -> Tensors:
+    return {name: value for name, value in tensors.items() if ".layers.0." in name}
+
+
+def lonely(tensors: Tensors) -> Tensors:
+    return {name: value for name, value in tensors.items() if "lora_A" in name}
+
+
+def of_the_bare_language_model(tensors: Tensors) -> Tensors:
+    return {name.replace(".language_model", ""): value for name, value in tensors.items()}
+
+
+def with_nan(tensors: Tensors) -> Tensors:
+    first = next(name for name in tensors if "lora_B" in name)
+    return tensors | {first: tensors[first] * float("nan")}
+
+
+def of_another_rank(tensors: Tensors) -> Tensors:
+    return {
+        name: value[:2] if "lora_A" in name else value[:, :2] for name, value in tensors.items()
+    }
+
+
+def with_more(tensors: Tensors) -> Tensors:
+    more = {n.replace(".layers.0.", ".layers.77."): v for n, v in half(tensors).items()}
+    return {name: value.contiguous().clone() for name, value in (tensors | more).items()}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (half, "lacks"),
+        (lonely, "is there and"),
+        (of_the_bare_language_model, "belongs to no part"),
+        (with_nan, "NaN or infinity"),
+        (of_another_rank, "adapter_config.json says r = 4"),
+        (with_more, "no place for"),
+        (lambda tensors: {}, "no tensors"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_tensor_by_tensor_is_refused(
+    fault: Callable[[Tensors], Tensors],
+    words: str,
+    adapted: tuple[Path, FloatArray],
+    tiny_llava_dir: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(adapted[0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    broken = {name: value.contiguous() for name, value in fault(load_file(file)).items()}
+    save_file(broken, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=words):
+        export_merged(tiny_llava_dir, tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_earlier_transformers_are_read_alike_by_engine_and_export(
+    adapted: tuple[Path, FloatArray], tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapted[0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    old = {
+        name.replace("model.model.language_model.", "model.language_model.model."): value
+        for name, value in load_file(file).items()
+    }
+    save_file(old, file, metadata={"format": "pt"})
+    new = manifest_from_adapter(adapted[0], version=1)
+    assert manifest_from_adapter(tmp_path / "adapter", version=1).digest == new.digest
+    export_merged(tiny_llava_dir, tmp_path / "adapter", tmp_path / "old", dtype="float32")
+    export_merged(tiny_llava_dir, adapted[0], tmp_path / "new", dtype="float32")
+    first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("old", "new"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
+        ("model.safetensors", b"", "no whole safetensors"),
+        ("model.safetensors", b"\xff" * 64, "no whole safetensors"),
+        ("config.json", b"version https://git-lfs.github.com/spec/v1\noid x", "git lfs pull"),
+        ("config.json", b'{"model_type": ', "not valid JSON"),
+        ("config.json", b"[1]", "no JSON object"),
+        ("config.json", b"[" * 100_000, "not valid JSON"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}', "is missing"),
+    ],
+)
+def test_damaged_files_of_a_checkpoint_are_named_before_anything_starts(
+    tiny_llava_dir: Path, tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    shutil.copytree(tiny_llava_dir, tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        resolve_checkpoint(str(tmp_path / "model"))
+
+
+def test_truncated_weights_are_named(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llava_dir, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="where its header says"):
+        resolve_checkpoint(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ 'USER: ' + m['content'] }}{% endfor %}",  # for text alone
+        "{% for m in messages %}USER: <image>{% endfor %}",
+        "{{ raise_exception('no images') }}",
+        "{% if %}",
+    ],
+)
+def test_a_template_that_writes_no_image_is_refused(
+    tiny_llava_dir: Path, tmp_path: Path, template: str
+) -> None:
+    shutil.copytree(tiny_llava_dir, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match="chat template"):
+        load_processor(tmp_path / "model")
+
+
+def test_a_start_token_that_the_template_writes_is_not_doubled(
+    tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llava_dir, tmp_path / "model")
+    file = tmp_path / "model" / "chat_template.jinja"
+    plain = Encoder(load_processor(tmp_path / "model"), image_tokens=4)
+    file.write_text("{{ bos_token }}" + file.read_text())
+    with_start = Encoder(load_processor(tmp_path / "model"), image_tokens=4)
+    assert with_start.prompt_ids("What?") == plain.prompt_ids("What?")
+    assert with_start.text_ids("What?") == plain.text_ids("What?")

@@ -116,7 +116,7 @@ def test_saved_adapter_is_a_manifest(model, tmp_path):
     assert tensor_name(f"base_model.model.{name}.lora_B.default.weight") == f"{name}.lora_B"
     with pytest.raises(CheckpointError, match="belongs to no part"):
         tensor_name("model.embed_tokens.weight")
-    with pytest.raises(CheckpointError, match="not an adapter"):
+    with pytest.raises(CheckpointError, match="give the folder of a PEFT adapter"):
         manifest_from_adapter(tmp_path, version=0)
 
 
@@ -290,5 +290,5 @@ def test_checkpoints_that_are_none(tiny_llava_dir, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"image_token_id": 3}))
     with pytest.raises(CheckpointError, match=r"image token .* has id"):
         load_processor(other)
-    with pytest.raises(CheckpointError, match="no adapter_model"):
+    with pytest.raises(CheckpointError, match="give the folder of a PEFT adapter"):
         load_adapter(load_lvlm(tiny_llava_dir, dtype="float32"), tmp_path)

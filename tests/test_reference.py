@@ -117,7 +117,7 @@ def test_value_model_may_start_from_a_reward_adapter(tiny_llava_dir, tmp_path):
         np.testing.assert_array_equal(ours.reference_logprobs, theirs.reference_logprobs)
     assert actor.info()["trainable_parameters"] < plain.info()["trainable_parameters"]
     assert step(actor, responses)[0].metrics["value/grad_norm"] > 0
-    with pytest.raises(CheckpointError, match="no adapter_model"):
+    with pytest.raises(CheckpointError, match="no adapter_config"):
         ReferenceActor(tiny_config(tiny_llava_dir, tmp_path, value_init="relation"), tmp_path)
 
 

@@ -1,13 +1,24 @@
-"""What a saved LoRA adapter says of itself: one reading for all who load adapters."""
+"""What a saved LoRA adapter says of itself and holds: one reading for all who load adapters."""
 
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
 
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.checkpoint_files import read_json, read_tensors
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PROJECTOR = "multi_modal_projector"
+_PREFIX = "base_model.model."
+# Names of adapters that were trained before transformers 4.52.
+_OLD_NAMES = (
+    (f"{_PREFIX}language_model.model.", f"{_PREFIX}model.language_model."),
+    (f"{_PREFIX}{_PROJECTOR}.", f"{_PREFIX}model.{_PROJECTOR}."),
+)
 
 
 def read_adapter_config(directory: Path) -> LoraConfig:
@@ -17,17 +28,25 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         CheckpointError: no LoRA adapter, or one with options under which ``scaling * B @ A`` is not
             the update of every layer.
     """
+    missing = [name for name in ADAPTER_FILES if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{directory}: no {missing[0]}; give the folder of a PEFT adapter")
+    read_json(directory / ADAPTER_FILES[0])
     try:
         config = PeftConfig.from_pretrained(str(directory))
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # PEFT trusts the file's values, and fails on them in many ways
         raise CheckpointError(f"{directory}: not an adapter directory: {error}") from error
     if not isinstance(config, LoraConfig):
         raise CheckpointError(f"{directory}: a {config.peft_type} adapter; only LoRA is supported")
-    other = [key for key in ("use_dora", "alpha_pattern", "rank_pattern") if getattr(config, key)]
+    patterns = ("use_dora", "alpha_pattern", "rank_pattern", "lora_bias", "use_qalora")
+    other = [key for key in patterns if getattr(config, key, None)]
+    other += ["bias"] if config.bias != "none" else []
+    others = set(config.modules_to_save or ()) - {_PROJECTOR}
+    other += ["modules_to_save"] if others else []
     if other:
         raise CheckpointError(
             f"{directory}/adapter_config.json: {', '.join(other)} is set; only adapters with one "
-            "rank and one alpha are supported"
+            f"rank and one alpha are supported, and of whole modules {_PROJECTOR} alone"
         )
     return config
 
@@ -35,3 +54,74 @@ def read_adapter_config(directory: Path) -> LoraConfig:
 def adapter_scaling(config: LoraConfig) -> float:
     """Factor on ``B @ A``: alpha / r, or alpha / sqrt(r) for rank-stabilised adapters."""
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+
+
+def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read an adapter whole: its settings, and every tensor by PEFT's present name on disk.
+
+    Raises:
+        CheckpointError: as :func:`read_adapter_config`; a tensor is not finite, is neither a LoRA
+            factor of the language model nor a weight of the projector, has another rank, or lacks
+            its other factor.
+    """
+    config = read_adapter_config(directory)
+    file = directory / ADAPTER_FILES[1]
+    tensors = {_present_name(name): tensor for name, tensor in read_tensors(file).items()}
+    for name, tensor in tensors.items():
+        factor = re.fullmatch(r".+\.language_model\..+\.lora_([AB])\.weight", name)
+        if factor is None and f".{_PROJECTOR}." not in name:
+            raise CheckpointError(
+                f"{file}: {name} belongs to no part of a LLaVA model that can be adapted (its "
+                "language model by LoRA, its projector whole); was the adapter trained on another "
+                "architecture, or on the language model alone?"
+            )
+        if factor is None:
+            continue
+        other = name.replace(f".lora_{factor[1]}.", f".lora_{'BA'[factor[1] == 'B']}.")
+        if other not in tensors:
+            raise CheckpointError(f"{file}: {name} is there and {other} is not; copy it again")
+        rank = tensor.shape[0 if factor[1] == "A" else -1] if tensor.ndim == 2 else 0
+        if rank != config.r:
+            raise CheckpointError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}, but adapter_config.json says "
+                f"r = {config.r}"
+            )
+    if not tensors:
+        raise CheckpointError(f"{file}: holds no tensors; there is nothing to load")
+    return config, tensors
+
+
+def check_adapter_loaded(model: PeftModel, directory: Path, adapter: str = "default") -> None:
+    """See that a PEFT model holds exactly what an adapter's folder holds.
+
+    PEFT leaves out what does not match and keeps what is missing at its random start.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, or differ; or as :func:`read_adapter`.
+    """
+    _, tensors = read_adapter(directory)
+    held: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
+    for what, names in (
+        ("lacks", sorted(held.keys() - tensors.keys())),
+        ("holds what the model has no place for:", sorted(tensors.keys() - held.keys())),
+        (
+            "was not loaded:",
+            sorted(n for n in held.keys() & tensors.keys() if _differ(held[n], tensors[n])),
+        ),
+    ):
+        if names:
+            raise CheckpointError(
+                f"{directory}: the adapter {what} {names[0]} ({len(names)} of {len(held)} tensors);"
+                " it belongs to another checkpoint, or was cut"
+            )
+
+
+def _differ(held: Tensor, saved: Tensor) -> bool:
+    return held.shape != saved.shape or not held.cpu().equal(saved.to(held.dtype))
+
+
+def _present_name(name: str) -> str:
+    for old, new in _OLD_NAMES:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

@@ -65,7 +65,7 @@ class Encoder:
         if text not in self._prompts:
             if len(self._prompts) >= _PROMPTS:
                 self._prompts.clear()
-            self._prompts[text] = self.expand(self.tokenizer(self.render(text))["input_ids"])
+            self._prompts[text] = self.expand(self._tokenize(self.render(text)))
         return self._prompts[text]
 
     def text_ids(self, text: str) -> list[int]:
@@ -73,7 +73,13 @@ class Encoder:
         said = {"type": "text", "text": self.plain(self._without_image_token(text))}
         message = {"role": "user", "content": [said]}
         rendered = self.processor.apply_chat_template([message], add_generation_prompt=True)
-        return list(self.tokenizer(rendered)["input_ids"])
+        return self._tokenize(rendered)
+
+    def _tokenize(self, rendered: str) -> list[int]:
+        """Token ids of a rendered prompt; a start token that the template wrote is not doubled."""
+        start = self.tokenizer.bos_token
+        written = bool(start) and rendered.startswith(start)
+        return list(self.tokenizer(rendered, add_special_tokens=not written)["input_ids"])
 
     def plain(self, text: str) -> str:
         """A user's text with nothing in it that is a special token to the tokenizer.

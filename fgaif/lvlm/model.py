@@ -1,17 +1,19 @@
 """Load a LLaVA checkpoint, attach LoRA to its language model, run its hidden states."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.adapters import check_adapter_loaded, read_adapter
+from fgaif.lvlm.checkpoint_files import check_weights, read_json
 
 if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic
     from fgaif.config import LoraConfig
@@ -20,6 +22,7 @@ if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic
 LORA_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = rf".*language_model\..*\.({'|'.join(LORA_LEAVES)})"
 _SCENES = "scenes:"
+_TEMPLATE_PROBE = "What is in the image?"
 
 
 def resolve_checkpoint(name: str) -> Path:
@@ -27,7 +30,7 @@ def resolve_checkpoint(name: str) -> Path:
 
     Raises:
         CheckpointError: not a directory, no config.json, not a LLaVA architecture, in LLaVA's
-            original layout, or quantised.
+            original layout, quantised, or with damaged files.
     """
     if name.startswith(_SCENES):
         path = Path(__file__).parents[1] / "data" / "scenes" / "models" / name.removeprefix(_SCENES)
@@ -39,7 +42,7 @@ def resolve_checkpoint(name: str) -> Path:
             f"model {name!r}: {config_file} does not exist; give a directory with a LLaVA "
             "checkpoint (config.json, *.safetensors, tokenizer and processor files)"
         )
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json(config_file)
     if "mm_vision_tower" in config or (
         config.get("model_type") == "llava" and "vision_config" not in config
     ):
@@ -57,6 +60,7 @@ def resolve_checkpoint(name: str) -> Path:
             f"model {name!r}: model_type is {config.get('model_type')!r}, expected 'llava' "
             "(LlavaForConditionalGeneration); other architectures are not supported"
         )
+    check_weights(path)
     return path
 
 
@@ -72,11 +76,13 @@ def load_processor(path: str | Path) -> Any:
     path = _resolved(path)
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot load the processor: {error}") from error
+    except Exception as error:  # half a file fails in any of the libraries that read it
+        raise CheckpointError(
+            f"{path}: cannot load the processor: {type(error).__name__}: {error}"
+        ) from error
     image_token = getattr(processor, "image_token", "<image>")
     vocabulary = processor.tokenizer.get_vocab()
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     expected = config.get("image_token_id", config.get("image_token_index"))
     if vocabulary.get(image_token) != expected:
         raise CheckpointError(
@@ -87,7 +93,29 @@ def load_processor(path: str | Path) -> Any:
         raise CheckpointError(
             f"{path}: no chat template; save one with the processor (chat_template.jinja)"
         )
+    _check_template(path, processor, image_token)
     return processor
+
+
+def _check_template(path: Path, processor: Any, image_token: str) -> None:
+    """Render a message with an image, to see that the template is one for images."""
+    content = [{"type": "image"}, {"type": "text", "text": _TEMPLATE_PROBE}]
+    try:
+        rendered = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise CheckpointError(
+            f"{path}: its chat template cannot write a message with an image "
+            f"({type(error).__name__}: {error}); it may be one for text alone: take that of the "
+            "LLaVA checkpoint that this one was made from"
+        ) from error
+    if rendered.count(image_token) != 1 or _TEMPLATE_PROBE not in rendered:
+        raise CheckpointError(
+            f"{path}: its chat template writes {rendered[:200]!r} for an image and "
+            f"{_TEMPLATE_PROBE!r}: {image_token!r} must be there once, and the text; it may be one "
+            "for text alone: take that of the LLaVA checkpoint that this one was made from"
+        )
 
 
 def load_lvlm(
@@ -110,8 +138,10 @@ def load_lvlm(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot load the model: {error}") from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot load the model: {type(error).__name__}: {error}"
+        ) from error
     if device == "cpu":
         # Fresh LoRA factors and Adam moments are full of denormals, each ~100 times slower.
         torch.set_flush_denormal(True)
@@ -151,15 +181,15 @@ def load_adapter(
     """Load a saved adapter directory onto its backbone.
 
     Raises:
-        CheckpointError: the directory is no adapter, or does not fit the backbone.
+        CheckpointError: the directory is no adapter, or does not fit the backbone tensor by tensor.
     """
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise CheckpointError(f"{adapter}: no adapter_model.safetensors; is this an adapter?")
+    read_adapter(adapter)
     try:
         peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{adapter}: does not fit the backbone: {error}") from error
     check_adapter_anchored(peft_model)
+    check_adapter_loaded(peft_model, adapter)
     return peft_model
 
 

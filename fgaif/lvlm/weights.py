@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from fgaif.checkpoint import arrays_digest
-from fgaif.errors import CheckpointError
-from fgaif.lvlm.adapters import adapter_scaling, read_adapter_config
+from fgaif.lvlm.adapters import adapter_scaling, read_adapter
 from fgaif.lvlm.export import public_name
 from fgaif.types import FloatArray, WeightsManifest
 
@@ -60,12 +57,8 @@ def manifest_from_adapter(directory: Path, *, version: int) -> WeightsManifest:
         CheckpointError: the directory holds no LoRA adapter, or one of a kind that engines would
             read as another.
     """
-    config = read_adapter_config(directory)
-    try:
-        # With torch: numpy has no bfloat16, which is what an adapter is trained in on GPUs.
-        trained = load_file(directory / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: not an adapter directory: {error}") from error
+    # With torch: numpy has no bfloat16, which is what an adapter is trained in on GPUs.
+    config, trained = read_adapter(directory)
     return make_manifest(
         {name: value.float().numpy() for name, value in trained.items()},
         scaling=adapter_scaling(config),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.adapters import check_adapter_loaded
 from fgaif.lvlm.model import base_of, check_adapter_anchored, load_adapter, load_lvlm
 from fgaif.reward.model import HeadType, RewardModel, SharedRewardModels, make_head
 from fgaif.types import KINDS, Kind, SegmentClass
@@ -193,6 +194,8 @@ def load_shared_reward_models(
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{directory}: adapters do not fit: {error}") from error
     check_adapter_anchored(shared)
+    for kind in KINDS:
+        check_adapter_loaded(shared, directory / kind, kind)
     heads = {kind: _load_head(directory / kind, cards[kind], model) for kind in KINDS}
     return SharedRewardModels(shared, nn.ModuleDict(heads)).eval().requires_grad_(False)
 

@@ -1,0 +1,131 @@
+"""The files of a checkpoint, read so that every kind of damage becomes a named error."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fgaif.errors import CheckpointError
+from fgaif.types import Json
+
+_LFS = b"version https://git-lfs"
+_JSON_BYTES = 64 * 2**20
+_HEADER_BYTES = 100_000_000
+"""The largest header that the safetensors library reads."""
+
+
+def read_json(path: Path) -> Json:
+    """Read a checkpoint's JSON file.
+
+    Raises:
+        CheckpointError: missing, a Git LFS pointer, not JSON, or no object.
+    """
+    try:
+        if path.stat().st_size > _JSON_BYTES:
+            raise CheckpointError(f"{path}: larger than {_JSON_BYTES:,} bytes; no JSON of a model")
+        content = path.read_bytes()
+        _refuse_pointer(path, content[:64])
+        found: Any = json.loads(content)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON ({_short(error)}); copy the checkpoint again"
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; copy the checkpoint again")
+    return found
+
+
+def check_weights(directory: Path) -> None:
+    """See by their headers that the weights of a checkpoint are there and whole; nothing is loaded.
+
+    Raises:
+        CheckpointError: no safetensors, a Git LFS pointer, a truncated file, or a part that the
+            index names and that is missing.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        named = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise CheckpointError(
+                f"{directory}: {missing[0]} is missing ({len(missing)} of {len(named)} parts that "
+                f"{index.name} names); copy the checkpoint again"
+            )
+    if not files:
+        raise CheckpointError(
+            f"{directory}: no *.safetensors; weights in other formats are not loaded, because "
+            "reading them can run code: convert them with transformers' save_pretrained"
+        )
+    for file in files:
+        check_safetensors(file)
+
+
+def check_safetensors(path: Path) -> None:
+    """Hold a file's size against its header.
+
+    Raises:
+        CheckpointError: a Git LFS pointer, truncated, or no safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+            _refuse_pointer(path, start)
+            length = int.from_bytes(start[:8], "little")
+            if not 2 <= length <= min(size - 8, _HEADER_BYTES):
+                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+            file.seek(8)
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in _entries(header)]
+        wanted = 8 + length + max(ends, default=0)
+        if size != wanted:
+            raise ValueError(f"{size:,} bytes where its header says {wanted:,}")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: no whole safetensors file ({_short(error)}); copy it again"
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file whose tensors must all be finite.
+
+    Raises:
+        CheckpointError: as :func:`check_safetensors`, or a tensor holds NaN or infinity.
+    """
+    check_safetensors(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {_short(error)}") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinity; the training that made it has failed"
+            )
+    return tensors
+
+
+def _entries(header: Json) -> Iterator[tuple[str, Any]]:
+    return ((name, entry) for name, entry in header.items() if name != "__metadata__")
+
+
+def _refuse_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(_LFS):
+        raise CheckpointError(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+        )
+
+
+def _short(error: Exception) -> str:
+    """An error's text on one line of at most 200 characters."""
+    return re.sub(r"\s+", " ", str(error) or type(error).__name__)[:200]
