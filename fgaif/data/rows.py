@@ -5,9 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from fgaif.errors import DataError
 from fgaif.types import Json
 
@@ -62,6 +59,9 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, An
     Raises:
         DataError: not a whole Parquet file.
     """
+    import pyarrow as pa  # 30 MiB that only Parquet needs
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with path.open("rb") as opened, pq.ParquetFile(opened) as file:

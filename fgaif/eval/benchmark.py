@@ -9,15 +9,17 @@ and comparisons.
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from fgaif.chat.messages import ChatModel
-from fgaif.config import EndpointConfig
 from fgaif.errors import ConfigError
 from fgaif.eval.figures import Figure
 from fgaif.eval.judge import Progress
 from fgaif.eval.questions import QuestionBuilder, QuestionSet
 from fgaif.eval.scored import FigureFunction, Scored
+
+if TYPE_CHECKING:
+    from fgaif.config import EndpointConfig  # not loaded to score answers that exist
 
 Options = TypeVar("Options")
 ModelRole = Literal["judge", "verifier"]
@@ -49,7 +51,7 @@ class EvalContext:
 
     builder: QuestionBuilder | None = None
     images: Path | None = None
-    judge: EndpointConfig | None = None
+    judge: "EndpointConfig | None" = None
     verifier: str | None = None
     seed: int = 0
     min_words: int = 5
