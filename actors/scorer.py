@@ -14,6 +14,7 @@ from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.reward.checkpoint import RewardCard, common_min_words, read_card, rewards_version
 from fgaif.serving.schema import DEFAULT_PROMPT, CardOut, ModelOut
 from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, TextScorer
+from fgaif.serving.shape import served_shape
 from fgaif.types import KINDS, FloatArray, Kind, Response, Segment
 
 _PROBE = ScoreItem(
@@ -122,12 +123,14 @@ class ScoringActor:
         version = rewards_version(self._rewards_dir)
         cards = {kind: read_card(self._rewards_dir / kind) for kind in KINDS}
         policy = resolve_checkpoint(self._config.policy.model)
+        shape, shape_from = served_shape(list(cards.values()), self._config)
         scorer = TextScorer(
             KindScorer(self._rewards_dir, self._config, self._kinds),
             load_processor(policy).tokenizer,
             version=version,
             min_words=common_min_words(list(cards.values())),
             extractor=SceneFacts() if self._config.feedback.extractor == "scenes" else None,
+            shape=shape,
         )
         if rewards_version(self._rewards_dir) != version:
             raise CheckpointError(f"{self._rewards_dir}: was changed while it was read; try again")
@@ -139,6 +142,8 @@ class ScoringActor:
             placement=self._config.serve.placement,
             loaded_at=datetime.now(UTC).isoformat(timespec="seconds"),
             cards={kind: _card_out(cards[kind]) for kind in KINDS},
+            shape=shape.model_dump(mode="json"),
+            shape_from=shape_from,
         )
         return _Loaded(scorer=scorer, info=info)
 

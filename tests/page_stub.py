@@ -20,6 +20,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import fgaif.serving
+from fgaif.config import RewardShapeConfig
 from fgaif.feedback.segment import split_offsets
 from fgaif.serving.schema import (
     FactOut,
@@ -41,6 +42,7 @@ POLICY = (
 )
 """The Content-Security-Policy that the page must work under."""
 GENERATED = "A cat sleeps on a red mat, and a dog is looking at it from the door."
+SHAPE = RewardShapeConfig(value_hallu=-3.0)
 FIELDS = {422: "text.1"}
 MESSAGES = {
     413: "the body is larger than 8388608 bytes",
@@ -123,7 +125,9 @@ def stub_app(stub: Stub) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict:
-        listed = [{"name": "scenes", "version": "3f9a1c20", "kinds": KINDS}]
+        listed = [
+            {"name": "scenes", "version": "3f9a1c20", "kinds": KINDS, "shape": SHAPE.model_dump()}
+        ]
         return {"models": listed, "generates": stub.generates}
 
     @app.post("/v1/score")

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import byte_level_tokenizer
 
 from actors.scorer import ScoringActor
-from fgaif.config import Config, LoraConfig
+from fgaif.config import Config, LoraConfig, RewardShapeConfig
 from fgaif.data.images import ImageBytes, load_image
 from fgaif.feedback.facts import SceneFacts
 from fgaif.lvlm.model import load_lvlm
@@ -39,7 +39,9 @@ TEXT = (
 )
 
 
-def write_rewards(checkpoint: Path, folder: Path, seed: int = 0) -> Path:
+def write_rewards(
+    checkpoint: Path, folder: Path, seed: int = 0, shape: RewardShapeConfig | None = None
+) -> Path:
     """Write random reward models of all kinds, no two alike, that were never trained."""
     for index, kind in enumerate(KINDS):
         backbone = load_lvlm(checkpoint, dtype="float32")
@@ -56,6 +58,7 @@ def write_rewards(checkpoint: Path, folder: Path, seed: int = 0) -> Path:
             backbone_digest=checkpoint_digest(checkpoint),
             tokenizer_digest="",
             min_words=5,
+            shape=shape,
             input_digest=f"{seed}",
             metrics={"f1_hallu": 0.5},
         )
@@ -127,12 +130,17 @@ class StubScorer:
 class StubBackend:
     """A backend without a model; ``delay`` seconds long."""
 
-    def __init__(self, delay: float = 0.0) -> None:
+    def __init__(self, delay: float = 0.0, shape: RewardShapeConfig | None = None) -> None:
         self.delay = delay
         self.version = "stub"
         tokenizer = byte_level_tokenizer()
         self._scorer = TextScorer(
-            StubScorer(), tokenizer, version="stub", min_words=5, extractor=SceneFacts()
+            StubScorer(),
+            tokenizer,
+            version="stub",
+            min_words=5,
+            extractor=SceneFacts(),
+            shape=shape or RewardShapeConfig(),
         )
 
     async def score(self, item: ScoreItem) -> ScoredItem:

@@ -192,6 +192,7 @@ def test_every_segment_is_coloured_by_its_worst_kind_and_probability(
     assert all(len(tints) == 1 for tints in colours.values())
     assert len(set.union(*colours.values())) == len(colours) > 1
     expect(page.locator("#made")).to_contain_text("scenes 3f9a1c20 in 12 ms")
+    expect(page.locator("#made")).to_contain_text("supported +1.00, hallucinated −3.00")
 
 
 def test_pointing_at_a_segment_shows_probabilities_and_facts(visit: Open, image: Path) -> None:

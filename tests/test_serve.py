@@ -22,11 +22,12 @@ from websockets.sync.client import connect
 
 from actors.reward import RewardActor
 from cluster.serving.deployments import API, ServeArgs, deploy
-from fgaif.config import Config, with_overrides
+from fgaif.config import Config, RewardShapeConfig, with_overrides
 from fgaif.data.images import image_bytes
 from fgaif.feedback.external import given_response
 from fgaif.feedback.segment import segment_response
 from fgaif.lvlm.model import load_processor
+from fgaif.reward.dense import uncentered_values
 from fgaif.types import KINDS, FloatArray, Prompt
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,9 @@ KEY = "a-key-of-the-tests-0123456789"
 AUTH = {"Authorization": f"Bearer {KEY}"}
 PROMPT = "Describe this image in detail."
 SMALL = ["serve.replicas.cpus=0.1", "serve.ingress_cpus=0.1", "serve.drain_s=5"]
+
+
+SHAPE = RewardShapeConfig(values="hard", value_hallu=-3.0, repeat_penalty=0.25)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
-    rewards = serving_samples.write_rewards(tiny_llava_dir, folder / "rewards")
+    rewards = serving_samples.write_rewards(tiny_llava_dir, folder / "rewards", shape=SHAPE)
     config = with_overrides(reward_samples.settings(tiny_llava_dir), SMALL)
     os.environ["FGAIF_SERVE_KEY"] = KEY
     with socket.socket() as probe:
@@ -99,8 +103,9 @@ def test_scores_over_http_equal_the_ppo_actors(served: Served) -> None:
     assert [s["end"] for s in result["segments"]] == [45, 107, 174, len(TEXT)]
     wanted = expected(served, served.rewards, png(), TEXT)
     assert np.abs(probs(result) - wanted).max() < 1e-5
-    values = wanted[..., 1] - wanted[..., 2]  # all weights are 1
-    assert result["total"] == pytest.approx(values.sum(), abs=1e-4)
+    values = uncentered_values(wanted, SHAPE)  # all weights are 1
+    penalty = SHAPE.repeat_penalty * len(result["segments"])  # no text of the embedded world
+    assert result["total"] == pytest.approx(values.sum() - penalty, abs=1e-4)
     for k, kind in enumerate(KINDS):
         assert result["rewards"][kind] == pytest.approx(values[:, k].sum(), abs=1e-4)
 
@@ -135,6 +140,7 @@ def test_health_models_and_metrics(served: Served) -> None:
     (model,) = httpx2.get(f"{served.url}/v1/models", headers=AUTH).json()["models"]
     assert model["version"] == health.json()["version"]
     assert (model["placement"], set(model["cards"])) == ("shared", set(KINDS))
+    assert (model["shape"], model["shape_from"]) == (SHAPE.model_dump(mode="json"), "card")
     assert str(served.checkpoint.parent) not in json.dumps(model)  # names, no paths
     assert "fgaif_requests_total" in httpx2.get(f"{served.url}/metrics", headers=AUTH).text
 
@@ -184,7 +190,7 @@ def test_errors_over_http(served: Served) -> None:
 
 def test_a_reload_under_load_drops_no_request(served: Served, tmp_path: Path) -> None:
     """Requests before are of the old version, after of the new one, none is of neither."""
-    fresh = serving_samples.write_rewards(served.checkpoint, tmp_path / "new", seed=1)
+    fresh = serving_samples.write_rewards(served.checkpoint, tmp_path / "new", seed=1, shape=SHAPE)
     old = score(served.url, png(), TEXT).json()["model"]["version"]
     seen: list[tuple[int, str]] = []
 

@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from serving_samples import png
 
 from cluster.serving.backend import ServeBackend
-from fgaif.config import load_config
+from fgaif.config import RewardShapeConfig, load_config
 from fgaif.data.images import image_bytes
 from fgaif.serving.errors import ApiError
 from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
@@ -34,7 +34,7 @@ class Scorer:
             return [
                 Refused(field="text", message="no")
                 if text == "bad"
-                else ScoredItem(texts=(), version=text)
+                else ScoredItem(texts=(), version=text, shape=RewardShapeConfig())
                 for text in texts
             ]
 

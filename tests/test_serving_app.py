@@ -11,7 +11,7 @@ from serving_samples import TEXT, StubBackend, call, data_uri, png
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from fgaif.config import load_config
+from fgaif.config import RewardShapeConfig, load_config
 from fgaif.errors import ConfigError
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.app import create_app
@@ -34,21 +34,26 @@ def error(answer: Any) -> dict[str, Any]:
 
 
 def test_segments_cover_the_text_and_sums_add_up() -> None:
-    weights = "ppo.shape.weights={object: 1, attribute: 0, relation: 2}"
-    answer = client(weights).post("/v1/score", json={"text": ["x", TEXT], "image": URI}).json()
+    shape = RewardShapeConfig(weights={"object": 1.0, "attribute": 0.0, "relation": 2.0})
+    service = client(backend=StubBackend(shape=shape))
+    answer = service.post("/v1/score", json={"text": ["x", TEXT], "image": URI}).json()
     assert [result["text"] for result in answer["results"]] == ["x", TEXT]
     result = answer["results"][1]
     assert "".join(segment["text"] for segment in result["segments"]) == TEXT
     for segment in result["segments"]:
         kinds = segment["kinds"]
         assert TEXT[segment["start"] : segment["end"]] == segment["text"]
-        assert kinds["object"]["reward"] == kinds["object"]["ok"] - kinds["object"]["hallu"]
+        gain = kinds["object"]["ok"] - kinds["object"]["hallu"]
+        assert kinds["object"]["reward"] == pytest.approx(gain)
         assert kinds["attribute"]["reward"] == 0
         assert kinds["relation"]["reward"] == 2 * kinds["object"]["reward"]
-        assert segment["reward"] == pytest.approx(3 * kinds["object"]["reward"])
+        # No sentence of the embedded world, hence malformed.
+        assert segment["penalty"] == shape.repeat_penalty
+        assert segment["reward"] == pytest.approx(3 * gain - segment["penalty"])
         assert segment["facts"] is None
     total = sum(segment["reward"] for segment in result["segments"])
     assert result["total"] == pytest.approx(total)
+    assert total == pytest.approx(sum(result["rewards"].values()) - result["penalty"])
     assert answer["model"] == {"name": "scenes", "version": "stub"}
     assert 0 < answer["timing_ms"]["score"] <= answer["timing_ms"]["total"]
 
@@ -136,7 +141,9 @@ def test_openrlhf_gets_a_reward_for_every_query() -> None:
     assert answer["rewards"][1] == 0  # an empty response is no error to a trainer
     assert answer["scores"][:2] == [1.0, 1.0]
     assert answer["extra_logs"]["segments"] == [4, 0, 1]
-    assert sum(answer["extra_logs"][k][0] for k in ("object", "attribute", "relation")) == (
+    logs = {name: values[0] for name, values in answer["extra_logs"].items()}
+    assert logs["penalty"] == 4 * 0.5
+    assert logs["object"] + logs["attribute"] + logs["relation"] - logs["penalty"] == (
         pytest.approx(answer["rewards"][0])
     )
     for change, field in [

@@ -94,6 +94,7 @@ def _train_kind(
             backbone_digest=task.backbone_digest,
             tokenizer_digest=tokenizer_digest(encoder.encoder.tokenizer),
             min_words=config.segment.min_words,
+            shape=config.ppo.shape,
             input_digest=task.digests[kind],
             noise=_noise_card(kind, config, data),
             metrics=metrics,

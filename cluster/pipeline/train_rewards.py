@@ -25,7 +25,7 @@ from cluster.pipeline.reward_task import RewardTask
 from fgaif.config import Config
 from fgaif.errors import ActorError, FgaifError
 from fgaif.lvlm.model import resolve_checkpoint
-from fgaif.reward.checkpoint import CARD, checkpoint_digest, read_card
+from fgaif.reward.checkpoint import CARD, checkpoint_digest, read_card, record_shape
 from fgaif.reward.dataset import read_data
 from fgaif.types import KINDS, Kind, LabeledResponse
 
@@ -66,6 +66,7 @@ def train_rewards(
     ]
     for kind in KINDS:
         if kind not in pending:
+            record_shape(out_dir / kind, config.ppo.shape)
             progress(kind, 1, 1, read_card(out_dir / kind).metrics)
     for kind in pending:  # data that cannot be trained on is found before anything is started
         read_data(kind, rows, config)

@@ -25,8 +25,9 @@ from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.sizes import read_facts
-from fgaif.reward.checkpoint import checked_card, common_min_words, rewards_version
+from fgaif.reward.checkpoint import checked_card, common_min_words, read_card, rewards_version
 from fgaif.serving.access import read_serve_key
+from fgaif.serving.shape import served_shape, shape_note
 from fgaif.types import KINDS
 
 _GIB = 2**30
@@ -45,6 +46,7 @@ def run_service(config: Config, args: ServeArgs, host: str, port: int, out: Cons
     from cluster.launch import connect
 
     version = check_models(config, args)
+    out.print(_shape_note(config, args), markup=False, soft_wrap=True)
     chosen = {"anonymous": may_be_open(config, host), "rewards": args.rewards.resolve()}
     args = args.model_copy(update=chosen)
     connect(config)
@@ -74,7 +76,9 @@ def check_models(config: Config, args: ServeArgs) -> str:
     """
     version = rewards_version(args.rewards)
     backbone = resolve_checkpoint(config.reward_backbone)
-    common_min_words([checked_card(args.rewards / kind, backbone) for kind in KINDS])
+    cards = [checked_card(args.rewards / kind, backbone) for kind in KINDS]
+    common_min_words(cards)
+    served_shape(cards, config)
     return version
 
 
@@ -123,6 +127,7 @@ def print_service(config: Config, args: ServeArgs, host: str, port: int, out: Co
             ", ".join(kinds.get(name, ())),
         )
     out.print(table)
+    out.print(_shape_note(config, args), markup=False, soft_wrap=True)
     out.print("A reload loads a second copy of the weights beside the first, for a while.")
     out.print(serve_yaml(args, host, port), highlight=False, markup=False, soft_wrap=True)
 
@@ -173,6 +178,10 @@ def _wait_for_signal() -> None:
         signal.signal(number, lambda *_: stop.set())
     while not stop.wait(1.0):
         pass
+
+
+def _shape_note(config: Config, args: ServeArgs) -> str:
+    return shape_note([read_card(args.rewards / kind) for kind in KINDS], config)
 
 
 def _replicas(options: Mapping[str, Any]) -> str:

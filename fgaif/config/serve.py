@@ -42,6 +42,9 @@ class ServeConfig(Section):
 
     placement: Literal["shared", "separate"] = "shared"
     """`shared`: three adapters and heads on one backbone; `separate`: a deployment per kind."""
+    shape: Literal["card", "config"] = "card"
+    """Shape of the rewards: `card`, the `ppo.shape` that the reward models were trained beside and
+    their cards hold, or `config`, the `ppo.shape` of this configuration."""
     batch: ServeBatchConfig = ServeBatchConfig()
     replicas: ServeReplicasConfig = ServeReplicasConfig()
     """Of the scoring deployment, or of each kind's."""

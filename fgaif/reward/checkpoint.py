@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fgaif.config import RewardShapeConfig
 from fgaif.errors import CheckpointError
+from fgaif.files import write_whole
 from fgaif.lvlm.adapters import check_adapter_loaded
 from fgaif.lvlm.model import base_of, check_adapter_anchored, load_adapter, load_lvlm
 from fgaif.reward.model import HeadType, RewardModel, SharedRewardModels, make_head
@@ -60,6 +62,9 @@ class RewardCard(BaseModel):
     tokenizer_digest: str
     min_words: int
     """Splitting of the training data (segment.min_words)."""
+    shape: RewardShapeConfig | None = None
+    """`ppo.shape` of the training's configuration: what the service makes rewards with. Cards of
+    earlier versions have none, which counts as the default shape."""
     input_digest: str
     """Digest of everything the training depended on; equal inputs need no second training."""
     noise: NoiseCard | None = None
@@ -157,6 +162,33 @@ def common_min_words(cards: Sequence[RewardCard]) -> int:
             "with one"
         )
     return cards[0].min_words
+
+
+def common_shape(cards: Sequence[RewardCard]) -> RewardShapeConfig:
+    """The reward's shape that all cards name; the default shape where they name none.
+
+    Raises:
+        CheckpointError: they name different ones.
+    """
+    shapes = {card.kind: (card.shape or RewardShapeConfig()).model_dump() for card in cards}
+    first = next(iter(shapes.values()))
+    for key in first:
+        found = {kind: shape[key] for kind, shape in shapes.items()}
+        if any(value != first[key] for value in found.values()):
+            raise CheckpointError(
+                f"reward models of different shapes of the reward (ppo.shape.{key}): {found}; run "
+                "`fgaif train-reward` with one configuration, which writes it into all of them, or "
+                "set serve.shape to config"
+            )
+    return RewardShapeConfig.model_validate(first)
+
+
+def record_shape(directory: Path, shape: RewardShapeConfig) -> None:
+    """Write the reward's shape into the card of a finished reward model, if it is another."""
+    card = read_card(directory)
+    if card.shape != shape:
+        told = card.model_copy(update={"shape": shape})
+        write_whole(directory / CARD, told.model_dump_json(indent=2) + "\n")
 
 
 def load_reward_model(

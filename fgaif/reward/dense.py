@@ -91,7 +91,7 @@ def dense_rewards(
         for response, pieces, bad in zip(responses, segments, malformed, strict=True)
     )
     terminal = tuple(terminal_reward(response, shape) for response in responses)
-    weights = np.array([shape.weights.get(kind, 0.0) for kind in KINDS], dtype=np.float32)
+    weights = kind_weights(shape)
     tokens = tuple(
         token_rewards(
             len(response.token_ids), pieces, value, weights,
@@ -120,6 +120,30 @@ def segment_values(probs: FloatArray, shape: RewardShapeConfig, centers: FloatAr
     if shape.center:
         value = value - (centers + shape.center_offset) * (p_ok + p_hallu)
     return value.astype(np.float32)
+
+
+def uncentered_values(probs: FloatArray, shape: RewardShapeConfig) -> FloatArray:
+    """Value of each segment for each kind without the run's centres, (S, K, C) -> (S, K).
+
+    What ``segment_values`` gives with ``shape.center`` off: a function of the probabilities alone.
+    """
+    plain = shape.model_copy(update={"center": False})
+    return segment_values(probs, plain, np.zeros(probs.shape[1], dtype=np.float32))
+
+
+def segment_rewards(
+    values: FloatArray, weights: FloatArray, penalties: FloatArray | None = None
+) -> FloatArray:
+    """Reward (S,) of each segment from values (S, K), weights (K,) and penalties (S,).
+
+    sum_k w_k v_{i,k} - c_i
+    """
+    return values @ weights - (0.0 if penalties is None else penalties)
+
+
+def kind_weights(shape: RewardShapeConfig) -> FloatArray:
+    """w (K,), 0 for a kind without a weight."""
+    return np.array([shape.weights.get(kind, 0.0) for kind in KINDS], dtype=np.float32)
 
 
 def update_centers(
@@ -190,7 +214,7 @@ def token_rewards(
     rewards = np.zeros(length, dtype=np.float32)
     if length == 0:
         return rewards
-    sums = values @ weights - (0.0 if penalties is None else penalties)
+    sums = segment_rewards(values, weights, penalties)
     for segment, reward in zip(segments, sums, strict=True):
         # A piece of white space may own no token of its own: its end is then the token before.
         end = length - 1 if placement == "last" else min(max(segment.token_end, 1), length) - 1

@@ -84,7 +84,7 @@ def create_app(backend: Backend, config: Config, *, key: str | None) -> FastAPI:
 
     Args:
         backend: the models.
-        config: ``config.serve`` limits requests, ``config.ppo.shape.weights`` weighs the kinds.
+        config: ``config.serve`` limits requests.
         key: the API key; None lets everyone in.
     """
     service = Service(backend, config)

@@ -1,8 +1,9 @@
 """The messages of the scoring API; server and client share them, OpenAPI is made of them.
 
-Numbers of a segment, for kind k with class probabilities p: reward_k = w_k (p_OK - p_HALLU), the
-soft value of ``fgaif/reward/dense.py`` without centring, w_k from ``ppo.shape.weights``. A
-segment's reward is the sum over kinds, a text's total the sum over its segments.
+Rewards are PPO's, made by ``fgaif/reward/dense.py`` with the shape that ``/v1/models`` tells, as
+far as image and text decide them: without the run's centres and the terms of the whole response
+(see docs/serving.md). For segment i and kind k the reward is w_k v_{i,k}, by default w_k (p_OK -
+p_HALLU); a segment's is the sum over kinds minus its penalty, a text's total the sum over segments.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -28,6 +29,7 @@ ErrorType = Literal[
 NOT_BLANK = r"[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 SMALL_NUMBER = r"^([1-9][0-9]?|100)$"
 """A number from 1 to ``MAX_MIN_WORDS`` in a form."""
+ShapeSource = Literal["card", "default", "config"]
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS, pattern=NOT_BLANK)]
 """A text to score: something that is not white space."""
@@ -133,7 +135,7 @@ class ReloadRequest(_Request):
 
 
 class KindScore(_Message):
-    """One segment and kind: class probabilities (sum 1) and the weighted soft reward."""
+    """One segment and kind: class probabilities (sum 1) and the weighted reward."""
 
     none: float
     ok: float
@@ -157,6 +159,9 @@ class SegmentOut(_Message):
     text: str
     kinds: dict[Kind, KindScore]
     reward: float
+    """Sum over the kinds minus the penalty."""
+    penalty: float = 0.0
+    """For a segment that repeats an earlier one, or is malformed where that can be told."""
     facts: list[FactOut] | None = None
     """None where they were not asked for or cannot be told."""
 
@@ -168,7 +173,10 @@ class TextResult(_Message):
     segments: list[SegmentOut]
     rewards: dict[Kind, float]
     """Sum over the segments, per kind."""
+    penalty: float = 0.0
+    """Sum over the segments."""
     total: float
+    """Sum of the segments' rewards."""
 
 
 class ModelRef(_Message):
@@ -217,8 +225,8 @@ class RewardResponse(_Message):
     """OpenRLHF's answer of a remote reward model, one number per query.
 
     ``rewards`` are totals; ``scores``, in [0, 1], the share of segments in which no kind's most
-    likely class is HALLU (1 for an empty response); ``extra_logs`` the sums of each kind and the
-    number of segments.
+    likely class is HALLU (1 for an empty response); ``extra_logs`` the sums of each kind, of the
+    penalties, and the number of segments.
     """
 
     rewards: list[float]
@@ -256,6 +264,12 @@ class ModelOut(_Message):
     loaded_at: str
     """ISO 8601, UTC."""
     cards: dict[Kind, CardOut]
+    shape: dict[str, Any] = {}
+    """The shape of the rewards: the keys of ``ppo.shape``. ``center``, ``center_*``,
+    ``no_stop_penalty``, ``length_*`` and ``placement`` say what a run adds; rewards here do not."""
+    shape_from: ShapeSource = "default"
+    """Where it is from: the reward models' cards; the default, for cards of earlier versions, which
+    hold none; or the service's configuration (``serve.shape``)."""
 
 
 class ModelsResponse(_Message):

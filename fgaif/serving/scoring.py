@@ -6,11 +6,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fgaif.config import RewardShapeConfig
 from fgaif.data.images import ImageBytes
 from fgaif.errors import DataError
 from fgaif.feedback.external import given_response
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.segment import segment_response
+from fgaif.reward.dense import (
+    kind_weights,
+    segment_penalties,
+    segment_rewards,
+    uncentered_values,
+)
 from fgaif.serving.errors import image_problem
 from fgaif.serving.schema import FactOut, KindScore, SegmentOut, TextResult
 from fgaif.types import (
@@ -52,20 +59,25 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredText:
-    """A text's segments, class probabilities (S, K, C) and facts (None: not told)."""
+    """A text's segments, class probabilities (S, K, C), facts (None: not told), malformed segments.
+
+    ``malformed`` holds indexes of segments, as PPO's penalties take them.
+    """
 
     text: str
     segments: tuple[Segment, ...]
     probs: FloatArray
     facts: tuple[Fact, ...] | None = None
+    malformed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredItem:
-    """The texts of an item in order, and the version of the models."""
+    """The texts of an item in order, the version of the models and the shape of their rewards."""
 
     texts: tuple[ScoredText, ...]
     version: str
+    shape: RewardShapeConfig
 
 
 class SegmentScorer(Protocol):
@@ -91,6 +103,7 @@ class TextScorer:
     Args:
         tokenizer: the policy's, whose ids the reward models read.
         min_words: splitting that the models were trained with.
+        shape: of the rewards.
         extractor: tells the facts of segments; None where that would take a language model.
     """
 
@@ -102,8 +115,10 @@ class TextScorer:
         version: str,
         min_words: int,
         extractor: SceneFacts | None,
+        shape: RewardShapeConfig,
     ) -> None:
         self.version = version
+        self._shape = shape
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._min_words = min_words
@@ -120,7 +135,7 @@ class TextScorer:
                 answers.append(texts)
                 continue
             scored = tuple(self._scored(item, *pair, next(probs)) for pair in texts)
-            answers.append(ScoredItem(texts=scored, version=self.version))
+            answers.append(ScoredItem(texts=scored, version=self.version, shape=self._shape))
         return answers
 
     def _prepare(self, item: ScoreItem) -> list[tuple[Response, tuple[Segment, ...]]] | Refused:
@@ -164,10 +179,14 @@ class TextScorer:
         segments: tuple[Segment, ...],
         probs: FloatArray,
     ) -> ScoredText:
-        facts = None
-        if item.facts and self._extractor is not None:
-            facts = self._extractor.parse(response, segments).facts
-        return ScoredText(text=response.text, segments=segments, probs=probs, facts=facts)
+        found = self._extractor and self._extractor.parse(response, segments)
+        return ScoredText(
+            text=response.text,
+            segments=segments,
+            probs=probs,
+            facts=found.facts if found and item.facts else None,
+            malformed=found.malformed if found else (),
+        )
 
 
 def merge_kinds(parts: Sequence[ScoredItem]) -> ScoredItem:
@@ -178,42 +197,54 @@ def merge_kinds(parts: Sequence[ScoredItem]) -> ScoredItem:
             segments=texts[0].segments,
             probs=np.concatenate([text.probs for text in texts], axis=1),
             facts=texts[0].facts,
+            malformed=texts[0].malformed,
         )
         for texts in zip(*(part.texts for part in parts), strict=True)
     )
-    return ScoredItem(texts=texts, version=parts[0].version)
+    return ScoredItem(texts=texts, version=parts[0].version, shape=parts[0].shape)
 
 
-def text_result(scored: ScoredText, weights: dict[Kind, float]) -> TextResult:
-    """Turn a scored text into the API's answer; see ``fgaif/serving/schema.py`` for the sums."""
+def text_result(scored: ScoredText, shape: RewardShapeConfig) -> TextResult:
+    """Turn a scored text into the API's answer, with PPO's rewards before centring."""
+    values = uncentered_values(scored.probs, shape)
+    penalties = segment_penalties(
+        scored.text, scored.segments, scored.malformed, shape.repeat_penalty
+    )
+    weights = kind_weights(shape)
+    rewards = segment_rewards(values, weights, penalties)
+    weighted = values * weights
     segments = [
-        _segment_out(scored, segment, rows, weights)
-        for segment, rows in zip(scored.segments, scored.probs, strict=True)
+        SegmentOut(
+            index=segment.index,
+            start=segment.char_start,
+            end=segment.char_end,
+            text=scored.text[segment.char_start : segment.char_end],
+            kinds=_kind_scores(scored.probs[row], weighted[row]),
+            reward=float(rewards[row]),
+            penalty=float(penalties[row]),
+            facts=_facts_of(scored, segment),
+        )
+        for row, segment in enumerate(scored.segments)
     ]
-    rewards = {kind: sum(s.kinds[kind].reward for s in segments) for kind in KINDS}
     return TextResult(
-        text=scored.text, segments=segments, rewards=rewards, total=sum(rewards.values())
+        text=scored.text,
+        segments=segments,
+        rewards={kind: sum(s.kinds[kind].reward for s in segments) for kind in KINDS},
+        penalty=sum(s.penalty for s in segments),
+        total=sum(s.reward for s in segments),
     )
 
 
-def _segment_out(
-    scored: ScoredText, segment: Segment, probs: FloatArray, weights: dict[Kind, float]
-) -> SegmentOut:
-    kinds: dict[Kind, KindScore] = {}
-    for kind, row in zip(KINDS, probs.tolist(), strict=True):
-        reward = weights.get(kind, 0.0) * (row[SegmentClass.OK] - row[SegmentClass.HALLU])
+def _kind_scores(probs: FloatArray, weighted: FloatArray) -> dict[Kind, KindScore]:
+    scores = {}
+    for kind, row, reward in zip(KINDS, probs.tolist(), weighted.tolist(), strict=True):
         none, ok, hallu = (row[c] for c in SegmentClass)
-        kinds[kind] = KindScore(none=none, ok=ok, hallu=hallu, reward=reward)
-    facts = None
-    if scored.facts is not None:
-        found = (fact for fact in scored.facts if fact.segment == segment.index)
-        facts = [FactOut(kind=fact.kind, text=fact.text) for fact in found]
-    return SegmentOut(
-        index=segment.index,
-        start=segment.char_start,
-        end=segment.char_end,
-        text=scored.text[segment.char_start : segment.char_end],
-        kinds=kinds,
-        reward=sum(score.reward for score in kinds.values()),
-        facts=facts,
-    )
+        scores[kind] = KindScore(none=none, ok=ok, hallu=hallu, reward=reward)
+    return scores
+
+
+def _facts_of(scored: ScoredText, segment: Segment) -> list[FactOut] | None:
+    if scored.facts is None:
+        return None
+    found = (fact for fact in scored.facts if fact.segment == segment.index)
+    return [FactOut(kind=fact.kind, text=fact.text) for fact in found]

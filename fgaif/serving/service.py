@@ -67,7 +67,6 @@ class Service:
         self.images = ImageReader(config.serve)
         self.metrics = Metrics()
         self._name = config.name
-        self._weights = config.ppo.shape.weights
         self._probing = asyncio.Lock()
         self._probed: tuple[float, str | None] = (float("-inf"), None)
 
@@ -100,7 +99,7 @@ class Service:
         start = time.perf_counter()
         scored = await self.backend.score(item)
         self.metrics.score_seconds.observe(time.perf_counter() - start)
-        results = [text_result(text, self._weights) for text in scored.texts]
+        results = [text_result(text, scored.shape) for text in scored.texts]
         self.metrics.scored(results)
         return results, scored.version
 
@@ -200,7 +199,10 @@ def _of_query(error: ApiError, indexes: Sequence[int]) -> ApiError:
 
 def _reward_response(results: Sequence[TextResult]) -> RewardResponse:
     logs = {kind: [result.rewards[kind] for result in results] for kind in KINDS}
-    counts = {"segments": [float(len(result.segments)) for result in results]}
+    counts = {
+        "penalty": [result.penalty for result in results],
+        "segments": [float(len(result.segments)) for result in results],
+    }
     return RewardResponse(
         rewards=[result.total for result in results],
         scores=[_clean_share(result) for result in results],

@@ -20,6 +20,7 @@ const comparing = () => !$("second").hidden;
 
 let image = null; // data URI
 let shown = null; // the server's last answer to a score request
+let rule = "that of the models' training"; // how the server makes rewards, in words
 let busy = false;
 let again = start; // what to do once there is a key
 
@@ -146,9 +147,22 @@ async function act(doing, button, work) {
   }
 }
 
+/** The shape of the rewards in words; keys are those of ppo.shape. */
+function ruleOf(shape) {
+  const value = (key) => number(shape[key], 2, true);
+  const each = `supported ${value("value_ok")}, hallucinated ${value("value_hallu")}, no fact ${value("value_none")}`;
+  const parts = [
+    `${each} per sub-sentence and kind, ${shape.values === "hard" ? "of the likeliest class" : "by probability"}`,
+    `times ${Object.entries(shape.weights).map(([kind, weight]) => `${weight} (${kind})`).join(", ")}`,
+  ];
+  if (shape.repeat_penalty) parts.push(`${number(-shape.repeat_penalty)} where a sub-sentence repeats an earlier one or cannot be read`);
+  return `${parts.join(", ")}; without what PPO adds of a whole run and response`;
+}
+
 async function start() {
   try {
     const { models, generates } = await call("v1/models");
+    if (models[0]?.shape?.weights) rule = ruleOf(models[0].shape);
     $("model").textContent = models.map((model) => `${model.name} ${model.version}`).join(", ");
     for (const button of document.querySelectorAll(".generate")) button.hidden = !generates;
   } catch (error) {
@@ -260,7 +274,7 @@ function show(answer) {
   paint();
   paintTotals();
   const { model, timing_ms: timing } = answer;
-  $("made").textContent = `Scored by ${model.name} ${model.version} in ${number(timing.total, 0)} ms. Reward: supported minus hallucinated probability, weighted by kind, summed over sub-sentences. A probability is the model's belief, not a proof.`;
+  $("made").textContent = `Scored by ${model.name} ${model.version} in ${number(timing.total, 0)} ms. Reward: ${rule}. A probability is the model's belief, not a proof.`;
   if ($("results").getBoundingClientRect().top > innerHeight / 2) $("results").scrollIntoView();
 }
 
@@ -318,11 +332,13 @@ function paintTotals() {
   const row = (name, cells) => el("tr", {}, el("th", { scope: "row" }, name), ...cells);
   const cell = (text) => el("td", {}, text);
   const head = (name, ...before) => el("th", { scope: "col" }, ...before, el("span", before.length ? { class: "word" } : {}, name));
-  const heads = [head(""), head("Flagged"), ...kinds.map((kind) => head(title(kind), chip(kind))), head("Total")];
+  const costs = shown.results.some((result) => result.penalty);
+  const heads = [head(""), head("Flagged"), ...kinds.map((kind) => head(title(kind), chip(kind))), ...(costs ? [head("Penalty")] : []), head("Total")];
   const rows = shown.results.map((result, i) =>
     row(names()[i], [
       cell(`${flagged(result)} of ${result.segments.length}`),
       ...kinds.map((kind) => cell(number(result.rewards[kind]))),
+      ...(costs ? [cell(number(-result.penalty))] : []),
       cell(number(result.total)),
     ]),
   );
@@ -334,7 +350,7 @@ function paintTotals() {
     };
     const gain = (value) => change(value, 2, value > 0);
     const fewer = flagged(b) - flagged(a);
-    rows.push(row("Change", [change(fewer, 0, fewer < 0), ...kinds.map((kind) => gain(b.rewards[kind] - a.rewards[kind])), gain(b.total - a.total)]));
+    rows.push(row("Change", [change(fewer, 0, fewer < 0), ...kinds.map((kind) => gain(b.rewards[kind] - a.rewards[kind])), ...(costs ? [gain(a.penalty - b.penalty)] : []), gain(b.total - a.total)]));
   }
   $("totals").replaceChildren(el("caption", { class: "hidden" }, "Rewards"), el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows));
 }
@@ -369,7 +385,7 @@ function showTip(element) {
   owner?.classList.remove("on");
   owner = element;
   owner.classList.add("on");
-  const { kinds, facts, reward } = element.segment;
+  const { kinds, facts, reward, penalty } = element.segment;
   const head = ["", ...Object.values(CLASSES), "reward"].map((name) => el("th", { scope: "col" }, name));
   const rows = KINDS.filter((kind) => kind in kinds).map((kind) => {
     const probs = kinds[kind];
@@ -380,6 +396,7 @@ function showTip(element) {
     });
     return el("tr", {}, el("th", { scope: "row" }, chip(kind), el("span", { class: "word" }, title(kind))), ...cells, el("td", {}, number(probs.reward)));
   });
+  if (penalty) rows.push(el("tr", {}, el("th", { scope: "row" }, "Penalty"), el("td", { colspan: 4 }, number(-penalty))));
   rows.push(el("tr", {}, el("th", { scope: "row" }, "Sum"), el("td", { colspan: 4 }, number(reward))));
   const parts = [el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows))];
   if (facts) {
