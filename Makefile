@@ -1,6 +1,6 @@
 # make demo    install what is missing, then run the whole job on the embedded world
 # make test    the same, then the tests (PYTEST_ARGS="-k segment" narrows them)
-# make test-all  the same with the tests that take a minute or more
+# make test-all  the same with the long ones too
 # make lint    ruff and mypy
 # make docs    the documentation's site in build/site, with every link checked
 #

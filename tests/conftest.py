@@ -1,7 +1,6 @@
 """Fixtures shared by all tests, and the environment that every test process starts from."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,14 +23,24 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+LONGEST = (
+    "pipeline", "my_images", "feedback_job", "lost_head", "autoscaler", "chaos",
+    "many_nodes", "role_groups", "reward_actor", "serve", "arrival", "learner",
+    "gpus", "openai_server", "live", "actor_group", "rollout_group", "full_sync",
+    "long_run", "tensor_parallel", "rollout", "measure", "weight_sync", "eval_generate",
+    "jobs", "scenes", "export", "serving_schema",
+)  # fmt: skip
+"""Files whose tests take the longest, the longest first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no CUDA device; files with slow tests come first.
+    """Skip tests marked ``gpu`` where there is no CUDA device; the longest files come first.
 
     With a file per worker at a time, a long one begun last would be waited for alone; so
     ``make test`` also tells xdist to leave the order as it is.
     """
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     if torch.cuda.is_available():
         return
     for item in items:

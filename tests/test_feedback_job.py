@@ -182,7 +182,7 @@ def test_labels_are_the_truth_and_each_question_is_put_once(
     assert server.requests.total() == again
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_third_of_all_requests_failing_changes_no_label(
     undisturbed: tuple[Config, FaultServer], world: World, tmp_path: Path
 ) -> None:

@@ -286,7 +286,7 @@ def scores_elsewhere(model: Path, adapter: Path, responses: list[Response]) -> F
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_versions_reach_a_model_in_another_process(
     trained: Trained, tiny_llava_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

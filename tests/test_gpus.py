@@ -29,11 +29,11 @@ def four_gpus() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("four_gpus")
 @pytest.mark.parametrize(
     ("tasks", "workers", "gpus"),
-    [(2, 2, 1.0), *(pytest.param(3, 1, share, marks=pytest.mark.long) for share in (0.5, 0.33))],
+    [(2, 2, 1.0), (3, 1, 0.5), (3, 1, 0.33)],
 )
 def test_every_rank_of_reward_training_computes_on_the_gpu_it_was_given(
     tasks: int, workers: int, gpus: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

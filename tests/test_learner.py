@@ -268,7 +268,7 @@ def test_micro_batching_does_not_change_the_update(tiny_llava_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_two_ranks_equal_one(tiny_llava_dir, tmp_path, stage):
     """Five responses, so the ranks' shares differ in size; published weights agree.
 

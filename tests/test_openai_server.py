@@ -76,7 +76,7 @@ def label(config: Config, world: World, local: ChatModel | None, store: Path) ->
     return asyncio.run(job())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_api_and_own_actors_give_the_same_labels(server: str, tmp_path: Path) -> None:
     world = World(tmp_path / "scenes", ROWS)
     api = settings(

@@ -132,6 +132,7 @@ def test_actor_refuses_a_reward_model_of_another_backbone(
         RewardActor(trained[0] / "object", reward_samples.settings(llava15_dir))
 
 
+@pytest.mark.long
 def test_two_workers_under_zero_2_learn_the_same_task(
     config: Config,
     rows: list[LabeledResponse],
@@ -149,6 +150,7 @@ def test_two_workers_under_zero_2_learn_the_same_task(
     assert metrics["object"] == trained[1]["object"]
 
 
+@pytest.mark.long
 def test_two_workers_under_zero_3_equal_one(
     local_ray: None, wide_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

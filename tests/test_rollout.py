@@ -168,7 +168,7 @@ def test_answers_that_begin_alike_are_refused() -> None:
         answer_ids(tokenizer)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_as_a_ray_actor(actor: RolloutActor, prompts: list[Prompt], tiny_llava_dir: Path) -> None:
     """Responses cross the process border unchanged, and the engine's own seed plays no part."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

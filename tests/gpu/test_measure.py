@@ -16,6 +16,8 @@ from cluster.memory.actors import PROMPT_TEXT, Pass, training_peak
 from fgaif.config import LoraConfig
 from fgaif.lvlm.sizes import config_facts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # A bare GPU machine has none of these.
 ABSENT = ["pydantic", "ray", "vllm", "deepspeed", "skimage", "openai"]
