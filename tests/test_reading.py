@@ -229,3 +229,36 @@ def test_no_reply_raises_or_speaks_of_other_segments(
         assert all(fact.text.strip() and len(fact.text) <= MAX_LENGTH for fact in found.facts)
         assert all(fact.text.encode() for fact in found.facts)
         assert len(found.facts) <= max_facts * count * len(KINDS)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    ["none", "None.", "N/A", "n/a", "NA", "nil", "null", "nothing", "No facts.", "Not applicable",
+     "No relation.", "no attributes mentioned", "There are no relations", "None mentioned."],
+)  # fmt: skip
+def test_words_for_nothing_are_no_facts(nothing: str) -> None:
+    said = {"object": ["There is a dog."], "attribute": [nothing], "relation": []}
+    found = read_facts(json.dumps({"segments": [said]}), asked=[0], described="A dog.", max_facts=8)
+    assert found is not None
+    assert [fact.text for fact in found.facts] == ["There is a dog."]
+    assert found.malformed == ()
+    assert found.dropped == {"empty": 1}
+
+
+@pytest.mark.parametrize(
+    ("described", "fact"),
+    [
+        ("A man stands.", "There is a person."),
+        ("Two women talk.", "There are people."),
+        ("A dog sleeps.", "There is an animal."),
+        ("Buses wait.", "There are vehicles."),
+    ],
+)
+def test_a_word_for_the_group_is_not_foreign(described: str, fact: str) -> None:
+    said = {"object": [fact, "There is a unicorn."], "attribute": [], "relation": []}
+    found = read_facts(
+        json.dumps({"segments": [said]}), asked=[0], described=described, max_facts=8
+    )
+    assert found is not None
+    assert [kept.text for kept in found.facts] == [fact]
+    assert found.dropped == {"foreign": 1}

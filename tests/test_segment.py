@@ -28,6 +28,7 @@ from fgaif.feedback.segment import (
     segment_response,
     segment_responses,
     settled_offsets,
+    split,
     split_offsets,
 )
 from fgaif.feedback.spans import token_spans
@@ -428,3 +429,22 @@ def test_a_piece_is_settled_once_its_successor_cannot_move() -> None:
     assert settled_offsets("It is day. The", 5) == [0]  # "The" may still grow
     assert settled_offsets("It is day. The ", 5) == [0, 11]
     assert settled_offsets("", 5) == [0]
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["这是一只狗。", "猫在床上！", "真的？", "是的。"],
+        ["これは「犬です。」", "猫もいます。"],
+        ["यह एक कुत्ता है। ", "बिल्ली सो रही है।"],
+        ["A dog is here。 ", "A man is there。"],
+        ["The TV is 42 in. wide. ", "It is on."],
+        ["It has 9 sq. feet. ", "The dept. store is max. ten minutes away."],
+        ["There are: 1. A dog on the mat. ", "2. A cat on the bed. ", "3. A red ball."],
+    ],
+)
+def test_full_stops_of_other_scripts_units_and_inline_lists(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert split(text) == pieces
+    for length in range(len(text)):  # what is settled early stays
+        assert set(settled_offsets(text[:length])) <= set(split_offsets(text))

@@ -15,11 +15,12 @@ misplaced in one segment may be missing in another, and "no fact" is a label too
 
 Of a readable reply are left out, and counted by these names:
 
-- ``empty``: no words, or "none".
+- ``empty``: no words, or that there is nothing to say ("none", "N/A", "No facts.").
 - ``duplicate``: said before in this segment and kind; it would be judged, not counted, twice.
 - ``foreign``: of a segment number that there is not (text form only), or without one content word
   in common with the response: what a model repeats of the prompt's examples. Words are compared by
-  English stems, so plurals and forms in -ing and -ed agree.
+  English stems, so plurals and forms in -ing and -ed agree; "a person" is in common with "a man",
+  and so are other words for a whole group.
 - ``long``: more than 160 characters; that is no atomic fact, but a description.
 - ``excess``: beyond the allowed number of facts of a kind; mostly a model in a loop.
 
@@ -43,7 +44,12 @@ _HEADER = re.compile(r"\W*+segment\s+([0-9]{1,6})\W*+", re.IGNORECASE)
 _STATED = re.compile(
     rf"[\s*•-]*+({'|'.join(KINDS)})s?[\s*]*+:[\s*]*+(.*)", re.IGNORECASE | re.DOTALL
 )
-_NOTHING = re.compile(r"[\W_]*+(none)?[\W_]*+", re.IGNORECASE)
+_NOTHING = re.compile(
+    r"[\W_]*+(none(?: mentioned| stated| found)?|n\W?a|nil|null|nothing|empty"
+    r"|not (?:applicable|mentioned|stated)|(?:there (?:are|is) )?no (?:atomic )?(?:\w+ )?(?:facts?|statements?|objects?"
+    r"|attributes?|relations?)(?: mentioned| stated)?)?[\W_]*+",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"[^\W_]+")
 _ENDING = re.compile(r"(?<=\w{3})(?:ings?|eds?|es|s|e)$")
 _IRREGULAR = {
@@ -125,6 +131,8 @@ def read_facts(
     except (ValueError, RecursionError):  # RecursionError: JSON of a thousand brackets
         return None
     known = _stems(described)
+    words = {_stem(word) for word in _WORD.findall(described.lower())}
+    known |= {group for group, members in _GROUPS.items() if members & words}
     facts: list[Fact] = []
     malformed: list[int] = []
     for index, entry in zip(asked, entries.segments, strict=True):
@@ -222,3 +230,23 @@ def _stem(word: str) -> str:
     word = _ENDING.sub("", _IRREGULAR.get(word, word))
     word = word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
     return f"{word[:-1]}i" if word.endswith("y") else word
+
+
+def _group(words: str) -> frozenset[str]:
+    return frozenset(_stem(word) for word in words.split())
+
+
+# Words for a group, each with words of a response that a language model restates by it.
+_GROUPS = {
+    "person": _group(
+        "man woman child boy girl kid baby lady guy gentleman adult teenager toddler player rider "
+        "skier surfer snowboarder skateboarder worker driver passenger chef cook pedestrian crowd "
+        "spectator couple batter pitcher catcher umpire officer cyclist biker he she someone"
+    ),
+    "animal": _group(
+        "dog cat horse cow sheep bird elephant bear zebra giraffe puppy kitten goat duck"
+    ),
+    "vehicl": _group(
+        "car bus truck train boat airplane plane motorcycle bicycle van taxi jet ship"
+    ),
+}

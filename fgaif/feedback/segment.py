@@ -5,7 +5,8 @@ the pieces are long enough. The original finds sentences with spaCy's ``en_core_
 that is not on the package index; here rules do. On 400 LLaVA captions of COCO images (3,511
 pieces) both give the same boundaries everywhere. They differ on purpose in these cases: a blank
 line and a list item (``-``, ``*``, ``1.``) begin a sentence, a list number stays with its item,
-and a sentence ends only at white space ("dog.The" is one word). Where English is ambiguous
+and a sentence ends only at white space ("dog.The" is one word), or at a Chinese, Japanese or Indian
+full stop. Where English is ambiguous
 (initials, "a.m.", an ellipsis) neither is always right.
 """
 
@@ -22,15 +23,20 @@ from fgaif.types import Response, Segment
 
 _UNFINISHED = f"{REPLACEMENT} \t\n"
 _BREAKS = frozenset(",;!?")
-_CUT = re.compile(r"(?:[.!?…\"'”’»)\]*_,;]\s|\n)\s*")  # before a word that may begin a piece
-_SENTENCE_END = re.compile(r"(\.+|[!?]+|…)([\"'”’»)\]*_]*)$")
+_FULL = "。！？｡।॥"  # full stops after which no space follows, and India's
+_CLOSING = "\"'”’»)\\]*_」』）】"
+_CUT = re.compile(  # before a word that may begin a piece
+    rf"(?:[.!?…{_CLOSING},;]\s|\n)\s*|[{_FULL}][{_CLOSING}{_FULL}]*\s*"
+)
+_SENTENCE_END = re.compile(rf"(\.+|[!?]+|…|[{_FULL}]+)([{_CLOSING}]*)$")
 _ITEM = re.compile(r"(?:[-*•–]|\d{1,2}[.)])$")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _INITIAL = re.compile(r"[A-Z]\.$")
 _NEVER_ENDS = re.compile(r"(?:mr|mrs|ms|dr|prof|st|mt|gen|col|sgt|lt|rev|vs|e\.g|i\.e)\.$")
 _BEFORE_NUMBERS = re.compile(r"(?:no|nos|fig|p)\.$")
 _MAY_END = re.compile(
-    r"(?:etc|inc|ltd|co|corp|jr|sr|approx|ave|blvd|ft|lb|oz|[a-z](?:\.[a-z])+)\.$"
+    r"(?:etc|inc|ltd|co|corp|jr|sr|approx|ave|blvd|ft|lb|oz|in|sq|max|min|dept|est|info|cm|mm|km|kg"
+    r"|hr|sec|vol|gal|yd|mi|avg|temp|misc|incl|[a-z](?:\.[a-z])+)\.$"
 )
 
 
@@ -142,7 +148,7 @@ def _starts_sentence(found: _Words, k: int) -> bool:
     body = before[: end.end(1)].lstrip("\"'“‘«([*_")
     if _INITIAL.match(body):
         return not (word[0].isupper() and _is_name_part(found, k - 1))
-    if _ITEM.match(body) and found.new_line(k - 1):
+    if _ITEM.match(body) and _begins_item(found, k - 1):
         return False
     if _NEVER_ENDS.match(body.lower()):
         return False
@@ -151,6 +157,11 @@ def _starts_sentence(found: _Words, k: int) -> bool:
     if closing or _MAY_END.match(body.lower()):
         return not lower_follows
     return True
+
+
+def _begins_item(found: _Words, k: int) -> bool:
+    """Whether the number ``words[k]`` begins a list item: a line, a sentence, or after a colon."""
+    return found.new_line(k) or found.words[k - 1].endswith(":") or _starts_sentence(found, k)
 
 
 def _is_name_part(found: _Words, k: int) -> bool:
