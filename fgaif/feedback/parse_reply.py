@@ -46,8 +46,8 @@ _STATED = re.compile(
 )
 _NOTHING = re.compile(
     r"[\W_]*+(none(?: mentioned| stated| found)?|n\W?a|nil|null|nothing|empty"
-    r"|not (?:applicable|mentioned|stated)|(?:there (?:are|is) )?no (?:atomic )?(?:\w+ )?(?:facts?|statements?|objects?"
-    r"|attributes?|relations?)(?: mentioned| stated)?)?[\W_]*+",
+    r"|not (?:applicable|mentioned|stated)|(?:there (?:are|is) )?no (?:atomic )?(?:\w+ )?"
+    r"(?:facts?|statements?|objects?|attributes?|relations?)(?: mentioned| stated)?)?[\W_]*+",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W_]+")
