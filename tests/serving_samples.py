@@ -86,7 +86,7 @@ class LocalBackend:
     async def score(self, item: ScoreItem) -> ScoredItem:
         (answer,) = self.actor.score([item])
         if isinstance(answer, Refused):
-            raise invalid(answer.message, answer.field)
+            raise answer.error()
         return answer
 
     async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:
@@ -127,27 +127,35 @@ class StubScorer:
         return rows
 
 
+def text_scorer(scorer: StubScorer, shape: RewardShapeConfig | None = None) -> TextScorer:
+    return TextScorer(
+        scorer,
+        byte_level_tokenizer(),
+        version="stub",
+        min_words=5,
+        extractor=SceneFacts(),
+        shape=shape or RewardShapeConfig(),
+    )
+
+
 class StubBackend:
     """A backend without a model; ``delay`` seconds long."""
 
-    def __init__(self, delay: float = 0.0, shape: RewardShapeConfig | None = None) -> None:
+    def __init__(
+        self,
+        delay: float = 0.0,
+        shape: RewardShapeConfig | None = None,
+        scorer: StubScorer | None = None,
+    ) -> None:
         self.delay = delay
         self.version = "stub"
-        tokenizer = byte_level_tokenizer()
-        self._scorer = TextScorer(
-            StubScorer(),
-            tokenizer,
-            version="stub",
-            min_words=5,
-            extractor=SceneFacts(),
-            shape=shape or RewardShapeConfig(),
-        )
+        self._scorer = text_scorer(scorer or StubScorer(), shape)
 
     async def score(self, item: ScoreItem) -> ScoredItem:
         await asyncio.sleep(self.delay)
         (answer,) = self._scorer.score([item])
         if isinstance(answer, Refused):
-            raise invalid(answer.message, answer.field)
+            raise answer.error()
         return answer
 
     async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:

@@ -332,12 +332,42 @@ def test_another_backbone_is_refused(tmp_path: Path, tiny_llava_dir: Path, saved
         load_shared_reward_models(saved, other, dtype="float32")
 
 
+def test_folders_that_were_swapped_are_refused(
+    tmp_path: Path, tiny_llava_dir: Path, saved: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "rewards")
+    (tmp_path / "rewards" / "object").rename(tmp_path / "rewards" / "kept")
+    (tmp_path / "rewards" / "relation").rename(tmp_path / "rewards" / "object")
+    (tmp_path / "rewards" / "kept").rename(tmp_path / "rewards" / "relation")
+    with pytest.raises(CheckpointError, match=r"object: holds .* kind 'relation'"):
+        load_reward_model(tmp_path / "rewards" / "object", tiny_llava_dir, dtype="float32")
+    with pytest.raises(CheckpointError, match=r"object: holds .* kind 'relation'"):
+        load_shared_reward_models(tmp_path / "rewards", tiny_llava_dir, dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["reward_head.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, tiny_llava_dir: Path, saved: Path, name: str, value: float
+) -> None:
+    shutil.copytree(saved, tmp_path / "rewards")
+    file = tmp_path / "rewards" / "attribute" / name
+    weights = load_file(file)
+    first = min(weights)
+    weights[first].view(-1)[-1] = value
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=rf"{name}: {first} holds NaN"):
+        load_reward_model(file.parent, tiny_llava_dir, dtype="float32")
+    with pytest.raises(CheckpointError, match=rf"{name}: {first} holds NaN"):
+        load_shared_reward_models(tmp_path / "rewards", tiny_llava_dir, dtype="float32")
+
+
 def test_broken_reward_directories_say_what_is_wrong(
     tmp_path: Path, tiny_llava_dir: Path, saved: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="fgaif train-reward"):
         read_card(tmp_path)
-    broken = tmp_path / "broken"
+    broken = tmp_path / "object"
     shutil.copytree(saved / "object", broken)
     save_file({"weight": torch.zeros(2, 2)}, broken / "reward_head.safetensors")
     with pytest.raises(CheckpointError, match=r"reward_head\.safetensors: does not fit"):

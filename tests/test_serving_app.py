@@ -6,16 +6,19 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
-from serving_samples import TEXT, StubBackend, call, data_uri, png
+from serving_samples import TEXT, StubBackend, StubScorer, call, data_uri, png, text_scorer
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from fgaif.config import RewardShapeConfig, load_config
+from fgaif.data.images import image_bytes
 from fgaif.errors import ConfigError
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.app import create_app
 from fgaif.serving.guard import foreign
+from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
 
 KEY = "a-key-of-the-tests-0123456789"
 URI = data_uri(png())
@@ -225,6 +228,37 @@ def test_failures_tell_nothing_and_logs_hold_no_text(caplog: pytest.LogCaptureFi
     assert any("POST /v1/score 500" in line for line in ours)
     assert any("RuntimeError" in line and "in score" in line for line in ours)
     assert "secret" not in "".join(ours)
+
+
+class NanForLong(StubScorer):
+    """Probabilities that are not finite for texts of several segments."""
+
+    def probs(self, responses: Any, segments: Any) -> Any:
+        rows = super().probs(responses, segments)
+        return [row * np.float32("nan") if len(row) > 1 else row for row in rows]
+
+
+def test_probabilities_that_are_not_finite_are_a_failure_and_harm_no_neighbour(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    service = client(backend=StubBackend(scorer=NanForLong()))
+    answer = service.post("/v1/score", json={"text": TEXT, "image": URI})
+    assert (answer.status_code, error(answer)["type"]) == (500, "internal")
+    items = [{"text": TEXT, "image": URI}, {"text": "a dog", "image": URI}]
+    bad, good = service.post("/v1/score/batch", json={"items": items}).json()["responses"]
+    assert bad["error"]["type"] == "internal"
+    assert len(good["results"]) == 1
+    body = {"query": [f"Q{TEXT}"], "prompts": ["Q"], "labels": [URI]}
+    assert service.post("/get_reward", json=body).status_code == 500
+    assert stream(service, {"image": URI}, pieces(TEXT, 1000))[-1]["error"]["type"] == "internal"
+    assert any("not finite" in record.getMessage() for record in caplog.records)
+    # Items of one batch of the models, too.
+    scorer = text_scorer(NanForLong())
+    picture = image_bytes(png(), "test")
+    inputs = [ScoreItem(image=picture, prompt="Q", texts=(text,)) for text in (TEXT, "a dog")]
+    failed, fine = scorer.score(inputs)
+    assert isinstance(failed, Refused)
+    assert isinstance(fine, ScoredItem)
 
 
 def test_answers_carry_security_headers_and_no_foreign_site_is_let_in() -> None:

@@ -61,7 +61,7 @@ class ServeBackend:
             raise invalid("no policy is served here")
         answer = await _call(self._generator.generate, (image, request))
         if isinstance(answer, Refused):
-            raise invalid(answer.message, answer.field)
+            raise answer.error()
         return answer
 
     async def models(self) -> ModelsResponse:
@@ -102,7 +102,7 @@ class ServeBackend:
 
 def _not_refused(answer: ScoredItem | Refused) -> ScoredItem:
     if isinstance(answer, Refused):
-        raise invalid(answer.message, answer.field)
+        raise answer.error()
     return answer
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fgaif.config import RewardShapeConfig
 from fgaif.errors import CheckpointError
 from fgaif.files import write_whole
 from fgaif.lvlm.adapters import check_adapter_loaded
+from fgaif.lvlm.checkpoint_files import read_tensors
 from fgaif.lvlm.model import base_of, check_adapter_anchored, load_adapter, load_lvlm
 from fgaif.reward.model import HeadType, RewardModel, SharedRewardModels, make_head
 from fgaif.types import KINDS, Kind, SegmentClass
@@ -233,8 +233,17 @@ def load_shared_reward_models(
 
 
 def checked_card(directory: Path, backbone: Path) -> RewardCard:
-    """Read a card for ``backbone``; raises CheckpointError if it is for another one."""
+    """Read the card of ``.../KIND`` and check it against the backbone and the folder's name.
+
+    Raises:
+        CheckpointError: trained on another backbone, or of another kind.
+    """
     card = read_card(directory)
+    if card.kind != directory.name:
+        raise CheckpointError(
+            f"{directory}: holds the reward model of the kind {card.kind!r}; each kind's model "
+            "belongs in the folder of its name: was it renamed or swapped with another?"
+        )
     found = checkpoint_digest(backbone)
     if card.backbone_digest != found:
         raise CheckpointError(
@@ -249,8 +258,8 @@ def _load_head(directory: Path, card: RewardCard, backbone: nn.Module) -> nn.Mod
     weight = base_of(backbone).get_input_embeddings().weight
     head = make_head(card.head, weight.shape[1])
     try:
-        head.load_state_dict(load_file(directory / HEAD))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        head.load_state_dict(read_tensors(directory / HEAD))
+    except RuntimeError as error:
         raise CheckpointError(f"{directory / HEAD}: does not fit: {error}") from error
     return head.to(weight.device, weight.dtype)
 

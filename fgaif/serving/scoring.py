@@ -1,5 +1,6 @@
 """From texts about an image to scored segments, with the code that scores PPO's responses."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from fgaif.reward.dense import (
     segment_rewards,
     uncentered_values,
 )
-from fgaif.serving.errors import image_problem
+from fgaif.serving.errors import ApiError, image_problem, invalid
 from fgaif.serving.schema import FactOut, KindScore, SegmentOut, TextResult
 from fgaif.types import (
     KINDS,
@@ -31,6 +32,8 @@ from fgaif.types import (
     Segment,
     SegmentClass,
 )
+
+_log = logging.getLogger("fgaif.serve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +54,20 @@ class ScoreItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """A part of the request that cannot be scored: its name, dotted, and why."""
+    """A part of the request that gets no score: its name, dotted, and why.
+
+    ``failed`` says that the models are at fault and not the request.
+    """
 
     field: str
     message: str
+    failed: bool = False
+
+    def error(self) -> ApiError:
+        """The answer to the request."""
+        if self.failed:
+            return ApiError(500, "internal", self.message)
+        return invalid(self.message, self.field)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +148,12 @@ class TextScorer:
                 answers.append(texts)
                 continue
             scored = tuple(self._scored(item, *pair, next(probs)) for pair in texts)
-            answers.append(ScoredItem(texts=scored, version=self.version, shape=self._shape))
+            if all(np.isfinite(text.probs).all() for text in scored):
+                answers.append(ScoredItem(texts=scored, version=self.version, shape=self._shape))
+                continue
+            told = "the models gave probabilities that are not finite"
+            _log.error("version %s: %s", self.version, told)
+            answers.append(Refused(field="text", message=told, failed=True))
         return answers
 
     def _prepare(self, item: ScoreItem) -> list[tuple[Response, tuple[Segment, ...]]] | Refused:
