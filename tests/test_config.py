@@ -1,5 +1,6 @@
 """The configuration tree: shipped files load, unknown keys are refused with the nearest name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,64 @@ def test_reward_models_may_train_with_dropout_and_float32_without_zero() -> None
 def test_a_key_that_is_gone_says_what_came_instead() -> None:
     with pytest.raises(ConfigError, match=r"ppo\.probe_tolerance = 0\.3: no such key any more"):
         load_config(None, ["ppo.probe_tolerance=0.3"])
+
+
+def written(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    return path
+
+
+def alias_bomb(levels: int = 12) -> bytes:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for n in range(1, levels):
+        lines.append(f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * 9) + "]")
+    return "\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"ppo:\n  steps: 3\nseed: 1\nppo:\n  lr: 1.0e-5\n", "'ppo' is there twice, in line 1"),
+        (b"ppo:\n  steps: 3\n  steps: 4\n", "'steps' is there twice"),
+        ("name: café".encode("latin-1"), "not UTF-8"),
+        (b"a: " + b"[" * 5000, "nested too deep"),
+        (b"a: &a [*a]", "an alias within itself"),
+        (alias_bomb(), "aliases multiply"),
+        (b"seed: 1\n" + b"#" * 2**20, "larger than"),
+        (b"seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        (b"- 1\n- 2\n", "expected keys and values"),
+        (b"seed: 1\n---\nseed: 2\n", "not valid YAML"),
+        (b"ppo: {lr: .inf}", "ppo.lr = inf"),
+        (b"ppo: {lr: .nan}", "ppo.lr = nan"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named_in_few_words(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        load_config(written(tmp_path, content))
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_byte_order_mark_and_anchors_are_read(tmp_path: Path) -> None:
+    text = "\ufeffpolicy: {lora: &l {r: 4}}\nreward: {lora: {<<: *l, alpha: 8}}\n"
+    config = load_config(written(tmp_path, text.encode()))
+    assert (config.policy.lora.r, config.reward.lora.r, config.reward.lora.alpha) == (4, 4, 8)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["api_key=sk-very-secret"], ["feedback.token=sk-very-secret"], ["oops=AKIA0123456789ABCDEF"]],
+)
+def test_values_of_misplaced_keys_that_may_be_secret_are_not_shown(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        load_config(None, overrides)
+    assert "secret" not in str(caught.value)
+    assert "AKIA" not in str(caught.value)
+
+
+def test_a_long_value_is_cut() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"ppo.steps={'x' * 100_000}"])
+    assert len(str(caught.value)) < 1000

@@ -1,6 +1,7 @@
 """Read a configuration: YAML file first, dotted overrides last, unknown keys refused."""
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fgaif.config.feedback import EndpointConfig
 from fgaif.config.run import Config
+from fgaif.config.yaml_text import read_yaml
 from fgaif.errors import ConfigError
 
 
@@ -22,13 +24,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
         except OSError as error:
             raise ConfigError(
                 f"--config {path}: {error.strerror}; give an existing file"
             ) from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+        loaded = read_yaml(content, f"--config {path}")
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"--config {path}: expected keys and values at the top level")
         tree = loaded or {}
@@ -70,12 +71,10 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {key}: {part!r} holds a value, not a section")
         node = child
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}: the value is not valid YAML") from error
+    node[leaf] = read_yaml(value.encode(errors="surrogateescape"), f"override {key}")
 
 
+_SHOWN = 200
 _REMOVED = {
     "ppo.probe_tolerance": "no such key any more; leave it out: a sync is held against the noise "
     "of the dtype and the effect of the update (docs/precision.md)",
@@ -86,7 +85,8 @@ def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     # A key may have been put where it does not belong.
     secret = item["loc"][:1] == ("endpoints",) and not isinstance(item["input"], int | float)
-    shown = key if secret else f"{key} = {item['input']!r}"
+    secret |= item["type"] == "extra_forbidden" and _may_be_secret(key, item["input"])
+    shown = key if secret else f"{key} = {_shown(item['input'])}"
     if item["type"] == "extra_forbidden" and key in _REMOVED:
         return f"{shown}: {_REMOVED[key]}"
     if item["type"] == "extra_forbidden":
@@ -96,6 +96,19 @@ def _explain(item: Any) -> str:
         return f"{shown}: unknown key{hint}"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{shown}: {message}" if key else message
+
+
+def _may_be_secret(key: str, value: Any) -> bool:
+    """Whether the value of an unknown key may be one that no message should show."""
+    named = any(word in key.lower() for word in ("key", "token", "secret", "password", "auth"))
+    return named or (isinstance(value, str) and len(value) >= 16 and " " not in value)
+
+
+def _shown(value: Any) -> str:
+    """A value as messages show it, in at most 200 characters."""
+    limited = reprlib.Repr()
+    limited.maxlevel, limited.maxdict, limited.maxstring, limited.maxother = 3, 8, _SHOWN, _SHOWN
+    return limited.repr(value)[:_SHOWN]
 
 
 def _keys_at(parents: list[str]) -> list[str]:
