@@ -1,6 +1,6 @@
 """What a run's labels are like: their summary, the audit by the oracle, and the audit by hand."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fgaif.feedback.labels import Oracle, class_balance, feedback_accuracy
 from fgaif.feedback.parquet import read_labels
 from fgaif.feedback.store import JsonlStore, label_store
 from fgaif.files import write_json
-from fgaif.types import LabeledResponse
+from fgaif.types import Kind, LabeledResponse
 
 
 def write_summary(
@@ -30,14 +30,14 @@ def write_summary(
     ``labeled`` is iterated several times; ``audit/oracle.json`` has the whole audit.
     """
     kinds = feedback_accuracy(labeled, truth) if truth else {}
-    losses = feedback_losses(labeled)
+    losses, classes = feedback_losses(labeled), class_balance(labeled)
     responses = losses.pop("responses", 0)
     write_json(
         folder / "summary.json",
         {
             "accuracy": {kind: item.accuracy for kind, item in kinds.items() if item.judged},
             "facts": {kind: asdict(item) for kind, item in kinds.items()},
-            "classes": class_balance(labeled),
+            "classes": classes,
             "responses": responses,
             "losses": losses,
             "skipped": {"rows": skipped_rows},
@@ -49,10 +49,24 @@ def write_summary(
     if any(losses.values()):
         text = ", ".join(f"{count} {name}" for name, count in losses.items() if count)
         console.print(f"left out of {responses} responses: {text}", markup=False)
+    for line in one_sided(classes):
+        console.print(line, markup=False)
     if losses.get("facts failed") or losses.get("responses failed"):
         console.print(
             "`fgaif annotate --force` asks failed requests again and pays for no stored reply"
         )
+
+
+def one_sided(classes: Mapping[Kind, Mapping[str, int]]) -> list[str]:
+    """A line for each kind whose labels hold no OK or no HALLU, from the counts of its classes."""
+    return [
+        f"warning: {kind}: {counts['ok']} segments are labelled OK and {counts['hallu']} HALLU, so "
+        "its reward model cannot learn to tell them apart; annotate more prompts "
+        "(data.feedback_prompts), look at the verdicts (fgaif annotate --audit), or give the kind "
+        f"no weight in PPO (ppo.shape.weights.{kind}=0)"
+        for kind, counts in classes.items()
+        if not (counts["ok"] and counts["hallu"])
+    ]
 
 
 def open_labels(config: Config) -> JsonlStore[LabeledResponse]:

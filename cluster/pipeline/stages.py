@@ -275,6 +275,12 @@ class Run:
         )
         source = self.train_source
         _, prompts = split_prompts(source, config)
+        if len(prompts) < (size := config.ppo.rollout_batch):
+            self._say(
+                f"warning: PPO has {len(prompts)} prompts for batches of ppo.rollout_batch = "
+                f"{size}: every batch holds the same ones, more than once; raise "
+                "data.ppo_prompts or give more prompts"
+            )
         data = PpoData(
             prompts=prompts,
             anchors=open_anchors(config, source, prompts),
