@@ -69,6 +69,7 @@ class LoraEngine:
                 micro_batch=config.micro_batch,
                 max_grad_norm=config.max_grad_norm,
                 dtype=dtype,
+                trained=sum(value.numel() for value in self._parameters.values()),
                 world_size=world_size,
             ),
         )

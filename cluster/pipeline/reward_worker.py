@@ -136,17 +136,19 @@ class _ZeroEngine:
             port=int(os.environ["MASTER_PORT"]),
         )
         optimizer, schedule = make_optimizer(model, config.reward, steps)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._model = model
         self._engine, *_ = self._deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=schedule,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            model_parameters=trained,
             config=deepspeed_config(
                 zero_stage=config.reward.zero_stage,
                 micro_batch=config.reward.micro_batch,
                 max_grad_norm=config.reward.max_grad_norm,
                 dtype=config.policy.dtype,
+                trained=sum(parameter.numel() for parameter in trained),
                 world_size=self.world_size,
             ),
         )
