@@ -18,8 +18,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def lora_settings(rank: int) -> Json:
-    """vLLM's engine arguments for one adapter of at most this rank on the language model.
+def lora_slot(rank: int) -> int:
+    """Rank of the slot that vLLM reserves for adapters of at most this rank.
 
     Raises:
         ConfigError: vLLM has no slot so large.
@@ -30,10 +30,19 @@ def lora_settings(rank: int) -> Json:
             f"policy.lora.r = {rank}: vLLM serves adapters of rank {RANKS[-1]} at most; lower it, "
             "or set cluster.engine.adapters=merged"
         )
+    return slot
+
+
+def lora_settings(rank: int) -> Json:
+    """vLLM's engine arguments for one adapter of at most this rank on the language model.
+
+    Raises:
+        ConfigError: vLLM has no slot so large.
+    """
     return {
         "enable_lora": True,
         "max_loras": 1,
-        "max_lora_rank": slot,
+        "max_lora_rank": lora_slot(rank),
         # As vLLM fuses them. Left out, it reserves slots on embeddings and output layer too.
         "lora_target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     }

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from test_weight_sync import LORA, HfLearner, OneReplica
 from torch import Tensor
 
 from actors.rollout import RolloutActor
-from actors.served_adapter import lora_settings, write_adapter
+from actors.served_adapter import lora_settings, lora_slot, write_adapter
+from cluster.memory.actors import kv_token
 from cluster.roles import SyncCheck
 from cluster.weight_sync import sync
 from fgaif.checkpoint import arrays_digest
 from fgaif.config import Config, parse_config
 from fgaif.errors import ConfigError, SyncError
 from fgaif.lvlm.arrival import add_sums, arrived, factor_sums, lora_update, merged_sums
+from fgaif.lvlm.sizes import read_facts
 from fgaif.pending import Ready
 from fgaif.types import FloatArray, LoadedWeights, Response, WeightsManifest
 
@@ -154,6 +157,31 @@ def test_an_adapter_served_unmerged_is_used_as_the_learner_uses_it(
     learner.randomise(0, scale=0.0)
     sync(learner, learner, OneReplica(served), probe, version=2).result()
     np.testing.assert_array_equal(np.concatenate(served.probe_logprobs(probe)), without)
+
+
+def reserved(worker: Any) -> dict[str, int]:
+    """Bytes of the adapter slots and of the KV cache, and the tokens that the cache holds."""
+    runner = worker.model_runner
+    layers = runner.lora_manager._adapter_manager.modules.values()
+    slots = [part for layer in layers for part in (*layer.lora_a_stacked, *layer.lora_b_stacked)]
+    caches = [cache.untyped_storage() for cache in runner.kv_caches]
+    blocks, size = runner.cache_config.num_gpu_blocks, runner.cache_config.block_size
+    return {
+        "slots": sum(part.nbytes for part in slots),
+        "cache": sum({cache.data_ptr(): cache.nbytes() for cache in caches}.values()),
+        "tokens": blocks * size,
+    }
+
+
+@pytest.mark.slow
+def test_an_engine_reserves_what_the_memory_plan_says(
+    served: RolloutActor, tiny_llava_dir: Path
+) -> None:
+    (found,) = served._engine._llm.collective_rpc(reserved)
+    facts = read_facts(tiny_llava_dir)
+    slot = LORA.model_copy(update={"r": lora_slot(LORA.r)})
+    assert found["slots"] == 2 * facts.lora_parameters(slot)
+    assert found["cache"] == found["tokens"] * kv_token(facts, 2) <= 16 * 2**20
 
 
 @pytest.mark.slow

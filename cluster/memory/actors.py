@@ -4,14 +4,16 @@ All figures are bytes. P is the number of trained parameters, w the bytes of the
 the hidden size, I that of the MLP, Q and K the widths of queries and of keys (or values), V the
 vocabulary, N the ranks.
 
-The formulas follow what autograd and DeepSpeed allocate; no test holds them against measured memory
-yet. The constants named ``_PROCESS`` and ``_GPU_...`` are estimates. The slots of adapters that an
-engine serves unmerged are not counted.
+The formulas follow what autograd, DeepSpeed and vLLM allocate (tests/test_memory_formulas.py and
+tests/test_arrival.py hold them against that). The constants named ``_PROCESS`` and ``_GPU_...`` are
+estimates.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 
+from actors.deepspeed_setup import ZERO_BUCKET
+from actors.served_adapter import lora_slot
 from cluster.placement import Role
 from fgaif.config import Config, LoraConfig
 from fgaif.lvlm.logprobs import CHUNK
@@ -42,9 +44,6 @@ _GPU_HOST = 1024 * MIB
 """What a process with CUDA libraries keeps on the host beside ``_PROCESS``; not measured here."""
 _GPU_FRAGMENTS = 0.1
 """Share of the activations that torch's caching allocator holds beyond them; not measured here."""
-_ZERO_BUCKET = 500_000_000
-"""Parameters for which ZeRO sets a reduction bucket aside, at DeepSpeed's default. On a GPU it is
-taken whole; on the CPU only what is touched counts."""
 _ZERO3_LIVE = 1_000_000_000
 """Parameters that ZeRO-3 may hold gathered at a time, at DeepSpeed's default."""
 _LARGE_GPU = 70 * GIB  # vLLM's own limit between its two defaults
@@ -202,7 +201,8 @@ def layer_saved(model: ModelFacts, run: Pass) -> int:
     saved = run.tokens * per_token
     if run.attention == "eager":
         square = run.rows * model.heads * run.length**2
-        return saved + square * (4 if w == 4 else 4 + w)
+        repeated = 2 * (q - k) * w * run.tokens  # keys and values, where heads share them
+        return saved + repeated + square * (4 if w == 4 else 4 + w)
     return saved + run.tokens * model.heads * 4
 
 
@@ -233,28 +233,45 @@ def training_peak(model: ModelFacts, run: Pass, scored: int) -> int:
 
 
 def inference_peak(model: ModelFacts, run: Pass, scored: int = 0, *, adapted: bool) -> int:
-    """Activations of a pass without gradients at their peak: in an MLP, or in the head.
+    """Activations of a pass without gradients at their peak: in a layer, or in the head.
 
-    The MLP: three of its tensors, four hidden states, one more of each adapted layer.
+    The MLP: three of its tensors, four hidden states, one more of each adapted layer. An adapter of
+    another dtype converts its input, and its result is added in the wider one.
+
+    Attention: three hidden states, keys, values and, where queries are rotated, four like these.
+    Eager attention has instead the scores of every head twice, in bfloat16 in float32 as well,
+    queries, keys and values (repeated for heads that share them) and the mask.
     """
-    hidden = run.tokens * model.hidden * run.width
-    mlp = run.tokens * (3 * model.ffn + 4 * model.hidden) * run.width
-    if adapted:
-        mlp += run.tokens * (model.ffn + run.lora.r) * run.adapter_width
-    square = 0
+    w, a = run.width, run.adapter_width
+    hidden = run.tokens * model.hidden * w
+    mlp = run.tokens * (3 * model.ffn + 4 * model.hidden) * w
+    if adapted and a == w:
+        mlp += run.tokens * (model.ffn + run.lora.r) * a
+    elif adapted:
+        mlp += run.tokens * ((2 * model.ffn + model.hidden + run.lora.r) * a - model.ffn * w)
+    q, k = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    attention = run.tokens * (3 * model.hidden + 4 * q + 2 * k) * w
     if run.attention == "eager":
-        square = run.rows * model.heads * run.length**2 * (2 * run.width + 4)
-    return max(mlp, square + hidden, hidden + 2 * 4 * min(scored, CHUNK) * model.vocabulary)
+        square = run.rows * run.length**2
+        attention = square * (model.heads * (8 if w == 4 else 8 + w) + w) + run.tokens * w * (
+            3 * model.hidden + q + 2 * k + (2 * q if q > k else 0)
+        )
+    return max(mlp, attention, hidden + 2 * 4 * min(scored, CHUNK) * model.vocabulary)
 
 
 def vision_peak(model: ModelFacts, images: int, width: int) -> int:
-    """Activations of the vision tower and projector: all hidden states, one MLP, the projector."""
+    """Activations of the vision tower and projector: pixels, in float32 and in the model's dtype,
+    all hidden states, and one MLP or the projector."""
     tokens = images * model.vision_tokens
     kept = (model.vision_layers + 1) * model.vision_hidden
-    mlp = 4 * (model.vision_ffn + model.vision_hidden)
-    return tokens * width * (kept + max(mlp, 3 * model.hidden)) + images * 3 * (
-        model.image_size**2 * (4 + width)
-    )
+    mlp = 3 * model.vision_ffn + model.vision_hidden
+    pixels = images * 3 * model.image_size**2 * (4 if width == 4 else 4 + width)
+    return pixels + tokens * width * (kept + max(mlp, 3 * model.hidden))
+
+
+def kv_token(model: ModelFacts, width: int) -> int:
+    """Keys and values of a token in all layers."""
+    return 2 * model.layers * model.kv_heads * model.head_dim * width
 
 
 def _sequence(config: Config, model: ModelFacts) -> int:
@@ -279,9 +296,7 @@ class TrainingState:
     step: int
 
 
-def deepspeed_state(
-    trained: int, *, stage: int, ranks: int, width: int, on_gpu: bool
-) -> TrainingState:
+def deepspeed_state(trained: int, *, stage: int, ranks: int, width: int) -> TrainingState:
     """What DeepSpeed 0.19 allocates for torch's AdamW over P trained parameters, on each rank.
 
     ====== ======== ================================== ======================= ===================
@@ -294,11 +309,11 @@ def deepspeed_state(
     3      both     16 P / N + bucket                  w P                     12 P / N
     ====== ======== ================================== ======================= ===================
 
-    The adapter itself is w P, with stage 3 w P / N. The bucket has room for P parameters, on a GPU
-    for ``_ZERO_BUCKET``; a step holds the gradient and two temporaries of AdamW.
+    The adapter itself is w P, with stage 3 w P / N. The bucket has room for P parameters, at most
+    for ``ZERO_BUCKET``; a step holds the gradient and two temporaries of AdamW.
     """
     share = -(-trained // ranks)
-    bucket = width * (max(_ZERO_BUCKET, trained) if on_gpu else trained)
+    bucket = width * min(ZERO_BUCKET, trained)
     adapters = width * (share if stage == 3 else trained)
     if stage == 0:
         return TrainingState(
@@ -357,7 +372,7 @@ def _learner(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
     if ppo.zero_stage == 3:
         whole = min(model.parameters, _ZERO3_LIVE) * w
         weights = min(weights, weights // ranks + (whole if ranks > 1 else 0))
-    state = deepspeed_state(trained, stage=ppo.zero_stage, ranks=ranks, width=w, on_gpu=on_gpu)
+    state = deepspeed_state(trained, stage=ppo.zero_stage, ranks=ranks, width=w)
     scored = rows * policy.max_new_tokens
     activations = max(
         training_peak(model, run, scored) + projector,
@@ -417,13 +432,13 @@ def _scorer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
         rows=config.reward.micro_batch,
         length=_reward_sequence(config, model),
         width=w,
-        adapter_width=4 if shared else w,
+        adapter_width=w,
         lora=config.reward.lora,
         attention=config.policy.attention,
     )
     return ActorMemory(
         weights=model.parameters * w,
-        adapters=len(KINDS) * model.lora_parameters(run.lora) * 4 if shared else 0,
+        adapters=len(KINDS) * model.lora_parameters(run.lora) * w if shared else 0,
         activations=max(
             inference_peak(model, run, adapted=shared), vision_peak(model, run.rows, w)
         ),
@@ -448,9 +463,7 @@ def _trainer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
     if reward.zero_stage == 3 and reward.workers > 1:
         whole = min(model.parameters, _ZERO3_LIVE) * w
         weights = min(weights, weights // reward.workers + whole)
-    state = deepspeed_state(
-        trained, stage=reward.zero_stage, ranks=reward.workers, width=w, on_gpu=on_gpu
-    )
+    state = deepspeed_state(trained, stage=reward.zero_stage, ranks=reward.workers, width=w)
     activations = max(
         training_peak(model, run, 0),
         inference_peak(model, replace(run, rows=reward.micro_batch), adapted=True),
@@ -471,8 +484,11 @@ def _engine(
         default = 16384 if (gpu or 0) >= _LARGE_GPU else 8192
     batched = min(engine.max_num_seqs * context, default)
     weights = model.parameters * w // engine.tensor_parallel
-    adapters = 0
-    run = Pass(rows=1, length=batched, width=w, adapter_width=w, lora=config.policy.lora)
+    lora, adapters, copy = config.policy.lora, 0, 0
+    if role == "rollout" and not config.merges_adapters:  # a slot, and vLLM's copy on the host
+        slot = lora.model_copy(update={"r": lora_slot(lora.r)})
+        adapters, copy = model.lora_parameters(slot) * w, model.lora_parameters(lora) * w
+    run = Pass(rows=1, length=batched, width=w, adapter_width=w, lora=lora)
     images = max(1, min(engine.max_num_seqs, batched // model.image_tokens))
     logits = engine.max_num_seqs * model.vocabulary * (w + 3 * 4)
     probe = min(batched, context) * model.vocabulary * (w + 8) if role == "rollout" else 0
@@ -481,19 +497,19 @@ def _engine(
     if not on_gpu:
         found = ActorMemory(
             weights=weights,
-            adapters=adapters,
+            adapters=adapters + copy,
             activations=activations,
             caches=engine.kv_cache_mib * MIB,
         )
         return _settle(found, role, config, models, on_gpu=False)
     activations = max(activations, vision_peak(model, images, w))
     activations += images * model.image_tokens * model.hidden * w  # vLLM's cache of features
-    token = 2 * model.layers * model.kv_heads * model.head_dim * w // engine.tensor_parallel
+    token = kv_token(model, w) // engine.tensor_parallel
     found = ActorMemory(
         weights=weights, adapters=adapters, activations=activations, process=_GPU_CONTEXT
     )
     need = weights + adapters + activations
-    host = _PROCESS[role] + _GPU_HOST + _host_caches(role, config, models) + weights
+    host = _PROCESS[role] + _GPU_HOST + _host_caches(role, config, models) + weights + copy
     least = token * context
     if gpu is None:
         return replace(found, caches=least, host=host)
