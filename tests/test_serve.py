@@ -6,9 +6,11 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
@@ -22,6 +24,7 @@ from websockets.sync.client import connect
 
 from actors.reward import RewardActor
 from cluster.serving.deployments import API, ServeArgs, deploy
+from cluster.serving.request_heads import CALLBACK, LimitedHeads
 from fgaif.config import Config, RewardShapeConfig, with_overrides
 from fgaif.data.images import image_bytes
 from fgaif.feedback.external import given_response
@@ -60,6 +63,7 @@ def served(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    os.environ.update(CALLBACK)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -68,7 +72,8 @@ def served(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     finally:
         serve.shutdown()
         ray.shutdown()
-        del os.environ["FGAIF_SERVE_KEY"]
+        for name in ("FGAIF_SERVE_KEY", *CALLBACK):
+            del os.environ[name]
 
 
 def expected(served: Served, kind_dir: Path, content: bytes, text: str) -> FloatArray:
@@ -153,6 +158,18 @@ def test_the_key_is_wanted_over_http_and_websocket(served: Served) -> None:
     with connect(f"ws{served.url[4:]}/v1/score/stream") as stream:
         stream.send(json.dumps({"image": data_uri(png())}))
         assert json.loads(stream.recv(timeout=30))["error"]["type"] == "unauthorized"
+
+
+def test_a_head_without_end_is_cut_off_and_the_proxy_tells_its_routes(served: Served) -> None:
+    address = urlsplit(served.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as endless:
+        endless.sendall(b"GET /healthz HTTP/1.1\r\nX-Long: " + b"a" * (2 * LimitedHeads.head_bytes))
+        with suppress(ConnectionResetError):
+            assert endless.recv(100) == b""
+    # Ray's own, which no key guards: nothing of ours in them but the prefix of our routes.
+    routes = httpx2.get(f"{served.url}/-/routes", timeout=30)
+    assert (routes.status_code, routes.json()) == (200, {"/": "fgaif"})
+    assert httpx2.get(f"{served.url}/-/healthz", timeout=30).text == "success"
 
 
 def test_a_stream_over_a_websocket_ends_with_the_score(served: Served) -> None:

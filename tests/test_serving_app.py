@@ -356,9 +356,39 @@ def test_streams_want_the_key_too() -> None:
         stream(service, {"image": URI}, texts, headers={"Origin": "https://evil.example"})
 
 
+def test_streams_without_a_key_take_no_place_of_those_with_one() -> None:
+    service = client("serve.streams=1", "serve.streams_without_key=1", key=KEY)
+    header, texts = {"Authorization": f"Bearer {KEY}"}, pieces("A dog.", 9)
+    with service.websocket_connect("/v1/score/stream") as silent:
+        (refused,) = stream(service, {"image": URI, "key": KEY}, texts)
+        assert refused["error"]["type"] == "overloaded"
+        # A wrong header is told at once, before any message.
+        with service.websocket_connect(
+            "/v1/score/stream", headers={"Authorization": "Bearer wrong"}
+        ) as wrong:
+            assert wrong.receive_json()["error"]["type"] == "unauthorized"
+        assert "result" in stream(service, {"image": URI}, texts, headers=header)[-1]
+        silent.send_json({"image": URI, "key": KEY})
+        assert silent.receive_json()["ready"]
+        # It has left its place for another, and taken one of those with a key.
+        (refused,) = stream(service, {"image": URI, "key": KEY}, texts)
+        assert refused["error"]["type"] == "overloaded"
+        (refused,) = stream(service, {"image": URI, "key": "wrong"}, texts)
+        assert refused["error"]["type"] == "unauthorized"
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_stream_that_sends_no_first_message_ends_soon(key: str | None) -> None:
+    service = client("serve.start_timeout_s=0.1", key=key)
+    with service.websocket_connect("/v1/score/stream") as silent:
+        assert silent.receive_json()["error"]["type"] == "timeout"
+
+
 def test_a_silent_stream_ends_and_streams_are_bounded() -> None:
     service = client("serve.timeout_s=0.2", "serve.streams=1")
     with service.websocket_connect("/v1/score/stream") as first:
+        first.send_json({"image": URI})
+        assert first.receive_json()["ready"]
         (refused,) = stream(service, {"image": URI}, [])
         assert refused["error"]["type"] == "overloaded"
         assert first.receive_json()["error"]["type"] == "timeout"

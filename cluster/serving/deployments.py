@@ -271,7 +271,9 @@ def deployment_options(config: Config, args: ServeArgs) -> dict[str, dict[str, A
     options[API] = common | {
         "num_replicas": settings.ingress_replicas,
         "ray_actor_options": {"num_cpus": settings.ingress_cpus},
-        "max_ongoing_requests": settings.queue + settings.streams + _SPARE,
+        "max_ongoing_requests": (
+            settings.queue + settings.streams + settings.streams_without_key + _SPARE
+        ),
     }
     if args.policy is not None:
         role = config.cluster.rollout

@@ -21,6 +21,7 @@ from cluster.serving.deployments import (
     deployment_options,
     scorer_kinds,
 )
+from cluster.serving.request_heads import CALLBACK
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
@@ -49,6 +50,7 @@ def run_service(config: Config, args: ServeArgs, host: str, port: int, out: Cons
     out.print(_shape_note(config, args), markup=False, soft_wrap=True)
     chosen = {"anonymous": may_be_open(config, host), "rewards": args.rewards.resolve()}
     args = args.model_copy(update=chosen)
+    os.environ.update(CALLBACK)  # for the proxies, where Ray is started here
     connect(config)
     try:
         _start(config, args, host, port)

@@ -54,7 +54,11 @@ class ServeConfig(Section):
     queue: int = Field(128, ge=1)
     """Requests in work or waiting, per ingress replica; more are refused with 429."""
     streams: int = Field(64, ge=1)
-    """WebSockets open at a time, per ingress replica."""
+    """WebSockets open at a time, per ingress replica, once the key is known to be right."""
+    streams_without_key: int = Field(16, ge=1)
+    """WebSockets besides, whose key is to come in their first message, as browsers send it."""
+    start_timeout_s: float = Field(10.0, gt=0)
+    """Longest wait for the first message of a WebSocket."""
     timeout_s: float = Field(60.0, gt=0)
     """Longest time for a request, 504 after it, and for silence on a stream."""
     reload_timeout_s: float = Field(600.0, gt=0)

@@ -64,6 +64,11 @@ def image_problem(error: DataError) -> str:
     return told.replace("data.max_image_pixels", "serve.max_image_pixels")
 
 
+def unauthorized() -> ApiError:
+    """No key, or a wrong one: 401."""
+    return ApiError(401, "unauthorized", "send the header Authorization: Bearer KEY")
+
+
 def overloaded() -> ApiError:
     """More requests than the queue takes: 429."""
     return ApiError(

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 
 from fgaif.config import ServeConfig
-from fgaif.serving.errors import ApiError, overloaded, unavailable
+from fgaif.serving.errors import ApiError, overloaded, unauthorized, unavailable
 from fgaif.serving.inputs import MIB
 from fgaif.serving.metrics import Metrics
 
@@ -55,10 +55,14 @@ def key_accepted(key: str | None, authorization: str | None) -> bool:
 
 @dataclass(slots=True)
 class Gate:
-    """What is inside the door: requests in work, open streams; shut while the service stops."""
+    """What is inside the door: requests in work, open streams; shut while the service stops.
+
+    ``unknown`` streams have sent no key yet; they are not among ``streams``.
+    """
 
     working: int = 0
     streams: int = 0
+    unknown: int = 0
     shut: bool = False
 
 
@@ -122,7 +126,7 @@ class Guard:
 
     def _authorise(self, headers: Headers) -> None:
         if not key_accepted(self._key, headers.get("authorization")):
-            raise ApiError(401, "unauthorized", "send the header Authorization: Bearer KEY")
+            raise unauthorized()
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         declared = headers.get("content-length", "0")

@@ -16,7 +16,14 @@ from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fgaif.feedback.segment import settled_offsets
-from fgaif.serving.errors import ApiError, from_validation, invalid, overloaded, unavailable
+from fgaif.serving.errors import (
+    ApiError,
+    from_validation,
+    invalid,
+    overloaded,
+    unauthorized,
+    unavailable,
+)
 from fgaif.serving.guard import Gate, foreign, key_accepted, log_failure
 from fgaif.serving.inputs import MIB
 from fgaif.serving.schema import (
@@ -51,10 +58,8 @@ class Streams:
             await socket.close(_POLICY_VIOLATION)
             return
         await socket.accept()
-        self._gate.streams += 1
-        self._service.metrics.streams.set(self._gate.streams)
         try:
-            await self._stream(socket)
+            await self._admit(socket)
             await socket.close()
         except ApiError as error:
             await _tell(socket, error)
@@ -65,19 +70,44 @@ class Streams:
         except Exception as error:
             log_failure(error)
             await _tell(socket, ApiError(500, "internal", "the server failed"), _INTERNAL)
-        finally:
-            self._gate.streams -= 1
-            self._service.metrics.streams.set(self._gate.streams)
 
-    async def _stream(self, socket: WebSocket) -> None:
+    async def _admit(self, socket: WebSocket) -> None:
+        """Check the key, then follow the stream; without a key it takes no place among the others.
+
+        Programs send the key as a header. Browsers cannot: theirs comes with the first message, for
+        which few streams may wait, and not for long.
+        """
         if self._gate.shut:
             raise unavailable()
-        if self._gate.streams > self._service.config.streams:
+        header, config = socket.headers.get("authorization"), self._service.config
+        start = None
+        if header is None and self._key is not None:
+            if self._gate.unknown >= config.streams_without_key:
+                raise overloaded()
+            self._gate.unknown += 1
+            try:
+                start = await self._receive(socket, StreamStart, limit_s=config.start_timeout_s)
+            finally:
+                self._gate.unknown -= 1
+            header = f"Bearer {start.key or ''}"
+        if not key_accepted(self._key, header):
+            raise unauthorized()
+        if self._gate.streams >= config.streams:
             raise overloaded()
-        start = await self._receive(socket, StreamStart)
-        header = socket.headers.get("authorization")
-        if not key_accepted(self._key, header or f"Bearer {start.key or ''}"):
-            raise ApiError(401, "unauthorized", "send the header Authorization: Bearer KEY")
+        self._count(1)
+        try:
+            await self._stream(socket, start)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._gate.streams += change
+        self._service.metrics.streams.set(self._gate.streams)
+
+    async def _stream(self, socket: WebSocket, start: StreamStart | None) -> None:
+        if start is None:
+            limit_s = self._service.config.start_timeout_s
+            start = await self._receive(socket, StreamStart, limit_s=limit_s)
         image = await self._service.images.read(start.image)
         (model,) = (await self._service.backend.models()).models
         await _send(socket, StreamReady(model=self._service.model_ref(model.version)))
@@ -126,9 +156,11 @@ class Streams:
             (result,), _ = await self._service.results(asked)
         return result
 
-    async def _receive(self, socket: WebSocket, *models: type[BaseModel]) -> Any:
+    async def _receive(
+        self, socket: WebSocket, *models: type[BaseModel], limit_s: float | None = None
+    ) -> Any:
         """The next message, as the first of the models whose key it holds."""
-        async with asyncio.timeout(self._service.config.timeout_s):
+        async with asyncio.timeout(limit_s or self._service.config.timeout_s):
             message = await socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1000))
