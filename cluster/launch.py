@@ -35,6 +35,7 @@ from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.interrupts import kept_handlers
 from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.own_packages import own_packages_first, shadowed
 from fgaif.types import KINDS, Kind
 
 _SLICE_S = 1.0
@@ -313,6 +314,11 @@ def _address() -> tuple[str, int]:
 def connect(config: Config) -> None:
     """Join the configured or surrounding Ray cluster, else start a local one."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"num_cpus": config.cluster.local_cpus, "include_dashboard": False}
+    settings: dict[str, Any] = {}
+    if not address:
+        settings = {"num_cpus": config.cluster.local_cpus, "include_dashboard": False}
+    if shadowed(Path.cwd()):  # workers look there first; only then is a slower start worth it
+        hook = f"{own_packages_first.__module__}.{own_packages_first.__name__}"
+        settings["runtime_env"] = {"worker_process_setup_hook": hook}
     with kept_handlers():
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **settings)

@@ -2,4 +2,7 @@
 
 import importlib
 
+from fgaif.own_packages import own_packages_first
+
+own_packages_first()
 importlib.import_module("cluster.cli.main").main()
