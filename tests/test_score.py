@@ -65,6 +65,16 @@ def test_scores_are_the_scoring_actors_to_the_bit(
         assert np.array_equal(mine.probs, theirs.probs)
 
 
+def test_the_shape_is_that_of_the_training_unless_another_is_given(
+    folder: Path, tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    trained, other = RewardShapeConfig(values="hard"), RewardShapeConfig(value_hallu=-2.0)
+    shaped = serving_samples.write_rewards(tiny_llava_dir, tmp_path, shape=trained)
+    assert load_rewards(shaped).shape == trained
+    assert load_rewards(shaped, shape=other).shape == other
+    assert load_rewards(folder).shape == RewardShapeConfig()  # of a version that stored none
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("values", ["soft", "hard"])
 def test_rewards_are_ppos(folder: Path, tiny_llava_dir: Path, shared: bool, values: str) -> None:

@@ -116,6 +116,7 @@ def train_rewards(
             backbone_digest=checkpoint_digest(path),
             tokenizer_digest=tokenizer_digest(encoder.encoder.tokenizer),
             min_words=config.segment.min_words,
+            shape=config.ppo.shape,
             input_digest="",  # equal to no other's: `fgaif train-reward` trains anew
             metrics=found[kind],
         )

@@ -29,12 +29,19 @@ from fgaif.reward.checkpoint import (
     RewardCard,
     checkpoint_digest,
     common_min_words,
+    common_shape,
     load_reward_model,
     load_shared_reward_models,
     read_card,
     rewards_version,
 )
-from fgaif.reward.dense import RewardCenters, segment_penalties, segment_values
+from fgaif.reward.dense import (
+    RewardCenters,
+    kind_weights,
+    segment_penalties,
+    segment_rewards,
+    segment_values,
+)
 from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.model import RewardModel, SharedRewardModels, segment_probs
 from fgaif.types import KINDS, FloatArray, ImageRef, Kind, Response, Segment, SegmentClass
@@ -278,7 +285,6 @@ class Rewards:
         if centers is None:
             shape, centers = shape.model_copy(update={"center": False}), RewardCenters.empty()
         values = segment_values(probs, shape, centers.array())
-        weights = np.array([shape.weights.get(kind, 0.0) for kind in self.kinds], np.float32)
         penalties = segment_penalties(response.text, segments, (), shape.repeat_penalty)
         return TextScores(
             response=response,
@@ -286,7 +292,7 @@ class Rewards:
             kinds=self.kinds,
             probs=probs,
             values=values,
-            rewards=values @ weights - penalties,
+            rewards=segment_rewards(values, kind_weights(shape), penalties),
         )
 
 
@@ -308,7 +314,8 @@ def load_rewards(
         folder: with a folder of each kind, as ``fgaif train-reward`` writes it: RUN/rewards.
         backbone: the checkpoint that they were trained on; default: where it was then.
         policy: whose tokenizer texts get; default: the backbone.
-        shape: how rewards are made of probabilities; default: ``ppo.shape`` as it is by default.
+        shape: how rewards are made of probabilities; default: the ``ppo.shape`` of the training,
+            from the models' cards.
         dtype: of the backbone, ``float32`` or ``bfloat16``.
         device: such as ``cpu`` or ``cuda:1``; default: a GPU if there is one.
         attention: transformers' implementation.
@@ -332,7 +339,7 @@ def load_rewards(
         attention=attention,
         shared=shared,
         micro_batch=micro_batch or RewardConfig().micro_batch,
-        shape=shape or RewardShapeConfig(),
+        shape=shape or common_shape([read_card(folder / kind) for kind in KINDS]),
     )
 
 
