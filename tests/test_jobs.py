@@ -13,9 +13,12 @@ import ray
 import ray.autoscaler
 import yaml
 from ray.cluster_utils import Cluster as RayCluster
+from typer.testing import CliRunner
 
 from actors.deepspeed_setup import free_port
+from cluster.cli.main import app
 from cluster.monitoring.ray_jobs import Jobs, job_request
+from cluster.monitoring.upload import choose
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError
 
@@ -46,6 +49,47 @@ def test_a_working_folder_goes_along_without_weights_data_and_runs(tmp_path: Pat
     job_request(settings(tmp_path), "train", folder=tmp_path / "job", working_dir=source)
     files = {str(p.relative_to(tmp_path / "job")) for p in (tmp_path / "job").rglob("*.*")}
     assert files == {"own.py", "prompts/check.txt", "fgaif.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".env", "A=1"), ("prod.env", "A=1"), (".aws/credentials", "x"), ("id_ed25519", "x"),
+        ("server.pem", "x"), ("credentials.json", "{}"), (".ssh/config", "x"), (".netrc", "x"),
+        ("notes.txt", "-----BEGIN OPENSSH PRIVATE KEY-----"),
+        ("run.sh", "export OPENAI_API_KEY=sk-proj-abcdefghijklmnopqrstuvwx"),
+        ("a.py", "TOKEN = 'hf_abcdefghijklmnopqrstuvwxyzABCDEFGH'"),
+    ],
+)  # fmt: skip
+def test_nothing_that_may_be_secret_goes_along(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+    (tmp_path / "own.py").write_text("x = 1")
+    upload = choose(tmp_path)
+    assert upload.files == (Path("own.py"),)
+    assert len(upload.left_out) == 1
+
+
+def test_targets_of_links_do_not_go_along(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "private.txt").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text("x = 1")
+    (tmp_path / "mine" / "file.txt").symlink_to(tmp_path / "elsewhere" / "private.txt")
+    (tmp_path / "mine" / "folder").symlink_to(tmp_path / "elsewhere")
+    upload = choose(tmp_path / "mine")
+    assert upload.files == (Path("own.py"),)
+    assert upload.left_out == {Path("file.txt"): "a link", Path("folder"): "a link"}
+
+
+def test_a_dry_run_names_what_is_sent_and_what_is_not(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("x = 1")
+    (tmp_path / ".env").write_text("A=1")
+    arguments = ["submit", f"dir={tmp_path}/runs", "--working-dir", str(tmp_path), "--dry-run"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0
+    assert "  own.py\n" in done.output
+    assert "  not .env: may hold a secret" in done.output
 
 
 def test_what_cannot_work_is_refused_before_anything_is_sent(tmp_path: Path) -> None:

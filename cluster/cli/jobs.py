@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ Address = Annotated[
 JobId = Annotated[str, typer.Argument(help="Id that `fgaif submit` printed.")]
 jobs_app = typer.Typer(name="jobs", no_args_is_help=True, help="Jobs that were submitted.")
 out = Console()
+_LISTED = 100
 
 
 def submit(
@@ -45,6 +47,7 @@ def submit(
     The same by hand: ray job submit --working-dir FOLDER -- python -m fgaif run --config FILE
     """
     from cluster.monitoring.ray_jobs import Jobs, job_request, temporary_folder
+    from cluster.monitoring.upload import choose
 
     default = Path(__file__).parents[2] / "configs" / "scenes.yaml"
     if "=" in command:  # overrides alone: everything is run
@@ -55,9 +58,10 @@ def submit(
         request = job_request(settings, command, folder=folder, working_dir=working_dir)
         if dry_run:
             out.print(dump_config(settings), highlight=False)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            size = sum(path.stat().st_size for path in files)
-            out.print(f"{request.entrypoint}\nuploads {len(files)} files, {size:,} bytes")
+        out.print(request.entrypoint, markup=False, highlight=False)
+        for line in _uploaded(folder, choose(working_dir).left_out if working_dir else {}):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        if dry_run:
             return
         jobs = Jobs(address)
         job = jobs.submit(request)
@@ -70,6 +74,20 @@ def submit(
         details = jobs.status(job)
         out.print(f"{job}: {details.status.lower()}", markup=False)
         raise typer.Exit(0 if details.status == "SUCCEEDED" else 1)
+
+
+def _uploaded(folder: Path, left_out: dict[Path, str]) -> Iterator[str]:
+    """Lines that name what is uploaded, and what of the working folder is not."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    yield f"uploads {len(files)} files, {size:,} bytes:"
+    yield from (f"  {path.relative_to(folder)}" for path in files[:_LISTED])
+    if len(files) > _LISTED:
+        yield f"  and {len(files) - _LISTED} more"
+    secret = {path: why for path, why in left_out.items() if "weights" not in why}
+    yield from (f"  not {path}: {why}" for path, why in secret.items())
+    if len(left_out) > len(secret):
+        yield f"  not {len(left_out) - len(secret)} others: weights, data or runs"
 
 
 @jobs_app.command("list")

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 from ray.job_submission import JobDetails, JobSubmissionClient
 
+from cluster.monitoring.upload import choose, copy
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 
@@ -20,12 +20,6 @@ ADDRESS = "http://127.0.0.1:8265"
 
 COMMANDS = ("run", "sample", "annotate", "train-reward", "train", "study", "report")
 _CONFIG = "fgaif.yaml"
-_NEVER_UPLOADED = (
-    *(".git", ".venv", "runs", "checkpoints", "data", "__pycache__"),
-    *("*.safetensors", "*.bin", "*.pt", "*.gguf", "*.parquet", "*.arrow", "*.tar*", "*.zip"),
-    *("*.jpg", "*.jpeg", "*.png", "*.webp", "*.sqlite*"),
-)
-"""Weights and data are read from storage that the nodes share, never sent with a job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +42,8 @@ def job_request(
     """Make the job that runs ``fgaif COMMAND`` with this configuration on a cluster.
 
     The resolved configuration is written to ``folder``, which alone is uploaded; with
-    ``working_dir`` a copy of that folder is, without weights, data and runs.
+    ``working_dir`` a copy of that folder is, without weights, data, runs, links and whatever may
+    be secret (:mod:`cluster.monitoring.upload`).
 
     Raises:
         ConfigError: an unknown command, or a run folder that would vanish with the job.
@@ -61,9 +56,7 @@ def job_request(
             "absolute path on storage that all nodes share, e.g. dir=/shared/runs"
         )
     if working_dir is not None:
-        shutil.copytree(
-            working_dir, folder, ignore=shutil.ignore_patterns(*_NEVER_UPLOADED), dirs_exist_ok=True
-        )
+        copy(choose(working_dir), working_dir, folder)
     tree = config.model_dump(mode="json")
     tree["cluster"]["address"] = None  # a job joins the cluster that it runs on
     folder.mkdir(parents=True, exist_ok=True)
