@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from cluster.cli.main import app
 from fgaif.types import KINDS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def finished(
@@ -72,7 +74,6 @@ def finished(
     return folder / "photos", done.stdout
 
 
-@pytest.mark.slow
 def test_every_stage_runs_and_what_cannot_be_known_is_null(finished: tuple[Path, str]) -> None:
     run, _ = finished
     report = json.loads((run / "report" / "report.json").read_text())
@@ -90,7 +91,6 @@ def test_every_stage_runs_and_what_cannot_be_known_is_null(finished: tuple[Path,
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
 
 
-@pytest.mark.slow
 def test_the_policy_in_bfloat16_is_exported(finished: tuple[Path, str], tmp_path: Path) -> None:
     """In another precision, and unmerged."""
     run, _ = finished
@@ -106,7 +106,6 @@ def test_the_policy_in_bfloat16_is_exported(finished: tuple[Path, str], tmp_path
     assert (tmp_path / "alone" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_a_missing_photograph_is_named_and_counted(finished: tuple[Path, str]) -> None:
     run, printed = finished
     assert "gone.jpg" in printed

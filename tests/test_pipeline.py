@@ -1,4 +1,8 @@
-"""The whole job with the real parts, at small size: vLLM, Ray, Ray Train, DeepSpeed, PEFT."""
+"""The whole job with the real parts, at small size: vLLM, Ray, Ray Train, DeepSpeed, PEFT.
+
+As on GPUs: in bfloat16, adapters served unmerged, reward models on one backbone.
+``make test-all`` repeats it as the demo on the CPU is.
+"""
 
 import json
 import os
@@ -10,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from light_jobs import python_first
@@ -42,22 +46,43 @@ SMALL = [
 ]
 
 
-def command(directory: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "fgaif", *arguments, f"dir={directory}", *SMALL]
+DTYPES = {
+    "bfloat16": ["policy.dtype=bfloat16", "cluster.reward.shared=true"],
+    "float32": ["policy.dtype=float32"],
+}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+class Finished(NamedTuple):
     """A finished small run of the demo, and what it printed."""
-    directory = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(command(directory, "demo"), capture_output=True, text=True, check=False)
+
+    run: Path
+    printed: str
+    dtype: str
+
+
+def command(directory: Path, dtype: str, *arguments: str) -> list[str]:
+    settings = [f"dir={directory}", *SMALL, *DTYPES[dtype]]
+    return [sys.executable, "-m", "fgaif", *arguments, *settings]
+
+
+@pytest.fixture(
+    scope="module", params=["bfloat16", pytest.param("float32", marks=pytest.mark.long)]
+)
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    directory, dtype = tmp_path_factory.mktemp("runs"), request.param
+    demo = command(directory, dtype, "demo")
+    done = subprocess.run(demo, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return directory / "scenes", done.stdout
+    return Finished(directory / "scenes", done.stdout, dtype)
+
+
+in_bfloat16 = pytest.mark.parametrize("finished", ["bfloat16"], indirect=True)
+in_float32 = pytest.mark.parametrize("finished", ["float32"], indirect=True)
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_every_stage_and_a_complete_report(finished: tuple[Path, str]) -> None:
-    run, printed = finished
+def test_the_demo_leaves_every_stage_and_a_complete_report(finished: Finished) -> None:
+    run, printed, _ = finished
     report = json.loads((run / "report" / "report.json").read_text())
     assert report["seed"] == 0
     assert set(report["stages"]) >= {
@@ -78,11 +103,11 @@ def test_the_demo_leaves_every_stage_and_a_complete_report(finished: tuple[Path,
 
 
 @pytest.mark.slow
-def test_a_second_call_skips_what_is_there(finished: tuple[Path, str]) -> None:
-    run, _ = finished
+def test_a_second_call_skips_what_is_there(finished: Finished) -> None:
+    run, _, dtype = finished
     before = (run / "policy" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     done = subprocess.run(
-        command(run.parent, "demo"), capture_output=True, text=True, check=False, timeout=120
+        command(run.parent, dtype, "demo"), capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0
     for stage in ("sample", "annotate", "train-reward", "eval-before", "train", "eval-after"):
@@ -92,14 +117,16 @@ def test_a_second_call_skips_what_is_there(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_metrics_hold_one_line_per_step_with_the_mismatch(finished: tuple[Path, str]) -> None:
-    run, _ = finished
+def test_metrics_hold_one_line_per_step_with_the_mismatch(finished: Finished) -> None:
+    run, _, dtype = finished
     lines = (run / "policy" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert row["metrics"]["mismatch/mean"] < 0.005
-        assert row["metrics"]["sync/max_abs_diff"] < 1e-3
+        assert row["metrics"]["sync/arrived"] >= 0.99
+        if dtype == "float32":
+            assert row["metrics"]["sync/max_abs_diff"] < 1e-3
 
 
 @pytest.fixture
@@ -139,11 +166,12 @@ def rollouts(run: Path, step: int) -> list[Any]:
 
 
 @pytest.mark.long
+@in_float32
 def test_the_training_on_many_nodes_ends_the_same_after_scaling_and_the_loss_of_one(
-    finished: tuple[Path, str], nodes: Nodes, tmp_path: Path
+    finished: Finished, nodes: Nodes, tmp_path: Path
 ) -> None:
     """Submitted as a job; two more engines come in mid-step, one goes with its node in another."""
-    alone, run = finished[0], tmp_path / "scenes"
+    alone, run = finished.run, tmp_path / "scenes"
     shutil.copytree(alone, run, ignore=shutil.ignore_patterns("policy", "status.json", "live.json"))
     stages = json.loads((run / "stages.json").read_text())
     del stages["train"]
@@ -151,7 +179,7 @@ def test_the_training_on_many_nodes_ends_the_same_after_scaling_and_the_loss_of_
     nodes.add(cpus=2)  # one for an engine, the others share the other
     job = fgaif(
         *("submit", "train", "--no-follow", "--address", nodes.dashboard, f"dir={tmp_path}"),
-        *(*SMALL, "cluster.rollout.cpus=1", "cluster.heartbeat_s=1"),
+        *(*SMALL, "policy.dtype=float32", "cluster.rollout.cpus=1", "cluster.heartbeat_s=1"),
         "cluster.heartbeat_timeout_s=600",  # engines are stopped for a while
     ).split()[-1]
     jobs = Jobs(nodes.dashboard)
@@ -200,40 +228,14 @@ def assert_bitwise(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert (found[name] == value).all(), name
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_parameters(finished: tuple[Path, str]) -> None:
-    """The run of the fixture went through; the same training is killed -9 and resumed here."""
-    run, _ = finished
-    adapter = run / "policy" / "adapter" / "adapter_model.safetensors"
-    expected = adapter_of(run)
-    checkpoints = run / "policy" / "checkpoints"
-    training = subprocess.Popen(command(run.parent, "train", "--force"))
-    try:
-        _wait_for(lambda: not adapter.exists(), training)  # the old output is cleared first
-        _wait_for((checkpoints / "step_000001" / "manifest.json").exists, training)
-    finally:
-        training.send_signal(signal.SIGKILL)
-        training.wait()
-    assert not adapter.exists()
-    resumed = subprocess.run(
-        command(run.parent, "train", "--resume", "latest"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
-    assert_bitwise(adapter_of(run), expected)
-
-
 @pytest.mark.long
-def test_a_bfloat16_run_killed_in_ppo_and_run_again_equals_the_straight_one(tmp_path: Path) -> None:
+@in_bfloat16
+def test_a_bfloat16_run_killed_in_ppo_and_run_again_equals_the_straight_one(
+    finished: Finished, tmp_path: Path
+) -> None:
     """Policy, reward models, reference and engines in bfloat16, adapters served unmerged."""
-    straight, killed = (
-        command(tmp_path / name, "demo", "policy.dtype=bfloat16") for name in ("one", "two")
-    )
-    done = subprocess.run(straight, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    alone, run = tmp_path / "one" / "scenes", tmp_path / "two" / "scenes"
+    killed = command(tmp_path, finished.dtype, "demo")
+    alone, run = finished.run, tmp_path / "scenes"
     ignored = shutil.ignore_patterns("policy", "after*", "status.json", "live.json")
     shutil.copytree(alone, run, ignore=ignored)
     stages = json.loads((run / "stages.json").read_text())
@@ -264,11 +266,36 @@ def test_a_bfloat16_run_killed_in_ppo_and_run_again_equals_the_straight_one(tmp_
     assert len({path.read_text() for path in after}) == 1
 
 
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_parameters(finished: Finished) -> None:
+    """The run of the fixture went through; the same training is killed -9 and resumed here."""
+    run, _, dtype = finished
+    adapter = run / "policy" / "adapter" / "adapter_model.safetensors"
+    expected = adapter_of(run)
+    checkpoints = run / "policy" / "checkpoints"
+    training = subprocess.Popen(command(run.parent, dtype, "train", "--force"))
+    try:
+        _wait_for(lambda: not adapter.exists(), training)  # the old output is cleared first
+        _wait_for((checkpoints / "step_000001" / "manifest.json").exists, training)
+    finally:
+        training.send_signal(signal.SIGKILL)
+        training.wait()
+    assert not adapter.exists()
+    resumed = subprocess.run(
+        command(run.parent, dtype, "train", "--resume", "latest"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
+    assert_bitwise(adapter_of(run), expected)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_say_what_is_kept_and_exit_with_130(number: int, tmp_path: Path) -> None:
     sampling = subprocess.Popen(
-        command(tmp_path, "sample"),
+        command(tmp_path, "float32", "sample"),
         stderr=subprocess.PIPE,
         text=True,
         # A job in a shell's background has interrupts turned off, and hands that down.
