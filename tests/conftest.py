@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch, transformers, vllm or ray are imported; worker processes inherit it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,6 +77,17 @@ def llava15_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of real photographs with ``prompts.jsonl``; do not write into it."""
     return tiny.write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(params=["threads", pytest.param("ray", marks=pytest.mark.long)])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What groups of actors take for Ray: actors in threads, or a real local Ray."""
+    import fake_ray
+
+    if request.param == "threads":
+        return fake_ray.stand_in(monkeypatch)
+    request.getfixturevalue("local_ray")
+    return fake_ray.ray
 
 
 @pytest.fixture(scope="module")

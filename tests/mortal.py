@@ -83,7 +83,13 @@ class Mortal:
         here = f"{self._token}.{self._meetings}."
         (self._folder / f"{here}{self._rank}").touch()
         while not all((self._folder / f"{here}{rank}").exists() for rank in range(self._world)):
-            time.sleep(0.01)
+            self._sleep(0.01)
+
+    def _die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def _double(self, item: int) -> int:
         if item == 13:
@@ -96,17 +102,17 @@ class Mortal:
     def _obey(self, method: str, work: Callable[[], T]) -> T:
         if self._told("die", method):
             print(f"{self._name}: the last words", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._die()
         if self._told("hang", method):
-            time.sleep(600)
+            self._sleep(600)
         if self._told("late", method):
-            time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._sleep(0.5)
+            self._die()
         if self._told("echo", method):
             raise RuntimeError("Connection closed by peer")
         answer = work()
         if self._told("die-after", method):
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._die()
         return answer
 
     def _told(self, what: str, method: str) -> bool:

@@ -23,27 +23,33 @@ class MortalEngine:
         if self._told("break"):
             raise DataError(f"{name} does not start")
         if self._told("hang-starting"):
-            time.sleep(60)
+            self._sleep(60)
 
     def generate(self, items: Sequence[int]) -> list[tuple[int, int]]:
         """Items doubled, with the version that did it."""
         if -1 in items or self._told("die"):
-            os._exit(1)
+            self._die()
         if self._told("hang"):
-            time.sleep(60)
+            self._sleep(60)
         if -13 in items:
             raise DataError("-13 is not doubled")
-        time.sleep(0.05)
+        self._sleep(0.05)
         return [(2 * item, self._version) for item in items]
 
     def load_weights(
         self, manifest: WeightsManifest, probe: Sequence[Response] = ()
     ) -> LoadedWeights:
         if self._told("die-loading"):
-            os._exit(1)
+            self._die()
         self._version = manifest.version
         scores = np.full(2, float(self._version + self._told("differ")), np.float32)
         return LoadedWeights(version=self._version - self._told("stale"), logprobs=(scores,))
+
+    def _die(self) -> None:
+        os._exit(1)
+
+    def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def _told(self, what: str) -> bool:
         path = self._folder / f"{self._name}.{what}"

@@ -1,8 +1,12 @@
-"""Actors that die are brought back to their state and asked again, exactly once; within bounds."""
+"""Actors that die are brought back to their state and asked again, exactly once; within bounds.
+
+By default most tests have threads for actors; ``make test-all`` runs each on Ray too.
+"""
 
 import gc
 import itertools
 import os
+import sys
 import time
 import weakref
 from contextlib import suppress
@@ -11,6 +15,7 @@ from pathlib import Path
 from signal import SIGSTOP
 from typing import Any
 
+import fake_ray
 import pytest
 import ray
 from mortal import Mortal, starts, tell
@@ -27,7 +32,15 @@ from fgaif.pending import Pending
 _tokens = itertools.count()
 
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+@pytest.fixture(autouse=True)
+def actors(transport: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if transport is not ray:
+        monkeypatch.setattr(sys.modules[__name__], "ray", transport)
+        monkeypatch.setattr(sys.modules[__name__], "create", partial(fake_ray.start, Mortal))
+
+
+on_ray = pytest.mark.parametrize("transport", ["ray"], indirect=True)
+on_both = pytest.mark.parametrize("transport", ["threads", "ray"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +119,7 @@ ANSWERS = [1, 12, 12, 12, 123, 1234, 1234]
 METHODS = ["add", "add", "read", "save", "add", "add", "read"]
 
 
+@on_both
 @pytest.mark.parametrize(("what", "steps"), [("die", (0, 2, 3, 5)), ("die-after", (1, 3, 4, 6))])
 def test_a_death_in_any_call_changes_no_answer(
     tmp_path: Path, what: str, steps: tuple[int, ...]
@@ -160,6 +174,7 @@ class NoSign(Suspicion):
         return None if self.forgotten else "sent no heartbeat"
 
 
+@on_ray
 def test_a_tended_team_replaces_the_frozen_too(tmp_path: Path) -> None:
     toy = actor_group(tmp_path, watch=NoSign())
     os.kill(ray.get(toy.members[0].actor.__ray_call__.remote(lambda _: os.getpid())), SIGSTOP)
@@ -289,8 +304,8 @@ def slay(toy: ActorGroup) -> None:
             ray.get(actor.__ray_ready__.remote())
 
 
-def test_a_start_that_hangs_is_repeated(tmp_path: Path) -> None:
-    toy = actor_group(tmp_path, start_s=6)
+def test_a_start_that_hangs_is_repeated(tmp_path: Path, transport: Any) -> None:
+    toy = actor_group(tmp_path, start_s=6 if transport is fake_ray.ray else 0.5)
     add(toy, 1).result()
     tell(tmp_path, "a", "hang", "start")
     slay(toy)

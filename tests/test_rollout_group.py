@@ -1,4 +1,7 @@
-"""The elastic pool over real Ray actors: who dies, hangs, joins late or disagrees."""
+"""The elastic pool over actors: who dies, hangs, joins late or disagrees.
+
+By default most tests have threads for actors; ``make test-all`` runs each on Ray too.
+"""
 
 import os
 import signal
@@ -7,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_ray
 import numpy as np
 import pytest
 from mortal_engine import MortalEngine
@@ -19,13 +23,14 @@ from fgaif.config import ClusterConfig
 from fgaif.errors import ActorError, DataError, SyncError
 from fgaif.types import WeightsManifest
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+on_ray = pytest.mark.parametrize("transport", ["ray"], indirect=True)
+on_both = pytest.mark.parametrize("transport", ["threads", "ray"], indirect=True)
 
 Start = Callable[..., RolloutGroup]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path: Path, transport: Any) -> Iterator[Start]:
     groups = []
 
     def begin(engines: int = 1, **how: Any) -> RolloutGroup:
@@ -34,6 +39,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         )
 
         def create(name: str) -> Any:
+            if transport is not fake_ray.ray:
+                return fake_ray.start(MortalEngine, 0.1, tmp_path, name)
             bundle = Bundle(role="rollout", name=name, cpus=0.1, gpus=0)
             return create_actor(bundle, MortalEngine, (tmp_path, name), "1")
 
@@ -76,6 +83,7 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@on_both
 def test_a_dead_engine_s_chunk_is_done_again_at_the_same_version(
     start: Start, tmp_path: Path
 ) -> None:
@@ -138,6 +146,7 @@ def test_an_engine_that_hangs_while_it_starts_is_replaced(start: Start, tmp_path
     assert starts(tmp_path, "rollout-0") == 1
 
 
+@on_ray
 def test_the_death_of_an_engine_without_work_is_noticed(start: Start, tmp_path: Path) -> None:
     group = start(1)
     ask(group, [1]).result()
