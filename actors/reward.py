@@ -7,6 +7,8 @@ import torch
 
 from actors.progress import advance
 from fgaif.config import Config
+from fgaif.errors import CheckpointError
+from fgaif.kinds import check_kinds
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import base_of, resolve_checkpoint
 from fgaif.reward.checkpoint import (
@@ -17,7 +19,7 @@ from fgaif.reward.checkpoint import (
 )
 from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.model import RewardModel, SharedRewardModels, segment_probs
-from fgaif.types import KINDS, FloatArray, ImageRef, Response, Segment, SegmentScores
+from fgaif.types import FloatArray, ImageRef, Response, Segment, SegmentScores
 
 
 class _Scorer:
@@ -76,13 +78,16 @@ class RewardActor(_Scorer):
 
     def __init__(self, reward_dir: Path, config: Config) -> None:
         super().__init__(config)
+        self._kinds = config.kind_names
         self.load(reward_dir)
 
     def load(self, reward_dir: Path) -> RewardCard:
         """Load (or replace) the reward model; raises CheckpointError if it does not fit."""
+        card = read_card(reward_dir)
+        check_kinds(reward_dir, card.kinds, self._kinds, CheckpointError)
         self._use(load_reward_model(reward_dir, self._backbone, **self._load))
-        self._card = read_card(reward_dir)
-        return self._card
+        self._card = card
+        return card
 
     def info(self) -> RewardCard:
         """The card of the loaded model."""
@@ -104,12 +109,13 @@ class SharedRewardActor(_Scorer):
 
     def __init__(self, rewards_dir: Path, config: Config) -> None:
         super().__init__(config)
+        self._kinds = config.kind_names
         self.load(rewards_dir)
 
     def load(self, rewards_dir: Path) -> list[RewardCard]:
         """Load (or replace) all reward models; raises CheckpointError if one does not fit."""
-        self._use(load_shared_reward_models(rewards_dir, self._backbone, **self._load))
-        self._cards = [read_card(rewards_dir / kind) for kind in KINDS]
+        self._use(load_shared_reward_models(rewards_dir, self._backbone, self._kinds, **self._load))
+        self._cards = [read_card(rewards_dir / kind) for kind in self._kinds]
         return self._cards
 
     def info(self) -> list[RewardCard]:

@@ -9,13 +9,14 @@ from actors.reward import RewardActor, SharedRewardActor
 from fgaif.config import Config
 from fgaif.data.images import image_bytes
 from fgaif.errors import CheckpointError
+from fgaif.feedback.extract import kind_meanings
 from fgaif.feedback.facts import SceneFacts
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
-from fgaif.reward.checkpoint import RewardCard, common_min_words, read_card, rewards_version
+from fgaif.reward.checkpoint import RewardCard, common_min_words, read_cards, rewards_version
 from fgaif.serving.schema import DEFAULT_PROMPT, CardOut, ModelOut
 from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, TextScorer
 from fgaif.serving.shape import served_shape
-from fgaif.types import KINDS, FloatArray, Kind, Response, Segment
+from fgaif.types import FloatArray, Kind, Response, Segment
 
 _PROBE = ScoreItem(
     image=image_bytes(b"P6\n8 8\n255\n" + bytes([128]) * 192, "probe"),
@@ -53,18 +54,20 @@ class _Loaded:
 
 
 class ScoringActor:
-    """Scores texts for ``kinds``: one kind, or all on one backbone.
+    """Scores texts for ``kinds``: one kind, or by default all on one backbone.
 
     Raises:
         CheckpointError: the reward models do not fit the backbone, or each other.
     """
 
-    def __init__(self, rewards_dir: Path, config: Config, kinds: Sequence[Kind] = KINDS) -> None:
+    def __init__(
+        self, rewards_dir: Path, config: Config, kinds: Sequence[Kind] | None = None
+    ) -> None:
         limit = {"max_image_pixels": config.serve.max_image_pixels}
         data = config.data.model_copy(update=limit)
         self._config = config.model_copy(update={"data": data})
         self._rewards_dir = rewards_dir
-        self._kinds = tuple(kinds)
+        self._kinds = tuple(kinds or config.kind_names)
         self._now = self._load()
         self._next: _Loaded | None = None
         self.probe()
@@ -90,7 +93,7 @@ class ScoringActor:
 
     def found_version(self) -> str:
         """Version that the folder holds now."""
-        return rewards_version(self._rewards_dir)
+        return rewards_version(self._rewards_dir, self._config.kind_names)
 
     def prepare(self, version: str) -> None:
         """Load the folder's models beside the present ones, which go on scoring.
@@ -120,8 +123,9 @@ class ScoringActor:
         self._now, self._next = self._next, None
 
     def _load(self) -> _Loaded:
-        version = rewards_version(self._rewards_dir)
-        cards = {kind: read_card(self._rewards_dir / kind) for kind in KINDS}
+        kinds = self._config.kind_names
+        cards = read_cards(self._rewards_dir, kinds)
+        version = rewards_version(self._rewards_dir, kinds)
         policy = resolve_checkpoint(self._config.policy.model)
         shape, shape_from = served_shape(list(cards.values()), self._config)
         scorer = TextScorer(
@@ -129,20 +133,23 @@ class ScoringActor:
             load_processor(policy).tokenizer,
             version=version,
             min_words=common_min_words(list(cards.values())),
-            extractor=SceneFacts() if self._config.feedback.extractor == "scenes" else None,
+            extractor=SceneFacts(kinds) if self._config.feedback.extractor == "scenes" else None,
             shape=shape,
+            kinds=self._kinds,
         )
-        if rewards_version(self._rewards_dir) != version:
+        if rewards_version(self._rewards_dir, kinds) != version:
             raise CheckpointError(f"{self._rewards_dir}: was changed while it was read; try again")
         info = ModelOut(
             name=self._config.name,
             version=version,
-            kinds=list(KINDS),
+            kinds=list(kinds),
+            colours=self._config.own_colours,
+            meanings=kind_meanings(self._config.kinds),
             backbone=resolve_checkpoint(self._config.reward_backbone).name,
             placement=self._config.serve.placement,
             loaded_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            cards={kind: _card_out(cards[kind]) for kind in KINDS},
-            shape=shape.model_dump(mode="json"),
+            cards={kind: _card_out(card) for kind, card in cards.items()},
+            shape=shape.resolved(kinds).model_dump(mode="json"),
             shape_from=shape_from,
         )
         return _Loaded(scorer=scorer, info=info)

@@ -1,7 +1,7 @@
 """The console: progress bars of stages and benchmarks, and the PPO loop's live display."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fgaif.tracking import explain
-from fgaif.types import KINDS, StepReport
+from fgaif.types import Kind, StepReport
 
 _PER_KIND = {"reward": "reward", "hallu": "hallucinated"}
 _SCALARS = {
@@ -42,8 +42,9 @@ class StepDisplay:
     Values outside their healthy range are shown in yellow.
     """
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
+    def __init__(self, total: int, kinds: Sequence[Kind], console: Console | None = None) -> None:
         self._total = total
+        self._kinds = kinds
         self._console = console or Console()
         self._progress = Progress(
             TextColumn("PPO"),
@@ -67,7 +68,7 @@ class StepDisplay:
             self._console.print(line, soft_wrap=True)
             return
         self._progress.update(self._task, completed=report.step, left=left)
-        self._live.update(Group(self._progress, _kinds(report), _line(report)))
+        self._live.update(Group(self._progress, _kinds(report, self._kinds), _line(report)))
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()
@@ -94,13 +95,13 @@ def _left(elapsed: float, seen: int, remaining: int) -> str:
     return f"{minutes}:{seconds:02d} left"
 
 
-def _kinds(report: StepReport) -> Table:
+def _kinds(report: StepReport, kinds: Sequence[Kind]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for kind in KINDS:
+    for kind in kinds:
         table.add_column(kind, justify="right")
     for group, title in _PER_KIND.items():
-        table.add_row(title, *[_value(report, f"{group}/{kind}") for kind in KINDS])
+        table.add_row(title, *[_value(report, f"{group}/{kind}") for kind in kinds])
     return table
 
 

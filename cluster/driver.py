@@ -25,6 +25,7 @@ from fgaif.data.order import batch_indexes, draw, request_seed
 from fgaif.errors import ActorError, CheckpointError, ConfigError, DivergedError, FgaifError
 from fgaif.feedback.store import response_store
 from fgaif.interrupts import held_back
+from fgaif.kinds import check_kinds
 from fgaif.pending import Pending, Ready, gather
 from fgaif.ppo.batch import make_batch
 from fgaif.ppo.importance import drop_stale, off_policy_metrics
@@ -113,7 +114,9 @@ class PpoDriver:
         self._checkpoints = self._root / "checkpoints"
         self._kept: tuple[int, Path | None] = 0, None
         self._state = LoopState(
-            step=0, kl=KlState.from_config(config.ppo.kl), centers=RewardCenters.empty()
+            step=0,
+            kl=KlState.from_config(config.ppo.kl),
+            centers=RewardCenters.empty(config.kind_names),
         )
         self._ahead: dict[int, Pending[list[Response | None]]] = {}
         self._syncing: Pending[SyncReport] | None = None
@@ -379,13 +382,15 @@ class PpoDriver:
                 f"ppo.resume = {wanted!r}: {path} was made with data {state['data']} but this run "
                 f"has {self._data.digest}; restore the prompts it was made with, or start a new run"
             )
+        centers = RewardCenters.from_json(state["centers"])
+        check_kinds(path, centers.kinds, self._config.kind_names, CheckpointError)
         learner = self._roles.learner.restore(path / "learner")
         self._roles.reference.restore(path / "reference").result()
         learner.result()
         self._state = LoopState(
             step=state["step"],
             kl=KlState(**state["kl"]),
-            centers=RewardCenters.from_json(state["centers"]),
+            centers=centers,
         )
         self._kept = state["step"], path
         for number in range(state["step"], state["step"] + self._config.ppo.async_depth):

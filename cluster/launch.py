@@ -36,7 +36,7 @@ from fgaif.errors import ActorError, ConfigError
 from fgaif.interrupts import kept_handlers
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.own_packages import own_packages_first, shadowed
-from fgaif.types import KINDS, Kind
+from fgaif.types import Kind
 
 _SLICE_S = 1.0
 
@@ -127,14 +127,15 @@ class Cluster:
             from actors.reward import SharedRewardActor
 
             arguments = (directory, self._config)
-            return RewardGroup([self._start("reward", "reward", SharedRewardActor, arguments)])
+            scorers = self._start("reward", "reward", SharedRewardActor, arguments)
+            return RewardGroup([scorers], shared=True)
         from actors.reward import RewardActor
 
         def start(kind: Kind) -> list[StatelessActor]:
             arguments = (directory / kind, self._config)
             return self._start("reward", f"reward-{kind}", RewardActor, arguments)
 
-        return RewardGroup([start(kind) for kind in KINDS])
+        return RewardGroup([start(kind) for kind in self._config.kind_names])
 
     def reference(self, rewards: Path) -> ReferenceGroup:
         """The reference and value actor; ``rewards`` may initialise the value model."""
@@ -245,7 +246,8 @@ class Cluster:
         ]
 
     def _planned(self, role: str, prefix: str) -> list[Bundle]:
-        bundles = [b for b in self._bundles if b.role == role and b.name.startswith(prefix)]
+        named = f"{prefix}-"  # with its end: a kind's name may begin another's
+        bundles = [b for b in self._bundles if b.role == role and b.name.startswith(named)]
         assert bundles, f"{role} is not among {self._roles}"
         return bundles
 

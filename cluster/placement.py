@@ -8,7 +8,6 @@ from rich.table import Table
 
 from fgaif.config import Config, RoleConfig
 from fgaif.errors import ConfigError
-from fgaif.types import KINDS
 
 Role = Literal["rollout", "judge", "trainer", "reward", "reference", "learner"]
 """``trainer`` is a Ray Train worker of the reward models."""
@@ -39,15 +38,16 @@ def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle,
     Ray Train starts them."""
     cluster, training = config.cluster, config.reward
     judges = cluster.judge.replicas if config.feedback.local_verifier is not None else 0
-    tasks = min(training.parallel, len(KINDS))
-    trainers = _names("trainer", tasks * training.workers)
+    trainers = _names("trainer", training.parallel * training.workers)
     worker = RoleConfig(cpus=training.cpus_per_worker, gpus=training.gpus_per_worker)
     wanted: list[tuple[Role, RoleConfig, tuple[str, ...]]] = [
         ("rollout", cluster.rollout, _names("rollout", cluster.rollout.replicas)),
         *(
             ("reward", cluster.reward, _names(prefix, cluster.reward.replicas))
             for prefix in (
-                ("reward",) if cluster.reward.shared else [f"reward-{kind}" for kind in KINDS]
+                ("reward",)
+                if cluster.reward.shared
+                else [f"reward-{kind}" for kind in config.kind_names]
             )
         ),
         ("reference", cluster.reference, _names("reference", cluster.reference.replicas)),

@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol, Self
 from fgaif.config import TrackingConfig
 from fgaif.errors import ConfigError, DataError
 from fgaif.files import write_whole
-from fgaif.types import KINDS, StepReport
+from fgaif.types import Kind, StepReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +108,14 @@ def explain(name: str) -> Metric | None:
     """Find the glossary's entry for a metric name."""
     if name in GLOSSARY:
         return GLOSSARY[name]
+    group = name.partition("/")[0]
+    return GLOSSARY.get(f"{group}/{'KIND' if kind_of_metric(name) else 'STAGE'}")
+
+
+def kind_of_metric(name: str) -> Kind | None:
+    """The kind that a metric is about; None for one that is about none."""
     group, _, last = name.partition("/")
-    return GLOSSARY.get(f"{group}/KIND" if last in KINDS else f"{group}/STAGE")
+    return last if f"{group}/KIND" in GLOSSARY and name not in GLOSSARY else None
 
 
 class Sink(Protocol):

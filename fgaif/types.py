@@ -1,22 +1,24 @@
 """The nouns of FGAIF: what travels between stages and between actors.
 
 Letters for axes: ``B`` response in a batch, ``T`` token of a response, ``S`` segment (sub-sentence)
-of a response, ``K`` feedback kind (object, attribute, relation), ``C`` class (NONE, OK, HALLU),
+of a response, ``K`` kind of hallucination (object, attribute, ...), ``C`` class (NONE, OK, HALLU),
 ``V`` vocabulary. Ragged things are tuples of arrays, padded things are 2-D arrays; a name never
 changes layout. Messages hold numpy arrays: tensors are made at the edge, on the right device.
 """
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fgaif.errors import DataError
 
-Kind = Literal["object", "attribute", "relation"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = str
+"""A kind of hallucination by its name; ``kinds`` of the configuration says which there are."""
+DEFAULT_KINDS: tuple[Kind, ...] = ("object", "attribute", "relation")
+"""FGAIF's kinds: those of a configuration that names none, and of files that name none."""
 FinishReason = Literal["stop", "length"]
 Answer = Literal["yes", "no", "unknown"]
 Problem = Literal["", "failed", "unreadable"]
@@ -128,10 +130,11 @@ class Fact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FactQuery:
-    """A distinct fact of an image to be checked once."""
+    """A distinct fact of an image to be checked once; ``kind`` may have a prompt of its own."""
 
     image: ImageRef
     text: str
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,9 +154,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabeledResponse:
-    """A response with its segments, facts, verdicts by fact text, and labels (S, K)."""
+    """A response with its segments, facts, verdicts by fact text, and labels (S, K) by kinds."""
 
     response: Response
+    kinds: tuple[Kind, ...]
     segments: tuple[Segment, ...]
     facts: tuple[Fact, ...]
     verdicts: dict[str, Verdict]
@@ -161,11 +165,20 @@ class LabeledResponse:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.labels.shape != (len(self.segments), len(KINDS)):
+        if self.labels.shape != (len(self.segments), len(self.kinds)):
             raise DataError(
                 f"response {self.response.id}: labels {self.labels.shape} for "
-                f"{len(self.segments)} segments and {len(KINDS)} kinds"
+                f"{len(self.segments)} segments and the kinds {', '.join(self.kinds)}"
             )
+
+    def of_kind(self, kind: Kind) -> IntArray:
+        """Labels (S,) of one kind; raises DataError where it is none of ``kinds``."""
+        if kind not in self.kinds:
+            raise DataError(
+                f"response {self.response.id}: no labels of the kind {kind}, only of "
+                f"{', '.join(self.kinds)}"
+            )
+        return self.labels[:, self.kinds.index(kind)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,15 +278,13 @@ class StepReport:
 class CaptionMetrics:
     """How a set of captions fares; None where the truth that a figure needs is not known.
 
-    ``object``, ``attribute``, ``relation``: hallucinated share of the segments that have facts of
-    the kind; ``any``: of the segments that have facts of some kind. ``chair_s``, ``chair_i``,
-    ``recall``: CHAIR and object recall. Per caption: ``true_facts`` (distinct, true) and ``length``
-    (tokens without EOS). ``repetition``, ``malformed``: share of the segments.
+    ``kinds``: by kind, hallucinated share of the segments that have facts of it; ``any``: of the
+    segments that have facts of some kind. ``chair_s``, ``chair_i``, ``recall``: CHAIR and object
+    recall. Per caption: ``true_facts`` (distinct, true) and ``length`` (tokens without EOS).
+    ``repetition``, ``malformed``: share of the segments.
     """
 
-    object: float | None
-    attribute: float | None
-    relation: float | None
+    kinds: dict[Kind, float | None]
     any: float | None
     chair_s: float | None
     chair_i: float | None

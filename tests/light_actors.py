@@ -26,7 +26,6 @@ from cluster.roles import Roles, SyncCheck
 from fgaif.config import Config
 from fgaif.pending import Ready
 from fgaif.types import (
-    KINDS,
     Evaluation,
     FloatArray,
     GenerationRequest,
@@ -304,7 +303,7 @@ class Here:
     def __init__(self, config: Config) -> None:
         rewards = config.run_dir / "rewards"
         self._rollout = LightRollout(rewards, config)
-        self._rewards = [LightReward(rewards / kind, config) for kind in KINDS]
+        self._rewards = [LightReward(rewards / kind, config) for kind in config.kind_names]
         self._reference = LightReference(config, rewards)
         self._learner = LightLearner(config, 0, 1)
         self._manifests: dict[int, WeightsManifest] = {}

@@ -33,7 +33,7 @@ from fgaif.serving.schema import (
     TextResult,
     Timing,
 )
-from fgaif.types import KINDS
+from fgaif.types import DEFAULT_KINDS
 
 FILES = Path(fgaif.serving.__file__).parent / "page"
 POLICY = (
@@ -64,7 +64,7 @@ def score_text(text: str, *, facts: bool) -> TextResult:
     segments = []
     for index, (start, end) in enumerate(pairwise(split_offsets(text, 4))):
         kinds = {}
-        for kind in KINDS:
+        for kind in DEFAULT_KINDS:
             none, ok, hallu = probabilities(text[start:end], kind)
             kinds[kind] = KindScore(none=none, ok=ok, hallu=hallu, reward=ok - hallu)
         stated = [FactOut(kind="object", text=f"There is <b>number {index}</b>.")]
@@ -79,7 +79,7 @@ def score_text(text: str, *, facts: bool) -> TextResult:
                 facts=stated if facts else None,
             )
         )
-    rewards = {kind: sum(piece.kinds[kind].reward for piece in segments) for kind in KINDS}
+    rewards = {kind: sum(piece.kinds[kind].reward for piece in segments) for kind in DEFAULT_KINDS}
     return TextResult(text=text, segments=segments, rewards=rewards, total=sum(rewards.values()))
 
 
@@ -126,7 +126,12 @@ def stub_app(stub: Stub) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict:
         listed = [
-            {"name": "scenes", "version": "3f9a1c20", "kinds": KINDS, "shape": SHAPE.model_dump()}
+            {
+                "name": "scenes",
+                "version": "3f9a1c20",
+                "kinds": DEFAULT_KINDS,
+                "shape": SHAPE.resolved(DEFAULT_KINDS).model_dump(),
+            }
         ]
         return {"models": listed, "generates": stub.generates}
 

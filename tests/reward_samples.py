@@ -12,7 +12,7 @@ from fgaif.config import Config, parse_config
 from fgaif.data.images import image_ref
 from fgaif.lvlm.model import load_processor
 from fgaif.types import (
-    KINDS,
+    DEFAULT_KINDS,
     ImageRef,
     Kind,
     LabeledResponse,
@@ -55,10 +55,13 @@ def labelled(checkpoint: Path, pictures: Sequence[ImageRef], count: int) -> list
     for index in range(count):
         pieces, labels = [], []
         for _ in range(rng.integers(1, 5)):
-            chosen = [rng.choice(["", *WORDS[kind]]) for kind in KINDS]
+            chosen = [rng.choice(["", *WORDS[kind]]) for kind in DEFAULT_KINDS]
             pieces.append("".join(chosen) + ". ")
             labels.append(
-                [WORDS[k].get(w, SegmentClass.NONE) for k, w in zip(KINDS, chosen, strict=True)]
+                [
+                    WORDS[k].get(w, SegmentClass.NONE)
+                    for k, w in zip(DEFAULT_KINDS, chosen, strict=True)
+                ]
             )
         answer, segments = _response(
             tokenizer, pictures[index % len(pictures)], pieces, index=index
@@ -66,6 +69,7 @@ def labelled(checkpoint: Path, pictures: Sequence[ImageRef], count: int) -> list
         rows.append(
             LabeledResponse(
                 response=answer,
+                kinds=DEFAULT_KINDS,
                 segments=segments,
                 facts=(),
                 verdicts={},

@@ -31,7 +31,7 @@ from fgaif.serving.schema import (
     ReloadResponse,
 )
 from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, TextScorer
-from fgaif.types import KINDS, FloatArray, ImageRef, Response, Segment
+from fgaif.types import DEFAULT_KINDS, FloatArray, ImageRef, Response, Segment
 
 TEXT = (
     "The image features a dog sitting on a couch, and there is a small red star above it, next to "
@@ -43,7 +43,7 @@ def write_rewards(
     checkpoint: Path, folder: Path, seed: int = 0, shape: RewardShapeConfig | None = None
 ) -> Path:
     """Write random reward models of all kinds, no two alike, that were never trained."""
-    for index, kind in enumerate(KINDS):
+    for index, kind in enumerate(DEFAULT_KINDS):
         backbone = load_lvlm(checkpoint, dtype="float32")
         model = new_reward_model(backbone, LoraConfig(r=4, alpha=8), "linear", seed + index)
         generator = torch.Generator().manual_seed(100 * seed + index)
@@ -122,7 +122,9 @@ class StubScorer:
         rows = []
         for pieces in segments:
             tokens = np.array([[piece.token_end - piece.token_start] for piece in pieces])
-            hallu = np.broadcast_to(1 / (1 + tokens.reshape(-1, 1)), (len(pieces), len(KINDS)))
+            hallu = np.broadcast_to(
+                1 / (1 + tokens.reshape(-1, 1)), (len(pieces), len(DEFAULT_KINDS))
+            )
             rows.append(np.stack([0 * hallu, 1 - hallu, hallu], axis=-1).astype(np.float32))
         return rows
 
@@ -135,6 +137,7 @@ def text_scorer(scorer: StubScorer, shape: RewardShapeConfig | None = None) -> T
         min_words=5,
         extractor=SceneFacts(),
         shape=shape or RewardShapeConfig(),
+        kinds=DEFAULT_KINDS,
     )
 
 
@@ -168,11 +171,11 @@ class StubBackend:
         model = ModelOut(
             name="stub",
             version=self.version,
-            kinds=list(KINDS),
+            kinds=list(DEFAULT_KINDS),
             backbone="none",
             placement="shared",
             loaded_at="2026-01-01T00:00:00+00:00",
-            cards=dict.fromkeys(KINDS, card),
+            cards=dict.fromkeys(DEFAULT_KINDS, card),
         )
         return ModelsResponse(models=[model])
 

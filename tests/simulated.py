@@ -32,7 +32,7 @@ from fgaif.feedback.segment import segment_response
 from fgaif.pending import Pending
 from fgaif.scene_models.tokenizer import build_tokenizer
 from fgaif.types import (
-    KINDS,
+    DEFAULT_KINDS,
     Evaluation,
     FloatArray,
     GenerationRequest,
@@ -257,7 +257,7 @@ class Trained:
         self._learner, self._reference, self._rewards = (Actor(clock) for _ in range(3))
         rng = np.random.default_rng(0)
         self._numbers = (rng.normal(size=4096) * 0.1 - 1.0).astype(np.float32)
-        self._probs = rng.dirichlet([1.0] * len(SegmentClass), (1024, len(KINDS)))
+        self._probs = rng.dirichlet([1.0] * len(SegmentClass), (1024, len(DEFAULT_KINDS)))
         self.newest: list[tuple[str, int]] = []
         """Ids and versions of the responses that the last update was made with."""
 

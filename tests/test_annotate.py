@@ -14,7 +14,7 @@ from fgaif.errors import ServiceError
 from fgaif.feedback.annotate import Annotator, feedback_losses
 from fgaif.feedback.facts import ExtractedFacts, SceneFacts
 from fgaif.feedback.segment import segment_response
-from fgaif.types import FactQuery, LabeledResponse, Response, Segment, Verdict
+from fgaif.types import DEFAULT_KINDS, FactQuery, LabeledResponse, Response, Segment, Verdict
 
 SCENE = scene_at("val", 0)
 
@@ -51,7 +51,7 @@ class Losing:
 
 def label(verifier: Truth, extractor: SceneFacts | Losing | None = None) -> LabeledResponse:
     response = respond()
-    annotator = Annotator(extractor or SceneFacts(), verifier, 4)
+    annotator = Annotator(extractor or SceneFacts(), verifier, 4, DEFAULT_KINDS)
     segments = segment_response(response, TOKENIZER, 4)
     return asyncio.run(annotator.annotate(response, segments))
 

@@ -39,6 +39,7 @@ from fgaif.feedback.audit_report import (
 from fgaif.feedback.intervals import Z, cohen_kappa, weighted_share, wilson
 from fgaif.feedback.labels import feedback_accuracy, label_segments
 from fgaif.types import (
+    DEFAULT_KINDS,
     Answer,
     Fact,
     FactQuery,
@@ -87,10 +88,11 @@ def respond(
     }
     return LabeledResponse(
         response=response,
+        kinds=DEFAULT_KINDS,
         segments=segments,
         facts=facts,
         verdicts=verdicts,
-        labels=label_segments(segments, facts, verdicts),
+        labels=label_segments(segments, facts, verdicts, DEFAULT_KINDS),
         provenance={"verifier": verifier},
     )
 
@@ -231,7 +233,7 @@ def test_estimates_over_samples_have_the_mean_of_all_facts() -> None:
     drawn = []
     for seed in range(200):
         items = audit_sample(labeled, 20, seed)
-        report = audit_report(labeled, items, {i.id: truth[i.fact] for i in items})  # type: ignore[misc]
+        report = audit_report(labeled, items, {i.id: truth[i.fact] for i in items}, DEFAULT_KINDS)  # type: ignore[misc]
         kind = report.kinds["object"]
         assert kind.accuracy is not None
         assert kind.precision is not None
@@ -258,7 +260,7 @@ def test_the_report_weighs_and_counts() -> None:
     items = [item(kind, said, w, f"n{i}") for i, (kind, said, w, _) in enumerate(truths)]
     answers: dict[str, Answer] = {i.id: t[3] for i, t in zip(items, truths, strict=True)}
     items.append(item("attribute", "yes", 1, "open"))
-    report = audit_report([], items, answers)
+    report = audit_report([], items, answers, DEFAULT_KINDS)
     found = report.kinds["object"]
     assert (found.judged, found.missed, found.false_alarms) == (5, 1, 1)
     assert found.accuracy is not None
@@ -284,8 +286,8 @@ def test_the_oracle_gives_the_same_report_and_the_known_accuracy() -> None:
     ]
     labeled = [respond("x", stated), respond("x", stated)]
     truth = {"a": True, "b": False, "c": False, "d": True, "e": True, "void": None}
-    report = oracle_report(labeled, lambda _, fact: truth[fact.text])
-    known = feedback_accuracy(labeled, lambda _, fact: truth[fact.text])["object"]
+    report = oracle_report(labeled, lambda _, fact: truth[fact.text], DEFAULT_KINDS)
+    known = feedback_accuracy(labeled, lambda _, fact: truth[fact.text], DEFAULT_KINDS)["object"]
     found = report.kinds["object"]
     assert (found.judged, found.missed, found.false_alarms) == (4, 1, 1)
     assert (known.judged, known.missed, known.false_alarms) == (4, 1, 1)
@@ -299,7 +301,7 @@ def test_the_oracle_gives_the_same_report_and_the_known_accuracy() -> None:
     }  # fmt: skip
     assert report.classes["object"] == {"none": 2, "ok": 0, "hallu": 2, "unknown": 0}
     failed = [respond("y", [("object", "f", "unknown")], problem="failed")]
-    assert oracle_report(failed, lambda *_: True).verdicts["object"]["failed"] == 1
+    assert oracle_report(failed, lambda *_: True, DEFAULT_KINDS).verdicts["object"]["failed"] == 1
 
 
 def test_members_of_a_panel_are_compared_pair_by_pair() -> None:
@@ -329,7 +331,7 @@ def test_two_label_files_are_compared_on_what_both_state() -> None:
     assert (found.first, found.second, found.facts, found.undecided) == ("small", "large", 4, 1)
     assert found.kappa is not None
     assert found.kappa.value == pytest.approx(0.5)  # observed 3/4, by chance 3/8 + 1/8
-    assert audit_report(one, [], {}, second=other).agreements == (found,)
+    assert audit_report(one, [], {}, DEFAULT_KINDS, second=other).agreements == (found,)
 
 
 def test_failing_facts_are_counted_over_images_in_normal_form() -> None:
@@ -354,7 +356,7 @@ def printed(report: AuditReport) -> str:
 def test_the_report_is_json_and_tables_and_texts_are_no_markup() -> None:
     labeled = [respond("x", [("object", "A [red]dog[/red].", "no")], votes=("no", "yes"))]
     items = audit_sample(labeled, 1, 0)
-    report = audit_report(labeled, items, {items[0].id: "no"})
+    report = audit_report(labeled, items, {items[0].id: "no"}, DEFAULT_KINDS)
     tree = json.loads(json.dumps(report.to_json()))
     assert tree["kinds"]["object"]["accuracy"]["value"] == 1
     assert tree["kinds"]["relation"]["accuracy"] is None
@@ -362,7 +364,7 @@ def test_the_report_is_json_and_tables_and_texts_are_no_markup() -> None:
     assert "100.0% (21% to 100%)" in text
     assert "a [red]dog[/red]" in text
     assert "NaN" not in json.dumps(tree)
-    assert "0 not answered" in " ".join(printed(audit_report([], [], {})).split())
+    assert "0 not answered" in " ".join(printed(audit_report([], [], {}, DEFAULT_KINDS)).split())
 
 
 @pytest.fixture

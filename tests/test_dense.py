@@ -16,9 +16,10 @@ from fgaif.reward.dense import (
     token_rewards,
     update_centers,
 )
-from fgaif.types import ImageRef, Prompt, Response, Segment, SegmentScores
+from fgaif.types import DEFAULT_KINDS, ImageRef, Prompt, Response, Segment, SegmentScores
 
 PLAIN = RewardShapeConfig(values="hard", center=False, repeat_penalty=0.0, no_stop_penalty=0.0)
+FRESH = RewardCenters.empty(DEFAULT_KINDS)
 
 
 def shape(**changes: Any) -> RewardShapeConfig:
@@ -135,7 +136,7 @@ def test_centers_are_means_over_segments_with_facts_and_move_by_momentum() -> No
             [[0.2, 0.3, 0.5], [1, 0, 0], [1, 0, 0]],
         )
     )
-    centers = update_centers(RewardCenters.empty(), [first], soft)
+    centers = update_centers(FRESH, [first], soft)
     assert centers.means == (pytest.approx(1 / 3), None, pytest.approx(1.0))
     assert centers.array().tolist() == pytest.approx([1 / 3, 0, 1])
     second = SegmentScores(probs=probs([[0, 0, 1], [0, 0, 1], [1, 0, 0]]))
@@ -146,8 +147,8 @@ def test_centers_are_means_over_segments_with_facts_and_move_by_momentum() -> No
 
 def test_centers_survive_a_batch_without_segments() -> None:
     empty = SegmentScores(probs=np.zeros((0, 3, 3), np.float32))
-    assert update_centers(RewardCenters.empty(), [empty], PLAIN) == RewardCenters.empty()
-    assert update_centers(RewardCenters.empty(), [], PLAIN) == RewardCenters.empty()
+    assert update_centers(FRESH, [empty], PLAIN) == FRESH
+    assert update_centers(FRESH, [], PLAIN) == RewardCenters.empty(DEFAULT_KINDS)
 
 
 def test_repeated_and_malformed_segments_pay_once() -> None:
@@ -188,7 +189,12 @@ def test_dense_rewards_keep_their_parts() -> None:
     ]
     responses = [response(5, "a dog runsA dog runs", "length"), response(1)]
     result = dense_rewards(
-        responses, [pieces(2, 4), []], scores, [(), ()], settings, RewardCenters.empty()
+        responses,
+        [pieces(2, 4), []],
+        scores,
+        [(), ()],
+        settings,
+        FRESH,
     )
     assert result.tokens[0] == pytest.approx([0, 2.4, 0, -2.1, -1.0])
     assert result.tokens[1].tolist() == [0]
@@ -202,6 +208,11 @@ def test_a_kind_without_weight_leaves_no_trace() -> None:
     settings = shape(weights={"attribute": 1.0})
     score = SegmentScores(probs=probs([[0, 0, 1], [0, 1, 0], [0, 0, 1]]))
     result = dense_rewards(
-        [response(2, "0123456789")], [pieces(2)], [score], [()], settings, RewardCenters.empty()
+        [response(2, "0123456789")],
+        [pieces(2)],
+        [score],
+        [()],
+        settings,
+        FRESH,
     )
     assert result.tokens[0].tolist() == [0, 1]

@@ -23,6 +23,7 @@ from fgaif.eval.policy import ask_pope, eval_requests, evaluate_policy
 from fgaif.eval.run_results import read_eval, write_eval
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.types import (
+    DEFAULT_KINDS,
     GenerationRequest,
     ImageRef,
     Prompt,
@@ -72,8 +73,8 @@ def judge_one(text: str) -> JudgedCaption:
 
 
 def test_the_oracle_finds_no_fault_in_a_true_caption() -> None:
-    metrics = caption_metrics([judge_one(TRUE_CAPTION)])
-    assert (metrics.object, metrics.attribute, metrics.relation, metrics.any) == (0, 0, 0, 0)
+    metrics = caption_metrics([judge_one(TRUE_CAPTION)], DEFAULT_KINDS)
+    assert ({**metrics.kinds, "any": metrics.any}) == dict.fromkeys([*DEFAULT_KINDS, "any"], 0)
     assert (metrics.chair_s, metrics.chair_i, metrics.recall) == (0, 0, 1)
     assert metrics.true_facts == 5  # moon, small moon, red moon, tree, relation
     assert metrics.length == 17
@@ -84,18 +85,18 @@ def test_each_kind_of_error_is_counted_over_the_segments_with_facts_of_the_kind(
     """Blue moon: object OK, attribute HALLU. Star: object HALLU. Star left of the moon: object
     HALLU, the relation void without its star. Mentions: moon, star, moon, star."""
     caption = judge_one(FALSE_CAPTION)
-    metrics = caption_metrics([caption])
+    metrics = caption_metrics([caption], DEFAULT_KINDS)
     assert caption.labeled.labels.tolist() == [[1, 2, 0], [2, 0, 0], [2, 0, 0]]
-    assert metrics.object == 2 / 3
-    assert metrics.attribute == 1
-    assert metrics.relation is None
+    assert metrics.kinds == {"object": 2 / 3, "attribute": 1, "relation": None}
     assert metrics.any == 1
     assert (metrics.chair_s, metrics.chair_i, metrics.recall) == (1, 0.5, 0.5)
     assert metrics.true_facts == 1
 
 
 def test_a_true_fact_counts_once_per_caption_however_often_it_is_said() -> None:
-    metrics = caption_metrics([judge_one("There is a moon. There is a moon. There is a moon.")])
+    metrics = caption_metrics(
+        [judge_one("There is a moon. There is a moon. There is a moon.")], DEFAULT_KINDS
+    )
     assert metrics.true_facts == 1
     assert metrics.repetition == 2 / 3
 
@@ -103,8 +104,8 @@ def test_a_true_fact_counts_once_per_caption_however_often_it_is_said() -> None:
 def test_malformed_counts_segments_and_an_empty_caption_counts_as_one() -> None:
     bad = judge_one("There is a moon. moon moon.")
     assert bad.malformed == (False, True)
-    assert caption_metrics([bad, judge_one("")]).malformed == 2 / 3
-    assert caption_metrics([judge_one("")]).object is None
+    assert caption_metrics([bad, judge_one("")], DEFAULT_KINDS).malformed == 2 / 3
+    assert caption_metrics([judge_one("")], DEFAULT_KINDS).kinds["object"] is None
 
 
 def test_repetition_ignores_case_space_and_final_marks() -> None:
@@ -128,10 +129,10 @@ def test_reward_models_as_judge_leave_unknown_figures_out() -> None:
     response = make_response("One piece. Another piece.")
     probs = np.full((2, 3, 3), 0.2, np.float32)
     probs[0, 0, 2] = probs[1, 0, 1] = probs[:, 1:, 0] = 0.6
-    caption = judged_by_scores(response, split(response), SegmentScores(probs=probs))
-    metrics = caption_metrics([caption])
+    caption = judged_by_scores(response, split(response), SegmentScores(probs=probs), DEFAULT_KINDS)
+    metrics = caption_metrics([caption], DEFAULT_KINDS)
     assert caption.labeled.labels.tolist() == [[2, 0, 0], [1, 0, 0]]
-    assert (metrics.object, metrics.attribute, metrics.any) == (0.5, None, 0.5)
+    assert (metrics.kinds["object"], metrics.kinds["attribute"], metrics.any) == (0.5, None, 0.5)
     assert (metrics.chair_s, metrics.recall, metrics.true_facts, metrics.malformed) == (None,) * 4
     assert metrics.length == 4
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.errors import ConfigError, ServiceError
-from fgaif.feedback.extract import PROMPTS, ModelFacts
+from fgaif.feedback.extract import ModelFacts, load_facts_prompt
 from fgaif.feedback.facts import ExtractedFacts, WholeSegments
 from fgaif.feedback.labels import label_segments
 from fgaif.feedback.parse_reply import facts_schema, read_facts
-from fgaif.types import UNKNOWN, ImageRef, Prompt, Response, Segment
+from fgaif.kinds import KindConfig
+from fgaif.types import DEFAULT_KINDS, UNKNOWN, ImageRef, Prompt, Response, Segment
 
 PIECES = ("A black dog sits here, ", " \n", "and {segment}  2\nsleeps.")
 TEXT = "".join(PIECES)
@@ -52,7 +53,7 @@ def extract(extractor: ModelFacts, segments: tuple[Segment, ...] = SEGMENTS) -> 
 
 
 def labels(found: ExtractedFacts) -> list[list[int]]:
-    return label_segments(SEGMENTS, found.facts, {}, found.malformed).tolist()
+    return label_segments(SEGMENTS, found.facts, {}, DEFAULT_KINDS, found.malformed).tolist()
 
 
 def test_one_request_holds_all_segments_with_words_in_them() -> None:
@@ -61,7 +62,7 @@ def test_one_request_holds_all_segments_with_words_in_them() -> None:
     (request,) = model.asked
     lines = "1. A black dog sits here,\n2. and {segment} 2 sleeps."
     assert f"numbered segments:\n{lines}\nAnswer with JSON" in request.text
-    assert request.schema == facts_schema(2, 5)
+    assert request.schema == facts_schema(2, 5, DEFAULT_KINDS)
     assert (request.image, request.attempt, request.subject) == (None, 0, lines)
     assert [(fact.kind, fact.segment) for fact in found.facts] == [("object", 0), ("attribute", 0)]
     assert (found.malformed, found.unreadable, found.failed) == ((), 0, False)
@@ -172,13 +173,16 @@ def test_another_folder_of_prompts(tmp_path: Path) -> None:
 )
 def test_the_examples_in_the_prompts_can_be_read(name: str, count: int) -> None:
     """Each example's answer is a good reply to its description; nothing of it is dropped."""
-    text = (PROMPTS / f"{name}.txt").read_text()
+    per = "segment" if "segment" in name else "response"
+    text = load_facts_prompt(KindConfig.default(), per, text_form=name.endswith("text")).text  # type: ignore[arg-type]
     examples = text.split("\nExample. ")[1:]
     assert len(examples) == count
     for example in examples:
         question, answer = example.split("\n\n")[0].split("\nAnswer:\n")
         segments = 1 if "segment" in name else question.count("\n")
-        found = read_facts(answer, asked=range(segments), described=question, max_facts=16)
+        found = read_facts(
+            answer, asked=range(segments), described=question, max_facts=16, kinds=DEFAULT_KINDS
+        )
         assert found is not None, answer
         assert (found.dropped, found.malformed) == ({}, ())
 

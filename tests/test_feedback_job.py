@@ -36,7 +36,7 @@ from fgaif.data.scenes.world import Scene
 from fgaif.errors import ConfigError, ServiceError
 from fgaif.feedback.store import label_store, response_store
 from fgaif.scene_models.tokenizer import build_tokenizer
-from fgaif.types import KINDS, LabeledResponse, Prompt, Response
+from fgaif.types import DEFAULT_KINDS, LabeledResponse, Prompt, Response
 
 ROWS = 200
 TOKENIZER = build_tokenizer()
@@ -87,7 +87,7 @@ def _facts(prompt: str) -> str:
     entries = []
     for _, text in lines:
         facts, _ = parse_facts(text, 0)
-        entries.append({kind: [f.text for f in facts if f.kind == kind] for kind in KINDS})
+        entries.append({kind: [f.text for f in facts if f.kind == kind] for kind in DEFAULT_KINDS})
     return json.dumps({"segments": entries})
 
 

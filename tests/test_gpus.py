@@ -15,7 +15,7 @@ from cluster.pipeline import train_rewards
 from cluster.pipeline.reward_task import RewardTask
 from fgaif.config import load_config
 from fgaif.errors import ConfigError
-from fgaif.types import KINDS
+from fgaif.types import DEFAULT_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_every_rank_of_reward_training_computes_on_the_gpu_it_was_given(
             kinds=(kind,), digests={}, backbone_digest="", rows=None, config=config,
             out_dir=tmp_path, queue=queue,
         )
-        for kind in KINDS[:tasks]
+        for kind in DEFAULT_KINDS[:tasks]
     ]  # fmt: skip
     seen: list[dict[str, Any]] = []
     train_rewards._run_tasks(made, queue, lambda *told: seen.append(told[3]))

@@ -30,6 +30,7 @@ from fgaif.feedback.parquet import LABELS, read_labels, write_labels
 from fgaif.feedback.segment import segment_at, segment_response
 from fgaif.feedback.store import encode_labeled, label_store
 from fgaif.types import (
+    DEFAULT_KINDS,
     UNKNOWN,
     Fact,
     FactQuery,
@@ -78,6 +79,7 @@ def respond(
 def label(response: Response, labels: object = LABELS_SK) -> LabeledResponse:
     return LabeledResponse(
         response=response,
+        kinds=DEFAULT_KINDS,
         segments=segment_response(response, TOKENIZERS["byte"]),
         facts=(),
         verdicts={},

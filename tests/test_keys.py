@@ -36,11 +36,11 @@ def test_keys_are_found_in_every_kind_of_section() -> None:
     known = leaf_keys()
     for key in (
         "name", "ppo.kl.target", "ppo.shape.weights", "reward.noise.*.flip", "endpoints.*.model",
-        "cluster.rollout.autoscale.max", "study.variants", "serve.batch.size",
+        "kinds.*.prompt", "cluster.rollout.autoscale.max", "study.variants", "serve.batch.size",
     ):  # fmt: skip
         assert key in known
     assert not known.keys() & {"ppo", "ppo.kl", "endpoints", "reward.noise", "cluster.rollout"}
-    assert known["ppo.shape.weights"] == {"object": 1.0, "attribute": 1.0, "relation": 1.0}
+    assert known["kinds"] == ["object", "attribute", "relation"]
     assert known["endpoints.*.model"] is None
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
-from fgaif.types import KINDS
+from fgaif.types import DEFAULT_KINDS
 
 pytestmark = pytest.mark.long
 
@@ -77,7 +77,7 @@ def finished(
 def test_every_stage_runs_and_what_cannot_be_known_is_null(finished: tuple[Path, str]) -> None:
     run, _ = finished
     report = json.loads((run / "report" / "report.json").read_text())
-    assert set(report["rewards"]) == set(KINDS)
+    assert set(report["rewards"]) == set(DEFAULT_KINDS)
     assert report["after"]["sampled"]["length"] > 0
     assert report["after"]["sampled"]["recall"] is None
     assert report["after"]["pope"] is None

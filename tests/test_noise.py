@@ -14,6 +14,7 @@ from fgaif.reward.checkpoint import RewardCard
 from fgaif.reward.dataset import read_data
 from fgaif.reward.label_noise import Flips, flip_labels, flip_rows
 from fgaif.types import (
+    DEFAULT_KINDS,
     UNKNOWN,
     ImageRef,
     LabeledResponse,
@@ -42,7 +43,12 @@ def row(name: str, labels: list[list[int]]) -> LabeledResponse:
         for i in range(len(labels))
     )
     return LabeledResponse(
-        response=response, segments=segments, facts=(), verdicts={}, labels=np.array(labels)
+        response=response,
+        segments=segments,
+        facts=(),
+        verdicts={},
+        labels=np.array(labels),
+        kinds=DEFAULT_KINDS,
     )
 
 

@@ -25,7 +25,7 @@ from fgaif.data.scenes.draw import draw_scene
 from fgaif.data.scenes.world import scene_at
 from fgaif.feedback.segment import split_offsets
 from fgaif.serving.app import create_app
-from fgaif.types import KINDS
+from fgaif.types import DEFAULT_KINDS
 
 BEFORE = (
     "There is a large yellow house. There is a small purple triangle, from the house the "
@@ -180,10 +180,10 @@ def test_every_segment_is_coloured_by_its_worst_kind_and_probability(
     assert " ".join(piece.text for piece in found) == BEFORE
     colours = {}
     for piece in found:
-        wrong = [kind for kind in KINDS if likely(piece.text, kind) == 2]
-        hallu = {kind: probabilities(piece.text, kind)[2] for kind in wrong or KINDS}
+        wrong = [kind for kind in DEFAULT_KINDS if likely(piece.text, kind) == 2]
+        hallu = {kind: probabilities(piece.text, kind)[2] for kind in wrong or DEFAULT_KINDS}
         worst = max(hallu, key=hallu.get)
-        assert piece.classes[1] == worst
+        assert piece.classes[-1] == f"kind-{DEFAULT_KINDS.index(worst)}"
         assert ("flagged" in piece.classes) == bool(wrong)
         assert piece.opacity == pytest.approx(OPAQUE * hallu[worst], abs=0.003)
         assert piece.chips == [f"{kind[0].upper()} {round(100 * hallu[kind])}%" for kind in wrong]
@@ -203,7 +203,7 @@ def test_pointing_at_a_segment_shows_probabilities_and_facts(visit: Open, image:
     page.locator(".segment").nth(1).hover()
     expect(tip).to_be_visible()
     text = segments(page)[1].text
-    for kind in KINDS:
+    for kind in DEFAULT_KINDS:
         probs = probabilities(text, kind)
         cells = tip.get_by_role("row", name=kind.title()).get_by_role("cell").all_text_contents()
         assert cells[:3] == [f"{round(100 * p)}%" for p in probs]
@@ -220,16 +220,17 @@ def test_a_kind_can_be_chosen(visit: Open, image: Path) -> None:
     page = visit()
     score(page, image, BEFORE)
     page.get_by_role("radio", name="Any").focus()
-    for kind in KINDS:
+    for kind in DEFAULT_KINDS:
         page.keyboard.press("ArrowRight")
         expect(page.get_by_role("radio", name=kind.title())).to_be_checked()
         for piece in segments(page):
             hallu = probabilities(piece.text, kind)[2]
             assert piece.opacity == pytest.approx(OPAQUE * hallu, abs=0.003)
             state = ["none", None, "flagged"][likely(piece.text, kind)]
-            assert piece.classes == ["segment", kind, *([state] if state else [])]
+            own = f"kind-{DEFAULT_KINDS.index(kind)}"
+            assert piece.classes == ["segment", *([state] if state else []), own]
     score(page, image, AFTER)
-    expect(page.get_by_role("radio", name=KINDS[-1].title())).to_be_checked()
+    expect(page.get_by_role("radio", name=DEFAULT_KINDS[-1].title())).to_be_checked()
 
 
 def test_two_texts_are_compared(visit: Open, image: Path, stub: Stub) -> None:

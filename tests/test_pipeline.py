@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from cluster.cli.main import app
 from cluster.monitoring.ray_jobs import Jobs
 from cluster.monitoring.status import read_status
-from fgaif.types import KINDS
+from fgaif.types import DEFAULT_KINDS
 
 STEPS = 4
 BATCH = 8
@@ -88,10 +88,19 @@ def test_the_demo_leaves_every_stage_and_a_complete_report(finished: Finished) -
     assert set(report["stages"]) >= {
         "sample", "annotate", "train-reward", "eval-before", "train", "eval-after",
     }  # fmt: skip
-    assert set(report["rewards"]) == set(report["feedback"]) == set(KINDS)
-    for kind in KINDS:
+    assert set(report["rewards"]) == set(report["feedback"]) == set(DEFAULT_KINDS)
+    for kind in DEFAULT_KINDS:
         assert {"accuracy", "f1_hallu"} <= set(report["rewards"][kind])
-    keys = {*KINDS, "any", "chair_s", "chair_i", "recall", "true_facts", "length", "repetition"}
+    keys = {
+        *DEFAULT_KINDS,
+        "any",
+        "chair_s",
+        "chair_i",
+        "recall",
+        "true_facts",
+        "length",
+        "repetition",
+    }
     for phase in ("before", "after"):
         for mode in ("greedy", "sampled"):
             assert keys | {"malformed"} <= set(report[phase][mode])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fgaif.feedback.facts import ExtractedFacts
 from fgaif.feedback.labels import label_segments
 from fgaif.feedback.parse_reply import MAX_LENGTH, facts_schema, read_facts
-from fgaif.types import KINDS, UNKNOWN, FactQuery, ImageRef, Segment, SegmentClass, Verdict
+from fgaif.types import DEFAULT_KINDS, UNKNOWN, FactQuery, ImageRef, Segment, SegmentClass, Verdict
 
 DESCRIBED = "A black dog is sitting on two benches, and children are watching it. It is a calm day."
 NOTHING: dict[str, list[str]] = {"object": [], "attribute": [], "relation": []}
@@ -18,7 +18,9 @@ NONE, OK, HALLU = SegmentClass
 
 
 def read(text: str, count: int = 2, max_facts: int = 3) -> ExtractedFacts | None:
-    return read_facts(text, asked=range(count), described=DESCRIBED, max_facts=max_facts)
+    return read_facts(
+        text, asked=range(count), described=DESCRIBED, max_facts=max_facts, kinds=DEFAULT_KINDS
+    )
 
 
 def written(*entries: object) -> str:
@@ -42,7 +44,7 @@ def labels(found: ExtractedFacts, answer: str, count: int = 1) -> list[list[int]
         Segment(index=i, char_start=i, char_end=i + 1, token_start=i, token_end=i + 1)
         for i in range(count)
     ]
-    return label_segments(segments, found.facts, verdicts, found.malformed).tolist()
+    return label_segments(segments, found.facts, verdicts, DEFAULT_KINDS, found.malformed).tolist()
 
 
 TEXT_FORM = """Segment 1
@@ -184,22 +186,24 @@ def test_a_description_is_no_atomic_fact() -> None:
 
 
 def test_facts_carry_the_indexes_that_were_asked_about() -> None:
-    found = read_facts(written(NOTHING, DOG), asked=(4, 7), described=DESCRIBED, max_facts=3)
+    found = read_facts(
+        written(NOTHING, DOG), asked=(4, 7), described=DESCRIBED, max_facts=3, kinds=DEFAULT_KINDS
+    )
     assert found is not None
     assert {fact.segment for fact in found.facts} == {7}
 
 
 def test_the_schema_leaves_room_to_say_too_much_and_sets_no_length() -> None:
-    schema = facts_schema(2, 3)
+    schema = facts_schema(2, 3, DEFAULT_KINDS)
     entries = schema["properties"]["segments"]
     assert (entries["minItems"], entries["maxItems"]) == (2, 2)
-    assert list(entries["items"]["properties"]) == list(KINDS)
+    assert list(entries["items"]["properties"]) == list(DEFAULT_KINDS)
     assert entries["items"]["properties"]["object"]["maxItems"] == 4
     assert "Length" not in json.dumps(schema)
 
 
 _statements = st.lists(st.one_of(st.text(), st.just("A dog."), st.integers(), st.none()))
-_entries = st.dictionaries(st.sampled_from([*KINDS, "x"]), _statements)
+_entries = st.dictionaries(st.sampled_from([*DEFAULT_KINDS, "x"]), _statements)
 _lines = st.one_of(
     st.integers(0, 4).map("Segment {}".format),
     st.sampled_from(["object: A dog.", "relation: none", "none", "", "```", "Well."]),
@@ -211,7 +215,7 @@ _replies = st.one_of(
     st.recursive(
         st.none() | st.text(),
         lambda inner: (
-            st.lists(inner) | st.dictionaries(st.sampled_from(["segments", *KINDS]), inner)
+            st.lists(inner) | st.dictionaries(st.sampled_from(["segments", *DEFAULT_KINDS]), inner)
         ),
     ).map(json.dumps),
     st.lists(_lines).map("\n".join),
@@ -223,12 +227,14 @@ def test_no_reply_raises_or_speaks_of_other_segments(
     reply: str, count: int, max_facts: int
 ) -> None:
     asked = range(10, 10 + count)
-    found = read_facts(reply, asked=asked, described="A dog.", max_facts=max_facts)
+    found = read_facts(
+        reply, asked=asked, described="A dog.", max_facts=max_facts, kinds=DEFAULT_KINDS
+    )
     if found is not None:
         assert {fact.segment for fact in found.facts} | set(found.malformed) <= set(asked)
         assert all(fact.text.strip() and len(fact.text) <= MAX_LENGTH for fact in found.facts)
         assert all(fact.text.encode() for fact in found.facts)
-        assert len(found.facts) <= max_facts * count * len(KINDS)
+        assert len(found.facts) <= max_facts * count * len(DEFAULT_KINDS)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +244,13 @@ def test_no_reply_raises_or_speaks_of_other_segments(
 )  # fmt: skip
 def test_words_for_nothing_are_no_facts(nothing: str) -> None:
     said = {"object": ["There is a dog."], "attribute": [nothing], "relation": []}
-    found = read_facts(json.dumps({"segments": [said]}), asked=[0], described="A dog.", max_facts=8)
+    found = read_facts(
+        json.dumps({"segments": [said]}),
+        asked=[0],
+        described="A dog.",
+        max_facts=8,
+        kinds=DEFAULT_KINDS,
+    )
     assert found is not None
     assert [fact.text for fact in found.facts] == ["There is a dog."]
     assert found.malformed == ()
@@ -257,7 +269,11 @@ def test_words_for_nothing_are_no_facts(nothing: str) -> None:
 def test_a_word_for_the_group_is_not_foreign(described: str, fact: str) -> None:
     said = {"object": [fact, "There is a unicorn."], "attribute": [], "relation": []}
     found = read_facts(
-        json.dumps({"segments": [said]}), asked=[0], described=described, max_facts=8
+        json.dumps({"segments": [said]}),
+        asked=[0],
+        described=described,
+        max_facts=8,
+        kinds=DEFAULT_KINDS,
     )
     assert found is not None
     assert [kept.text for kept in found.facts] == [fact]

@@ -24,7 +24,7 @@ from fgaif.eval.run_results import write_eval
 from fgaif.reward.metrics import calibration_bins
 from fgaif.tracking import Tracker
 from fgaif.types import (
-    KINDS,
+    DEFAULT_KINDS,
     CaptionMetrics,
     EvalReport,
     Fact,
@@ -42,9 +42,7 @@ EVIL = "A moon <script>alert(1)</script> & co."
 
 def metrics(scale: float) -> CaptionMetrics:
     return CaptionMetrics(
-        object=0.2 * scale,
-        attribute=0.3 * scale,
-        relation=None,
+        kinds={"object": 0.2 * scale, "attribute": 0.3 * scale, "relation": None},
         any=0.4 * scale,
         chair_s=0.5 * scale,
         chair_i=0.1 * scale,
@@ -71,6 +69,7 @@ def caption(folder: Path) -> JudgedCaption:
     verdict = Verdict(query=FactQuery(image=image, text=fact.text), answer="no")
     labeled = LabeledResponse(
         response=response,
+        kinds=DEFAULT_KINDS,
         segments=(Segment(index=0, char_start=0, char_end=len(EVIL), token_start=0, token_end=4),),
         facts=(fact,),
         verdicts={fact.text: verdict},
@@ -112,7 +111,7 @@ def make_run(folder: Path) -> Path:
         )
         captions = Captions(greedy=(caption(folder),), sampled=(caption(folder),))
         write_eval(folder / "eval", phase, report, captions)  # type: ignore[arg-type]
-    for kind in KINDS:
+    for kind in DEFAULT_KINDS:
         card = {"metrics": {"accuracy": 0.9, "f1_hallu": 0.8, "none": 3.0}}
         write_json(folder / "rewards" / kind / "reward.json", card)
     summary = {"accuracy": {"object": 0.9, "attribute": 0.85}, "skipped": {"rows": 2}}
@@ -142,8 +141,10 @@ def test_report_json_has_the_promised_keys_and_values(built: Path) -> None:
     assert tree["wall_seconds"] == 10.0
     assert tree["rewards"]["relation"] == {"accuracy": 0.9, "f1_hallu": 0.8}
     assert tree["feedback"] == {"object": 0.9, "attribute": 0.85}
-    assert set(tree["before"]) == {"greedy", "sampled", "pope"}
-    assert list(tree["after"]["sampled"]) == [figure.key for figure in CAPTIONS]
+    assert set(tree["before"]) == {"kinds", "greedy", "sampled", "pope"}
+    assert tree["kinds"] == tree["before"]["kinds"] == list(DEFAULT_KINDS)
+    names = [*DEFAULT_KINDS, *(figure.key for figure in CAPTIONS)]
+    assert list(tree["after"]["sampled"]) == names
     assert tree["after"]["sampled"]["any"] == 0.1
     assert tree["before"]["pope"]["yes_ratio"] == 0.5
     assert tree["provenance"]["skipped"] == {"rows": 2}
@@ -180,14 +181,17 @@ def test_a_measured_wall_time_wins_over_the_sum(run_dir: Path) -> None:
 
 def test_rewards_against_the_truth_win_over_their_cards(run_dir: Path) -> None:
     bins = calibration_bins(np.array([[0.1, 0.9, 0.0], [0.3, 0.7, 0.0]]), np.array([1, 0]))
-    truth = {kind: {"accuracy": 0.7, "f1_hallu": 0.6, "calibration": bins} for kind in KINDS}
+    truth = {
+        kind: {"accuracy": 0.7, "f1_hallu": 0.6, "calibration": bins} for kind in DEFAULT_KINDS
+    }
     write_json(run_dir / "eval" / "rewards.json", truth)
     tree = report_of(run_dir)
     assert tree["rewards"]["object"] == {"accuracy": 0.7, "f1_hallu": 0.6}
     assert tree["provenance"]["rewards_against"] == "oracle"
-    figure = calibration_figure(read_results(run_dir).rewards)
+    results = read_results(run_dir)
+    figure = calibration_figure(results.rewards, results.colours)
     assert figure is not None
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(KINDS)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(DEFAULT_KINDS)
 
 
 def test_calibration_bins_by_hand() -> None:
@@ -289,7 +293,7 @@ def test_the_page_shows_segments_verdicts_and_both_phases(built: Path) -> None:
     assert page.count("<article") == 1
     assert page.count('class="segment hallu flaw"') == 4
     assert page.count("before, sampled") == page.count("after, greedy") == 1
-    assert page.count('class="chip hallu"') == 4 + len(KINDS)
+    assert page.count('class="chip hallu"') == 4 + len(DEFAULT_KINDS)
     assert "cut off" in page
     assert 'class="odd">0.5<' in page.replace(" ", "").replace("\n", "").replace(
         "tdclass", "td class"
@@ -312,8 +316,8 @@ def test_figures_take_the_colour_of_the_page(built: Path) -> None:
 
 def test_without_data_there_is_no_figure() -> None:
     assert errors_figure({}) is None
-    assert curves_figure([]) is None
-    assert curves_figure([StepReport(step=1, version=1, metrics={"other": 1.0})]) is None
+    assert curves_figure([], {}) is None
+    assert curves_figure([StepReport(step=1, version=1, metrics={"other": 1.0})], {}) is None
 
 
 def test_changes_say_how_much_and_whether_it_is_better() -> None:

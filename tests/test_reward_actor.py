@@ -24,7 +24,7 @@ from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.local import PlainEngine
 from fgaif.reward.model import new_reward_model
 from fgaif.reward.train import TrainedReward, planned_steps, train_reward_model
-from fgaif.types import KINDS, Kind, LabeledResponse
+from fgaif.types import DEFAULT_KINDS, Kind, LabeledResponse
 
 pytestmark = pytest.mark.slow
 
@@ -68,10 +68,10 @@ def test_all_kinds_are_trained_and_reported(
     trained: tuple[Path, dict[Kind, dict[str, float]], Told],
 ) -> None:
     folder, metrics, told = trained
-    assert sorted(path.name for path in folder.iterdir()) == sorted(KINDS)  # and no scratch
-    assert set(metrics) == set(KINDS)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(DEFAULT_KINDS)  # and no scratch
+    assert set(metrics) == set(DEFAULT_KINDS)
     assert metrics["relation"]["f1_hallu"] > 0.9
-    for kind in KINDS:
+    for kind in DEFAULT_KINDS:
         steps = [(done, planned) for name, done, planned, _ in told if name == kind]
         assert steps == sorted(steps)
         assert steps[-1][0] == steps[-1][1]
@@ -87,7 +87,7 @@ def test_equal_inputs_are_not_trained_again(
     before = (folder / "object" / "reward.json").stat().st_mtime_ns
     told: Told = []
     assert train_rewards(config, rows, folder, lambda *event: told.append(event)) == metrics
-    assert [event[:3] for event in told] == [(kind, 1, 1) for kind in KINDS]
+    assert [event[:3] for event in told] == [(kind, 1, 1) for kind in DEFAULT_KINDS]
     assert (folder / "object" / "reward.json").stat().st_mtime_ns == before
 
 
@@ -100,7 +100,7 @@ def test_actor_scores_alike_in_any_batch(
     assert actor.info().kind == "relation"
     responses, segments = [row.response for row in rows], [row.segments for row in rows]
     probs = actor.score(responses, segments)
-    labels = np.concatenate([row.labels[:, KINDS.index("relation")] for row in rows])
+    labels = np.concatenate([row.labels[:, DEFAULT_KINDS.index("relation")] for row in rows])
     assert (np.concatenate(probs).argmax(-1) == labels).mean() > 0.9
     for index in (0, 50, 119):
         (alone,) = actor.score_pairs([(responses[index], segments[index])])
@@ -119,7 +119,7 @@ def test_shared_actor_equals_the_three_actors(
     together = shared.score(responses, segments)
     paired = shared.score_pairs(list(zip(responses, segments, strict=True)))
     assert all(np.array_equal(a.probs, b) for a, b in zip(together, paired, strict=True))
-    for k, kind in enumerate(KINDS):
+    for k, kind in enumerate(DEFAULT_KINDS):
         alone = RewardActor(trained[0] / kind, config).score(responses, segments)
         for scores, probs in zip(together, alone, strict=True):
             assert np.allclose(scores.probs[:, k], probs, atol=1e-5)
@@ -164,8 +164,8 @@ def test_two_workers_under_zero_3_equal_one(
         workers=2, zero_stage=3, parallel=1,
     )  # fmt: skip
     metrics = train_rewards(config, rows, tmp_path / "rewards", lambda *event: None)
-    for number, kind in enumerate(KINDS):
-        alone = trained_alone(config, rows, kind, seed=config.seed * len(KINDS) + number)
+    for number, kind in enumerate(DEFAULT_KINDS):
+        alone = trained_alone(config, rows, kind, seed=config.seed * len(DEFAULT_KINDS) + number)
         assert metrics[kind]["val_loss"] == pytest.approx(alone.val_loss, rel=1e-3)
         assert metrics[kind]["steps"] == alone.steps
 

@@ -32,7 +32,7 @@ from fgaif.reward.model import (
     segment_probs,
     trainable_state,
 )
-from fgaif.types import KINDS, FloatArray, Kind, Response, Segment
+from fgaif.types import DEFAULT_KINDS, FloatArray, Kind, Response, Segment
 
 PIECES = ["There is a dog, ", "a red star ", "left of it."]
 CPU = torch.device("cpu")
@@ -46,8 +46,8 @@ def encoder_of(checkpoint: Path, policy: Path | None = None) -> RewardEncoder:
 def noisy_model(checkpoint: Path, kind: Kind, head: str = "linear") -> RewardModel:
     """A reward model whose adapter does something: B is random instead of zero."""
     backbone = load_lvlm(checkpoint, dtype="float32")
-    model = new_reward_model(backbone, LoraConfig(r=4, alpha=8), head, KINDS.index(kind))
-    generator = torch.Generator().manual_seed(KINDS.index(kind))
+    model = new_reward_model(backbone, LoraConfig(r=4, alpha=8), head, DEFAULT_KINDS.index(kind))
+    generator = torch.Generator().manual_seed(DEFAULT_KINDS.index(kind))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -97,7 +97,7 @@ def pairs(
 def saved(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a reward model of each kind, the relation's with an MLP head."""
     folder = tmp_path_factory.mktemp("rewards")
-    for kind in KINDS:
+    for kind in DEFAULT_KINDS:
         head = "mlp" if kind == "relation" else "linear"
         model = noisy_model(tiny_llava_dir, kind, head)
         state = trainable_state(model)
@@ -260,7 +260,7 @@ def test_the_image_matters(
 def test_merged_from_disk_equals_the_model_that_was_saved(
     tiny_llava_dir: Path, saved: Path, pairs: list[tuple[Response, tuple[Segment, ...]]]
 ) -> None:
-    for kind in KINDS:
+    for kind in DEFAULT_KINDS:
         head = "mlp" if kind == "relation" else "linear"
         expected = score(noisy_model(tiny_llava_dir, kind, head), tiny_llava_dir, pairs)
         model = load_reward_model(saved / kind, tiny_llava_dir, dtype="float32")
@@ -272,10 +272,10 @@ def test_merged_from_disk_equals_the_model_that_was_saved(
 def test_shared_backbone_equals_three_separate_models(
     tiny_llava_dir: Path, saved: Path, pairs: list[tuple[Response, tuple[Segment, ...]]]
 ) -> None:
-    shared = load_shared_reward_models(saved, tiny_llava_dir, dtype="float32")
+    shared = load_shared_reward_models(saved, tiny_llava_dir, DEFAULT_KINDS, dtype="float32")
     together = score(shared, tiny_llava_dir, pairs)
     assert together[1].shape == (0, 3, 3)
-    for k, kind in enumerate(KINDS):
+    for k, kind in enumerate(DEFAULT_KINDS):
         model = load_reward_model(saved / kind, tiny_llava_dir, dtype="float32")
         separate = score(model, tiny_llava_dir, pairs)
         for a, b in zip(separate, together, strict=True):
@@ -287,9 +287,9 @@ def test_a_shared_bfloat16_backbone_keeps_its_adapters_in_bfloat16(
     tiny_llava_dir: Path, saved: Path, pairs: list[tuple[Response, tuple[Segment, ...]]]
 ) -> None:
     """Scores are as near to those in float32 as the separate models'."""
-    shared = load_shared_reward_models(saved, tiny_llava_dir, dtype="bfloat16")
+    shared = load_shared_reward_models(saved, tiny_llava_dir, DEFAULT_KINDS, dtype="bfloat16")
     assert {value.dtype for value in shared.parameters()} == {torch.bfloat16}
-    exact = load_shared_reward_models(saved, tiny_llava_dir, dtype="float32")
+    exact = load_shared_reward_models(saved, tiny_llava_dir, DEFAULT_KINDS, dtype="float32")
     truth = np.concatenate(score(exact, tiny_llava_dir, pairs))
     separate = [
         np.concatenate(
@@ -299,7 +299,7 @@ def test_a_shared_bfloat16_backbone_keeps_its_adapters_in_bfloat16(
                 pairs,
             )
         )
-        for kind in KINDS
+        for kind in DEFAULT_KINDS
     ]
     together = np.concatenate(score(shared, tiny_llava_dir, pairs))
     error = np.abs(together - truth).mean()
@@ -329,7 +329,7 @@ def test_another_backbone_is_refused(tmp_path: Path, tiny_llava_dir: Path, saved
     with pytest.raises(CheckpointError, match=r"trained on .*set reward\.backbone"):
         load_reward_model(saved / "object", other, dtype="float32")
     with pytest.raises(CheckpointError, match="trained on"):
-        load_shared_reward_models(saved, other, dtype="float32")
+        load_shared_reward_models(saved, other, DEFAULT_KINDS, dtype="float32")
 
 
 def test_folders_that_were_swapped_are_refused(

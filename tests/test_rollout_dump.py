@@ -15,9 +15,9 @@ from fgaif.errors import DataError
 from fgaif.ppo.batch import make_batch
 from fgaif.ppo.rollout_dump import COMPUTED, PER_TOKEN, keep_rollouts, read_dump, recompute
 from fgaif.reward.dense import RewardCenters, dense_rewards
-from fgaif.types import Evaluation, Response, SegmentScores
+from fgaif.types import DEFAULT_KINDS, Evaluation, Response, SegmentScores
 
-CENTERS = RewardCenters(means=(0.25, None, -0.5))
+CENTERS = RewardCenters(kinds=DEFAULT_KINDS, means=(0.25, None, -0.5))
 
 
 def settings(folder: Path, *overrides: str) -> Config:
@@ -202,6 +202,6 @@ def test_responses_without_segments_survive(tmp_path: Path) -> None:
     path.write_text(head + "\n" + json.dumps(empty) + "\n")
     dump = read_dump(path)
     assert dump.rows[0].probs.shape == (0, 3, 3)
-    header = replace(dump.header, centers=RewardCenters.empty())
+    header = replace(dump.header, centers=RewardCenters.empty(DEFAULT_KINDS))
     assert len(recompute(replace(dump, header=header), config.ppo)["rewards"]) == 1
     run(path)

@@ -56,7 +56,7 @@ from fgaif.scene_models.tokenizer import (
     build_tokenizer,
     chat_prompt,
 )
-from fgaif.types import KINDS, SegmentClass
+from fgaif.types import DEFAULT_KINDS, SegmentClass
 
 MIN_WORDS = 4  # the splitter's setting in configs/scenes.yaml
 NONE, OK, HALLU = SegmentClass.NONE, SegmentClass.OK, SegmentClass.HALLU
@@ -228,11 +228,11 @@ def test_clean_captions_hold_and_policy_captions_err_at_their_rates():
             text = write_caption(scene, rng, noise)
             assert parse_facts(text)[1], text
             for classes in oracle_classes(scene, pieces(text)):
-                for kind, label in zip(KINDS, classes, strict=True):
+                for kind, label in zip(DEFAULT_KINDS, classes, strict=True):
                     wrong[name, kind] += label is HALLU
                     wrong["all " + name, kind] += label is not NONE
-    assert all(wrong["clean", kind] == 0 for kind in KINDS)
-    for kind in KINDS:
+    assert all(wrong["clean", kind] == 0 for kind in DEFAULT_KINDS)
+    for kind in DEFAULT_KINDS:
         assert 0.1 < wrong["policy", kind] / wrong["all policy", kind] < 0.45
 
 
@@ -268,11 +268,11 @@ def test_dense_targets_say_what_parser_and_oracle_say(tokenizer):
 def test_questions_are_balanced_and_answered_by_the_oracle():
     rng, answers = random.Random(1), Counter[tuple[str, str]]()
     for index in range(1500):
-        scene, kind = scene_at("train", index), KINDS[index % 3]
+        scene, kind = scene_at("train", index), DEFAULT_KINDS[index % 3]
         claim = sample_claim(scene, kind, rng)
         answers[kind, ask(claim, scene, rng).answer] += 1
         assert oracle(scene, claim.text) is (ask(claim, scene, rng).answer == "yes")
-    for kind in KINDS:
+    for kind in DEFAULT_KINDS:
         assert 0.4 < answers[kind, "yes"] / 500 < 0.6
 
 
@@ -399,7 +399,7 @@ def test_shipped_policy_hallucinates_sampled_and_greedy_but_sees(shipped):
         for temperature in (0.0, 1.0)
     }
     assert reports[0.0].any_wrong > 0.15
-    assert all(0.1 < reports[1.0].wrong[kind] < 0.5 for kind in KINDS)
+    assert all(0.1 < reports[1.0].wrong[kind] < 0.5 for kind in DEFAULT_KINDS)
     for report in reports.values():
         assert report.recall > 0.75
         assert report.malformed < 0.03
@@ -414,4 +414,4 @@ def test_shipped_verifier_is_good_but_not_perfect_about_what_policies_say(shippe
     texts = [write_caption(scene, rng, POLICY) for scene in scenes]
     features = scene_features(verifier, scenes)
     accuracy = fact_accuracy(verifier, processor.tokenizer, features, scenes, texts)
-    assert all(0.83 < accuracy[kind] < 0.97 for kind in KINDS)
+    assert all(0.83 < accuracy[kind] < 0.97 for kind in DEFAULT_KINDS)

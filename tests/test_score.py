@@ -22,7 +22,7 @@ from fgaif.reward.checkpoint import RewardCard
 from fgaif.reward.dense import RewardCenters, dense_rewards
 from fgaif.serving.rewards import Rewards, TextScores, load_rewards
 from fgaif.serving.scoring import ScoredItem, ScoreItem
-from fgaif.types import KINDS, SegmentClass, SegmentScores
+from fgaif.types import DEFAULT_KINDS, SegmentClass, SegmentScores
 
 TEXTS = (serving_samples.TEXT, "There is a dog. There is a dog.", "A moon.")
 
@@ -90,7 +90,9 @@ def test_rewards_are_ppos(folder: Path, tiny_llava_dir: Path, shared: bool, valu
     if shared:
         scores = SharedRewardActor(folder, config).score(responses, segments)
     else:
-        by_kind = [RewardActor(folder / kind, config).score(responses, segments) for kind in KINDS]
+        by_kind = [
+            RewardActor(folder / kind, config).score(responses, segments) for kind in DEFAULT_KINDS
+        ]
         scores = [SegmentScores(probs=np.stack(rows, 1)) for rows in zip(*by_kind, strict=True)]
     before = RewardCenters(means=(0.5, None, -0.25))
     ppo = dense_rewards(responses, segments, scores, [()] * 3, shape, before)
@@ -149,7 +151,7 @@ def test_one_text_gives_scores_and_several_a_list(rewards: Rewards) -> None:
     assert np.allclose(alone.probs, together[0].probs, atol=1e-5)
     assert rewards.score(serving_samples.png(), []) == []
     empty = rewards.score(serving_samples.png(), "")
-    assert (empty.probs.shape, empty.total) == ((0, len(KINDS), 3), 0.0)
+    assert (empty.probs.shape, empty.total) == ((0, len(DEFAULT_KINDS), 3), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_a_folder_that_lacks_a_model_or_its_backbone_is_refused(
         load_rewards(tmp_path)
     card = (folder / "object" / "reward.json").read_text(encoding="utf-8")
     moved = tmp_path / "rewards"
-    for kind in KINDS:
+    for kind in DEFAULT_KINDS:
         (moved / kind).mkdir(parents=True)
         for file in (folder / kind).iterdir():
             (moved / kind / file.name).write_bytes(file.read_bytes())
@@ -184,7 +186,7 @@ def test_a_folder_that_lacks_a_model_or_its_backbone_is_refused(
     (moved / "object" / "reward.json").write_text(gone, encoding="utf-8")
     with pytest.raises(CheckpointError, match="gone, which is not there; give backbone="):
         load_rewards(moved)
-    assert load_rewards(moved, backbone=backbone).kinds == KINDS
+    assert load_rewards(moved, backbone=backbone).kinds == DEFAULT_KINDS
     with pytest.raises(CheckpointError, match="has digest"):
         load_rewards(folder, backbone="scenes:policy")
 
@@ -208,7 +210,7 @@ def scored(probs: Sequence[Sequence[Sequence[float]]], text: str) -> TextScores:
     return TextScores(
         response=_with_text(response, text),
         segments=segments,
-        kinds=KINDS,
+        kinds=DEFAULT_KINDS,
         probs=values,
         values=values[..., 1] - values[..., 2],
         rewards=(values[..., 1] - values[..., 2]).sum(1),
@@ -285,8 +287,8 @@ def test_models_trained_here_are_loaded_and_tell_right_from_wrong(
     metrics = fgaif.train_rewards(
         rows, tmp_path / "rewards", config, report=lambda kind, *_: told.append(kind)
     )
-    assert list(metrics) == list(KINDS)
-    assert set(told) == set(KINDS)
+    assert list(metrics) == list(DEFAULT_KINDS)
+    assert set(told) == set(DEFAULT_KINDS)
     loaded = load_rewards(tmp_path / "rewards")
     answers = loaded.score(pictures[0], ["a dog small above. ", "the couch red left. "])
     assert [one.probs[0].argmax(-1).tolist() for one in answers] == [[1, 1, 1], [2, 2, 2]]

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.groups.role_groups import RewardGroup
 from fgaif.pending import Pending, Ready
-from fgaif.types import KINDS, FloatArray, Response, Segment, SegmentClass
+from fgaif.types import DEFAULT_KINDS, FloatArray, Response, Segment, SegmentClass
 
 
 class Scorer:
@@ -37,9 +37,12 @@ class Text:
 @pytest.mark.parametrize("shared", [False, True])
 def test_scores_are_stacked_by_kind_in_order(shared: bool) -> None:
     """Of two replicas each, which share three responses of 3, 2 and 0 segments."""
-    every = list(range(len(KINDS)))
+    every = list(range(len(DEFAULT_KINDS)))
     groups = [every] if shared else [[k] for k in every]
-    group = RewardGroup([[Scorer(kinds, shared) for _ in range(2)] for kinds in groups])  # type: ignore[misc]
+    group = RewardGroup(
+        [[Scorer(kinds, shared) for _ in range(2)] for kinds in groups],  # type: ignore[misc]
+        shared=shared,
+    )
     scores = group.score([Text(5), Text(7), Text(9)], [[0] * 3, [0] * 2, []]).result()  # type: ignore[list-item]
     assert [score.probs.shape for score in scores] == [(3, 3, 3), (2, 3, 3), (0, 3, 3)]
     assert scores[0].probs[1, :, 0].tolist() == [50, 51, 52]

@@ -31,7 +31,7 @@ from fgaif.feedback.external import given_response
 from fgaif.feedback.segment import segment_response
 from fgaif.lvlm.model import load_processor
 from fgaif.reward.dense import uncentered_values
-from fgaif.types import KINDS, FloatArray, Prompt
+from fgaif.types import DEFAULT_KINDS, FloatArray, Prompt
 
 pytestmark = pytest.mark.slow
 
@@ -82,14 +82,16 @@ def expected(served: Served, kind_dir: Path, content: bytes, text: str) -> Float
     prompt = Prompt(id="0", image=image_bytes(content, "test"), text=PROMPT)
     response = given_response("test", prompt, text, tokenizer)
     pair = (response, segment_response(response, tokenizer, 5))
-    rows = [RewardActor(kind_dir / kind, served.config).score_pairs([pair])[0] for kind in KINDS]
+    rows = [
+        RewardActor(kind_dir / kind, served.config).score_pairs([pair])[0] for kind in DEFAULT_KINDS
+    ]
     return np.stack(rows, axis=1)
 
 
 def probs(result: dict[str, Any]) -> FloatArray:
     return np.array(
         [
-            [[s["kinds"][kind][c] for c in ("none", "ok", "hallu")] for kind in KINDS]
+            [[s["kinds"][kind][c] for c in ("none", "ok", "hallu")] for kind in DEFAULT_KINDS]
             for s in result["segments"]
         ]
     )
@@ -108,10 +110,10 @@ def test_scores_over_http_equal_the_ppo_actors(served: Served) -> None:
     assert [s["end"] for s in result["segments"]] == [45, 107, 174, len(TEXT)]
     wanted = expected(served, served.rewards, png(), TEXT)
     assert np.abs(probs(result) - wanted).max() < 1e-5
-    values = uncentered_values(wanted, SHAPE)  # all weights are 1
+    values = uncentered_values(wanted, SHAPE, DEFAULT_KINDS)  # all weights are 1
     penalty = SHAPE.repeat_penalty * len(result["segments"])  # no text of the embedded world
     assert result["total"] == pytest.approx(values.sum() - penalty, abs=1e-4)
-    for k, kind in enumerate(KINDS):
+    for k, kind in enumerate(DEFAULT_KINDS):
         assert result["rewards"][kind] == pytest.approx(values[:, k].sum(), abs=1e-4)
 
 
@@ -144,8 +146,11 @@ def test_health_models_and_metrics(served: Served) -> None:
     assert (health.status_code, health.json()["ready"]) == (200, True)
     (model,) = httpx2.get(f"{served.url}/v1/models", headers=AUTH).json()["models"]
     assert model["version"] == health.json()["version"]
-    assert (model["placement"], set(model["cards"])) == ("shared", set(KINDS))
-    assert (model["shape"], model["shape_from"]) == (SHAPE.model_dump(mode="json"), "card")
+    assert (model["placement"], set(model["cards"])) == ("shared", set(DEFAULT_KINDS))
+    assert (model["shape"], model["shape_from"]) == (
+        SHAPE.resolved(DEFAULT_KINDS).model_dump(mode="json"),
+        "card",
+    )
     assert str(served.checkpoint.parent) not in json.dumps(model)  # names, no paths
     assert "fgaif_requests_total" in httpx2.get(f"{served.url}/metrics", headers=AUTH).text
 
@@ -222,7 +227,7 @@ def test_a_reload_under_load_drops_no_request(served: Served, tmp_path: Path) ->
         async with httpx2.AsyncClient(headers=AUTH, timeout=60) as client:
             users = [asyncio.create_task(load(client, stop)) for _ in range(4)]
             await asyncio.sleep(0.5)
-            for kind in KINDS:
+            for kind in DEFAULT_KINDS:
                 shutil.rmtree(served.rewards / kind)
                 shutil.copytree(fresh / kind, served.rewards / kind)
             wrong = await client.post(

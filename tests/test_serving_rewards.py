@@ -20,7 +20,7 @@ from fgaif.reward.dense import RewardCenters, dense_rewards, segment_values
 from fgaif.serving.scoring import ScoredText, text_result
 from fgaif.serving.shape import served_shape, shape_note
 from fgaif.types import (
-    KINDS,
+    DEFAULT_KINDS,
     FloatArray,
     ImageRef,
     Prompt,
@@ -57,7 +57,7 @@ def sampled(probs: FloatArray) -> tuple[Response, tuple[Segment, ...], SegmentSc
 
 def random_probs() -> FloatArray:
     rng = np.random.default_rng(0)
-    return rng.dirichlet(np.ones(len(SegmentClass)), (len(SENTENCES), len(KINDS))).astype(
+    return rng.dirichlet(np.ones(len(SegmentClass)), (len(SENTENCES), len(DEFAULT_KINDS))).astype(
         np.float32
     )
 
@@ -65,7 +65,13 @@ def random_probs() -> FloatArray:
 def served(probs: FloatArray, shape: RewardShapeConfig) -> Any:
     response, segments, _ = sampled(probs)
     malformed = tuple(index for index in MALFORMED if index < len(segments))
-    scored = ScoredText(text=response.text, segments=segments, probs=probs, malformed=malformed)
+    scored = ScoredText(
+        text=response.text,
+        segments=segments,
+        kinds=DEFAULT_KINDS,
+        probs=probs,
+        malformed=malformed,
+    )
     return text_result(scored, shape)
 
 
@@ -84,7 +90,7 @@ def test_rewards_of_segments_are_those_of_ppo_before_centring(
     ok, hallu, none = points
     shape = RewardShapeConfig(
         values=values, value_ok=ok, value_hallu=hallu, value_none=none, center=center,
-        weights=dict(zip(KINDS, weights, strict=True)), repeat_penalty=repeat_penalty,
+        weights=dict(zip(DEFAULT_KINDS, weights, strict=True)), repeat_penalty=repeat_penalty,
     )  # fmt: skip
     probs = random_probs()
     response, segments, scores = sampled(probs)
@@ -98,7 +104,7 @@ def test_rewards_of_segments_are_those_of_ppo_before_centring(
     assert result.penalty == 2 * repeat_penalty
     weighted = ppo.values[0] * np.array(weights, np.float32)
     for segment, row in zip(result.segments, weighted, strict=True):
-        assert [segment.kinds[kind].reward for kind in KINDS] == row.tolist()
+        assert [segment.kinds[kind].reward for kind in DEFAULT_KINDS] == row.tolist()
     assert list(result.rewards.values()) == pytest.approx(weighted.sum(0).tolist(), abs=1e-5)
     # What centring takes away in a run is the centre's share alone.
     mu = np.array([0.3, -0.2, 0.1], np.float32)
@@ -122,8 +128,8 @@ def card(kind: Any, shape: RewardShapeConfig | None) -> RewardCard:
 
 def test_the_shape_is_that_of_the_cards_unless_the_configuration_is_asked_for() -> None:
     hard = RewardShapeConfig(values="hard", value_hallu=-3.0)
-    trained = [card(kind, hard) for kind in KINDS]
-    old = [card(kind, None) for kind in KINDS]
+    trained = [card(kind, hard) for kind in DEFAULT_KINDS]
+    old = [card(kind, None) for kind in DEFAULT_KINDS]
     config = load_config(None, ["ppo.shape.value_ok=2"])
     assert served_shape(trained, config) == (hard, "card")
     assert served_shape(old, config) == (RewardShapeConfig(), "default")
@@ -138,7 +144,8 @@ def test_the_shape_is_that_of_the_cards_unless_the_configuration_is_asked_for() 
 
 def test_cards_of_different_shapes_are_refused() -> None:
     cards = [
-        card(kind, RewardShapeConfig(value_hallu=-1.0 - (kind == "relation"))) for kind in KINDS
+        card(kind, RewardShapeConfig(value_hallu=-1.0 - (kind == "relation")))
+        for kind in DEFAULT_KINDS
     ]
     with pytest.raises(
         CheckpointError, match=r"ppo\.shape\.value_hallu.*'relation': -2\.0.*serve\.shape"

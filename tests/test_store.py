@@ -23,7 +23,7 @@ from fgaif.feedback.store import (
 )
 from fgaif.scene_models.tokenizer import build_tokenizer
 from fgaif.types import (
-    KINDS,
+    DEFAULT_KINDS,
     UNKNOWN,
     FactQuery,
     ImageRef,
@@ -68,10 +68,11 @@ def labeled_response(text: str = TEXT, name: str = "p") -> LabeledResponse:
     }
     return LabeledResponse(
         response=response,
+        kinds=DEFAULT_KINDS,
         segments=segments,
         facts=facts,
         verdicts=verdicts,
-        labels=np.full((len(segments), len(KINDS)), UNKNOWN),
+        labels=np.full((len(segments), len(DEFAULT_KINDS)), UNKNOWN),
         provenance={"verifier": "none"},
     )
 

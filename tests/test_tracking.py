@@ -13,7 +13,7 @@ from cluster.console import StepDisplay, _left
 from fgaif.config import TrackingConfig
 from fgaif.errors import ConfigError, DataError
 from fgaif.tracking import GLOSSARY, JsonlSink, Metric, Tracker, explain, read_metrics
-from fgaif.types import StepReport
+from fgaif.types import DEFAULT_KINDS, StepReport
 
 
 def step(number: int, **metrics: float) -> StepReport:
@@ -142,7 +142,7 @@ def test_healthy_ranges_are_closed_and_readable() -> None:
 def shown(*, terminal: bool) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=120)
-    with StepDisplay(3, console) as display:
+    with StepDisplay(3, DEFAULT_KINDS, console) as display:
         for number in (1, 2):
             display.update(
                 step(number, kl__response=number / 8, hallu__object=0.2, seconds__total=1.5)

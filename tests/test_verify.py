@@ -24,6 +24,7 @@ from fgaif.feedback.verify import (
     yes_probability,
 )
 from fgaif.types import (
+    DEFAULT_KINDS,
     UNKNOWN,
     Answer,
     Fact,
@@ -142,7 +143,7 @@ def test_doubt_failure_and_a_reply_that_cannot_be_read_are_told_apart() -> None:
     for verdict in (undecided, unreadable, failed):
         fact = Fact(kind="object", text=QUERY.text, segment=0)
         segment = Segment(index=0, char_start=0, char_end=1, token_start=0, token_end=1)
-        labels = label_segments([segment], [fact], {QUERY.text: verdict})
+        labels = label_segments([segment], [fact], {QUERY.text: verdict}, DEFAULT_KINDS)
         assert labels.tolist() == [[UNKNOWN, 0, 0]]
 
 
@@ -201,6 +202,7 @@ def test_a_verdict_survives_the_store_and_rows_of_before_are_read() -> None:
     verdict = Verdict(query=QUERY, answer="unknown", problem="failed", votes=("yes", "unknown"))
     item = LabeledResponse(
         response=response(Prompt(id="p", image=IMAGE, text="Describe.")),
+        kinds=DEFAULT_KINDS,
         segments=(),
         facts=(),
         verdicts={QUERY.text: verdict},

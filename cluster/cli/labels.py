@@ -1,6 +1,7 @@
 """``fgaif labels``: label tables from and to other tools, and the stored replies."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from fgaif.config import Config, load_config
 from fgaif.errors import ConfigError, DataError
-from fgaif.types import KINDS, Kind
+from fgaif.types import Kind
 
 Form = Literal["reference", "stepwise", "parquet"]
 
@@ -34,7 +35,7 @@ Overrides = Annotated[
 ]
 FormOption = Annotated[Form, typer.Option("--form", help="Form of the file.")]
 KindOption = Annotated[
-    str, typer.Option("--kind", help="For stepwise: object, attribute, relation or any.")
+    str, typer.Option("--kind", help="For stepwise: one of the configured kinds, or any.")
 ]
 
 
@@ -54,16 +55,17 @@ def export_labels(
     from fgaif.feedback.interchange import export_reference, export_stepwise
     from fgaif.feedback.parquet import write_labels
 
-    labels = open_labels(load_config(_default(config), overrides or []))
+    settings = load_config(_default(config), overrides or [])
+    labels = open_labels(settings)
     if form == "parquet":
         out.print(f"wrote {write_labels(labels, file)} responses to {file}", markup=False)
         return
     if form == "reference":
         done = export_reference(labels, file, relative)
     else:
-        if kind != "any" and kind not in KINDS:
-            raise ConfigError(f"--kind {kind}: give one of {', '.join([*KINDS, 'any'])}")
-        done = export_stepwise(labels, file, kind, relative)  # type: ignore[arg-type]
+        if kind not in (kinds := [*settings.kind_names, "any"]):
+            raise ConfigError(f"--kind {kind}: give one of {', '.join(kinds)}")
+        done = export_stepwise(labels, file, kind, relative)
     out.print(f"wrote {done.written} responses to {file}", markup=False)
     if done.warning():
         err.print(done.warning(), style="yellow", markup=False)
@@ -107,6 +109,7 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
     from fgaif.feedback.interchange import import_reference, import_stepwise, join_labels
     from fgaif.feedback.parquet import read_labels
     from fgaif.feedback.store import label_store, response_store
+    from fgaif.kinds import check_kinds
     from fgaif.lvlm.model import load_processor, resolve_checkpoint
 
     if not names:
@@ -118,17 +121,23 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
             raise DataError(f"{path}: exists; import into another run, e.g. name=imported")
     require_own(config.run_dir)
     tokenizer = load_processor(resolve_checkpoint(config.policy.model)).tokenizer
-    pixels = config.data.max_image_pixels
+    pixels, kinds = config.data.max_image_pixels, config.kind_names
     if form == "parquet":
         labeled = [item for name in names for item in read_labels(Path(name))]
+        for item in labeled:
+            check_kinds(f"response {item.response.id}", item.kinds, kinds)
     else:
         sets = []
         for name in names:
             if form == "reference":
-                found = import_reference(Path(name), tokenizer, root=root, max_pixels=pixels)
+                found = import_reference(
+                    Path(name), tokenizer, kinds=kinds, root=root, max_pixels=pixels
+                )
             else:
-                kind, path = _kind_and_path(name)
-                found = import_stepwise(path, kind, tokenizer, root=root, max_pixels=pixels)
+                kind, path = _kind_and_path(name, kinds)
+                found = import_stepwise(
+                    path, kind, tokenizer, kinds=kinds, root=root, max_pixels=pixels
+                )
             if found.warning():
                 err.print(found.warning(), style="yellow", markup=False)
             sets.append(found.labeled)
@@ -141,11 +150,11 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
     out.print(f"imported {len(labeled)} labelled responses into {config.run_dir}", markup=False)
 
 
-def _kind_and_path(name: str) -> tuple[Kind, Path]:
+def _kind_and_path(name: str, kinds: Sequence[Kind]) -> tuple[Kind, Path]:
     kind, colon, path = name.partition(":")
-    if not colon or kind not in KINDS:
+    if not colon or kind not in kinds:
         raise ConfigError(
-            f"{name}: for --form stepwise write KIND:FILE, KIND of {', '.join(KINDS)}"
+            f"{name}: for --form stepwise write KIND:FILE, KIND of {', '.join(kinds)}"
         )
     return kind, Path(path)
 

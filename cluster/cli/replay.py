@@ -1,5 +1,6 @@
 """``fgaif replay``: the rollouts of a step, as PPO saw them, and computed anew."""
 
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +16,10 @@ from cluster.pipeline.stage_status import StageStatus
 from fgaif.config import Config, load_config, parse_config, with_overrides
 from fgaif.errors import DataError
 from fgaif.files import write_whole
+from fgaif.kinds import kind_colours
 from fgaif.ppo.rollout_dump import COMPUTED, PER_TOKEN, Dump, Row, read_dump, recompute
-from fgaif.types import KINDS, SegmentClass
+from fgaif.types import Kind, SegmentClass
 
-_STYLES = {"object": "red", "attribute": "dark_orange", "relation": "magenta"}
 _OK, _NONE = "green", "dim"
 _SAME = 1e-6
 _HTML_WIDTH = 140
@@ -58,11 +59,12 @@ def replay(
         settings = _settings(config, file, overrides or [])
         console.print(differences(dump, settings))
     elif row is not None:
-        console.print(show(dump.rows[row], row), token_table(dump.rows[row]))
+        kinds = dump.header.centers.kinds
+        console.print(show(dump.rows[row], row, kinds), token_table(dump.rows[row]))
     else:
         console.print(heading(dump))
         for index, one in enumerate(dump.rows[:limit]):
-            console.print(show(one, index))
+            console.print(show(one, index, dump.header.centers.kinds))
         if len(dump.rows) > limit:
             console.print(f"{len(dump.rows) - limit} more: --limit, --row", style="dim")
     if page and out:
@@ -73,44 +75,46 @@ def heading(dump: Dump) -> Text:
     """What the file holds, and the legend."""
     head = dump.header
     legend: list[str | tuple[str, str]] = [("right", _OK), " ", ("no facts", _NONE)]
-    for kind in KINDS:
-        legend += [" ", (f"{kind} hallucinated", _STYLES[kind])]
+    for kind, colour in kind_colours(head.centers.kinds).items():
+        legend += [" ", (f"{kind} hallucinated", colour)]
     return Text.assemble(
         f"step {head.step}, {len(dump.rows)} responses, KL coefficient {head.kl_coef:g}\n",
         *legend,
     )
 
 
-def show(row: Row, index: int) -> Group:
+def show(row: Row, index: int, kinds: Sequence[Kind]) -> Group:
     """A response with coloured segments, and a table of them."""
     response = row.response
     text = Text(f"\n[{index}] {response.id} v{response.policy_version} ", style="bold")
     text.append(f"{response.prompt.image.path}\n", style="not bold dim")
+    colours = list(kind_colours(kinds).values())
     for segment, probs in zip(row.segments, row.probs, strict=True):
         piece = response.text[segment.char_start : segment.char_end]
-        text.append(piece, style=f"not bold {segment_style(probs)}")
-    return Group(text, _segment_table(row))
+        text.append(piece, style=f"not bold {segment_style(probs, colours)}")
+    return Group(text, _segment_table(row, kinds))
 
 
-def segment_style(probs: np.ndarray) -> str:
-    """Colour of a segment by its class probabilities (K, C): its surest hallucination, if any."""
+def segment_style(probs: np.ndarray, colours: Sequence[str]) -> str:
+    """Colour of a segment by its class probabilities (K, C): of its surest hallucination, if any,
+    by the colours of the kinds (K,)."""
     classes = probs.argmax(axis=1)
-    wrong = [k for k in range(len(KINDS)) if classes[k] == SegmentClass.HALLU]
+    wrong = [k for k in range(len(colours)) if classes[k] == SegmentClass.HALLU]
     if wrong:
-        return _STYLES[KINDS[max(wrong, key=lambda k: float(probs[k, SegmentClass.HALLU]))]]
+        return colours[max(wrong, key=lambda k: float(probs[k, SegmentClass.HALLU]))]
     return _OK if (classes == SegmentClass.OK).any() else _NONE
 
 
-def _segment_table(row: Row) -> Table:
+def _segment_table(row: Row, kinds: Sequence[Kind]) -> Table:
     """Per segment: P(hallucinated) per kind, reward at its last token, sums over its tokens."""
     table = Table(box=None, padding=(0, 1))
-    for column in ("segment", *KINDS, "penalty", "reward", "KL", "advantage", "value"):
+    for column in ("segment", *kinds, "penalty", "reward", "KL", "advantage", "value"):
         table.add_column(column, justify="left" if column == "segment" else "right")
     kl = row.tokens["old_logprobs"] - row.tokens["reference_logprobs"]
     for i, segment in enumerate(row.segments):
         span = slice(segment.token_start, max(segment.token_end, segment.token_start + 1))
         text = row.response.text[segment.char_start : segment.char_end].strip()
-        cells = [_class(row.probs[i, k]) for k in range(len(KINDS))]
+        cells = [_class(row.probs[i, k]) for k in range(len(kinds))]
         numbers = (
             row.penalties[i],
             row.tokens["task_rewards"][span].sum(),
@@ -169,7 +173,9 @@ def differences(dump: Dump, config: Config) -> Group:
 
 def _settings_of(dump: Dump, config: Config) -> list[tuple[str, object, object]]:
     head, ppo = dump.header, config.ppo
-    then, now = head.shape.model_dump(), ppo.shape.model_dump()
+    then, now = (
+        shape.resolved(head.centers.kinds).model_dump() for shape in (head.shape, ppo.shape)
+    )
     shape = [(f"ppo.shape.{key}", then[key], now[key]) for key in then]
     return [("ppo.gamma", head.gamma, ppo.gamma), ("ppo.lam", head.lam, ppo.lam), *shape]
 

@@ -120,6 +120,7 @@ def eval_context(settings: Settings) -> EvalContext:
         verifier=settings.verifier,
         seed=settings.seed,
         min_words=settings.config.segment.min_words,
+        kinds=settings.config.kinds,
     )
 
 

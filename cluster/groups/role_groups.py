@@ -169,9 +169,12 @@ class JudgeGroup(ReplicaGroup):
 class RewardGroup:
     """One actor (or several) per kind, whose scores are stacked to (S, K, C), or for all kinds."""
 
-    def __init__(self, handles: Sequence[Sequence[StatelessActor]]) -> None:
-        """``handles``: the actors of each kind in order, or those that score all kinds."""
+    def __init__(
+        self, handles: Sequence[Sequence[StatelessActor]], *, shared: bool = False
+    ) -> None:
+        """``handles``: the actors of each kind in order, or, ``shared``, those of all kinds."""
         self._kinds = [ReplicaGroup(replicas) for replicas in handles]
+        self._shared = shared
 
     def score(
         self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
@@ -185,7 +188,7 @@ class RewardGroup:
 
         def finish() -> list[SegmentScores]:
             kinds = [call.result() for call in calls]
-            if len(kinds) == 1:
+            if self._shared:
                 return [SegmentScores(probs=probs) for probs in kinds[0]]
             return [
                 SegmentScores(probs=np.stack(rows, axis=1)) for rows in zip(*kinds, strict=True)

@@ -19,7 +19,6 @@ from fgaif.config import Config, LoraConfig
 from fgaif.lvlm.logprobs import CHUNK
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.sizes import ModelFacts, read_facts
-from fgaif.types import KINDS
 
 GIB = 2**30
 MIB = 2**20
@@ -438,7 +437,7 @@ def _scorer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
     )
     return ActorMemory(
         weights=model.parameters * w,
-        adapters=len(KINDS) * model.lora_parameters(run.lora) * w if shared else 0,
+        adapters=len(config.kinds) * model.lora_parameters(run.lora) * w if shared else 0,
         activations=max(
             inference_peak(model, run, adapted=shared), vision_peak(model, run.rows, w)
         ),

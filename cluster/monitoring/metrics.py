@@ -12,7 +12,8 @@ from typing import Literal, get_args
 from ray.util.metrics import Counter, Gauge
 
 from cluster.monitoring.status import ActorState, RunStatus
-from fgaif.types import KINDS, StepReport
+from fgaif.tracking import kind_of_metric
+from fgaif.types import StepReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,7 @@ _OF_STEP = {
     "tokens_per_second": "fgaif_tokens_per_second",
     "sync/seconds": "fgaif_sync_seconds",
 }
+_OF_KIND = {"reward": "fgaif_reward", "hallu": "fgaif_hallucination_rate"}
 _ACTOR_GAUGES = {
     "tokens_per_second": "fgaif_actor_tokens_per_second",
     "rss": "fgaif_actor_rss_bytes",
@@ -105,13 +107,11 @@ class MetricsExporter:
         for key, name in _OF_STEP.items():
             if key in metrics:
                 self._set(name, metrics[key])
-        for kind in KINDS:
-            for group, name in (("reward", "fgaif_reward"), ("hallu", "fgaif_hallucination_rate")):
-                if (key := f"{group}/{kind}") in metrics:
-                    self._set(name, metrics[key], kind=kind)
-        for key, seconds in metrics.items():
-            if key.startswith("seconds/"):
-                self._set("fgaif_stage_seconds", seconds, stage=key.removeprefix("seconds/"))
+        for key, value in metrics.items():
+            if kind := kind_of_metric(key):
+                self._set(_OF_KIND[key.partition("/")[0]], value, kind=kind)
+            elif key.startswith("seconds/"):
+                self._set("fgaif_stage_seconds", value, stage=key.removeprefix("seconds/"))
         self._add("fgaif_sync_bytes_total", metrics.get("sync/bytes", 0.0))
 
     def status(self, status: RunStatus) -> None:

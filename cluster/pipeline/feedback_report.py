@@ -1,6 +1,6 @@
 """What a run's labels are like: their summary, the audit by the oracle, and the audit by hand."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from fgaif.types import Kind, LabeledResponse
 def write_summary(
     folder: Path,
     labeled: Iterable[LabeledResponse],
+    kinds: Sequence[Kind],
     truth: Oracle | None,
     skipped_rows: int,
     console: Console,
@@ -29,14 +30,14 @@ def write_summary(
 
     ``labeled`` is iterated several times; ``audit/oracle.json`` has the whole audit.
     """
-    kinds = feedback_accuracy(labeled, truth) if truth else {}
-    losses, classes = feedback_losses(labeled), class_balance(labeled)
+    accuracy = feedback_accuracy(labeled, truth, kinds) if truth else {}
+    losses, classes = feedback_losses(labeled), class_balance(labeled, kinds)
     responses = losses.pop("responses", 0)
     write_json(
         folder / "summary.json",
         {
-            "accuracy": {kind: item.accuracy for kind, item in kinds.items() if item.judged},
-            "facts": {kind: asdict(item) for kind, item in kinds.items()},
+            "accuracy": {kind: item.accuracy for kind, item in accuracy.items() if item.judged},
+            "facts": {kind: asdict(item) for kind, item in accuracy.items()},
             "classes": classes,
             "responses": responses,
             "losses": losses,
@@ -44,7 +45,7 @@ def write_summary(
         },
     )
     if truth:
-        report = oracle_report(labeled, truth)
+        report = oracle_report(labeled, truth, kinds)
         write_json(folder / "audit" / "oracle.json", report.to_json())
     if any(losses.values()):
         text = ", ".join(f"{count} {name}" for name, count in losses.items() if count)
@@ -73,12 +74,12 @@ def open_labels(config: Config) -> JsonlStore[LabeledResponse]:
     """The label table of a run.
 
     Raises:
-        DataError: there is none yet.
+        DataError: there is none yet, or it is of other kinds.
     """
     path = config.run_dir / "feedback" / "labels.jsonl"
     if not path.is_file():
         raise DataError(f"{path}: does not exist; run `fgaif annotate` first")
-    return label_store(path)
+    return label_store(path, config.kind_names)
 
 
 def prepare_audit(config: Config, size: int, console: Console) -> None:
@@ -107,6 +108,7 @@ def report_audit(
         open_labels(config),
         items,
         read_answers(answers, items),
+        config.kind_names,
         second=read_labels(second) if second else None,
     )
     show_audit(report, folder / "report.json", console.print)

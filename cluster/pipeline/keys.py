@@ -16,12 +16,15 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter
 
 from fgaif.config import API, Config
+from fgaif.kinds import KindConfig
+from fgaif.types import DEFAULT_KINDS
 
 Stage = Literal[
     "sample", "annotate", "train-reward", "eval-before", "train", "eval-after", "report"
 ]
 Kind = Literal["result", "extends", "execution"]
 _JSON = TypeAdapter[Any](Any)
+_OF_KIND = tuple(key for key in KindConfig.model_fields if key != "name")
 Place = Mapping[Stage, Kind]
 """The stages that a key concerns itself; it is execution for others, unless they read theirs."""
 
@@ -53,6 +56,9 @@ _SAMPLING = _result("sample", "train", *_EVALS)
 TABLE: tuple[tuple[str, str, Place], ...] = (
     ("", "name dir", _EXECUTION),
     ("", "seed", _SAMPLING),
+    ("", "kinds", _result("annotate")),  # names and order: columns of all arrays, seeds
+    ("kinds.*", "description prompt", _result("annotate")),
+    ("kinds.*", "colour", _EXECUTION),
     ("data", "train", _result("sample", "train")),
     ("data", "responses", _result("sample")),
     ("data", "held_out eval_prompts", _result(*_EVALS)),
@@ -92,7 +98,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("ppo.value_lora", "r alpha dropout", _result("train")),
     ("ppo.kl", "coef target horizon", _result("train")),
     ("ppo.shape", "weights values value_ok value_hallu value_none", _result("train")),
-    ("ppo.shape", "center center_offset center_momentum placement", _result("train")),
+    ("ppo.shape", "center center_offset center_momentum placement order", _result("train")),
     ("ppo.shape", "repeat_penalty no_stop_penalty", _result("train")),
     ("ppo.shape", "length_penalty length_target", _result("train")),
     ("ppo.anchor", "weight prompts batch_size", _result("train")),
@@ -154,8 +160,10 @@ def stage_values(config: Config, stage: Stage) -> dict[str, Any]:
     """The values, as in JSON, of all keys that change a stage's result or extend it."""
     models = (config.feedback.extractor, *config.feedback.verifiers)
     asked = [name.removeprefix(API) for name in models if name.startswith(API)]
+    # As earlier versions wrote them: one for each kind, whether configured or by default.
+    weights = {kind: config.ppo.shape.weight(kind) for kind in config.kind_names}
     return {
-        key: value
+        key: weights if key == "ppo.shape.weights" else value
         for key, value in _values(config)
         if kind_of(config, stage, key) != "execution"
         # Of the endpoints those of step 1: a judge for benchmarks changes no label.
@@ -190,7 +198,10 @@ def leaf_keys() -> Mapping[str, Any]:
 def _leaves(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, field in section.model_fields.items():
         model, named = _section(field.annotation)
-        if model is None:
+        if model is KindConfig:
+            yield prefix + name, list(DEFAULT_KINDS)
+            yield from ((f"{prefix}{name}.*.{key}", None) for key in _OF_KIND)
+        elif model is None:
             known = None if field.is_required() else field.get_default(call_default_factory=True)
             yield prefix + name, _JSON.dump_python(known, mode="json")
         else:
@@ -201,7 +212,11 @@ def _values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in type(section).model_fields.items():
         model, named = _section(field.annotation)
         value = getattr(section, name)
-        if model is None:
+        if model is KindConfig:
+            yield prefix + name, [kind.name for kind in value]
+            for kind in value:
+                yield from ((f"{prefix}{name}.{kind.name}.{k}", getattr(kind, k)) for k in _OF_KIND)
+        elif model is None:
             yield prefix + name, _JSON.dump_python(value, mode="json")
         elif named:
             for entry, item in value.items():

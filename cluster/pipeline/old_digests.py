@@ -13,7 +13,7 @@ import yaml
 from cluster.pipeline.keys import AFTER, Stage
 from fgaif.config import API, Config, parse_config
 from fgaif.errors import ConfigError
-from fgaif.types import KINDS
+from fgaif.types import DEFAULT_KINDS
 
 _SAMPLING = (
     "seed", "data.train", "data.responses", "data.image_root", "data.shuffle", "data.seed",
@@ -47,7 +47,7 @@ _NAMES = """
     zero_stage
 """
 """Names of the keys in these sections that a digest was made of."""
-_COUNTED = frozenset(_NAMES.split()).union(KINDS)
+_COUNTED = frozenset(_NAMES.split()).union(DEFAULT_KINDS)
 
 
 PROBE_TOLERANCE = 1e-3
@@ -58,6 +58,7 @@ def old_digest(config: Config, stage: Stage, probe_tolerance: float = PROBE_TOLE
     """The digest that an earlier version gave a stage made with this configuration."""
     tree = config.model_dump(mode="json")
     tree["ppo"]["probe_tolerance"] = probe_tolerance
+    tree["ppo"]["shape"]["weights"] = {k: config.ppo.shape.weight(k) for k in config.kind_names}
     parts: list[Any] = [[key, _value(config, tree, key)] for key in _KEYS[stage]]
     parts += [old_digest(config, upstream, probe_tolerance) for upstream in AFTER[stage]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

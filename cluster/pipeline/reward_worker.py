@@ -21,7 +21,7 @@ from fgaif.reward.dataset import RewardData, read_data
 from fgaif.reward.inputs import RewardEncoder, load_reward_encoder, tokenizer_digest
 from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
 from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
-from fgaif.types import KINDS, Kind, LabeledResponse
+from fgaif.types import Kind, LabeledResponse
 
 
 def run_reward_task(task: RewardTask) -> None:
@@ -67,7 +67,8 @@ def _train_kind(
 ) -> RewardModel:
     config, settings = task.config, task.config.reward
     data = read_data(kind, rows, config)
-    seed = config.seed * len(KINDS) + KINDS.index(kind)
+    kinds = config.kind_names
+    seed = config.seed * len(kinds) + kinds.index(kind)
     model = new_reward_model(backbone, settings.lora, settings.head, seed)
     engine = _ZeroEngine(model, config, planned_steps(len(data.train), settings))
 
@@ -89,6 +90,7 @@ def _train_kind(
         }
         card = RewardCard(
             kind=kind,
+            kinds=kinds,
             head=settings.head,
             backbone=str(resolve_checkpoint(config.reward_backbone)),
             backbone_digest=task.backbone_digest,

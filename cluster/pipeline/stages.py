@@ -28,7 +28,7 @@ from fgaif.chat.limits import Usage
 from fgaif.checkpoint import checkpoint_names
 from fgaif.config import Config, dump_config, with_overrides
 from fgaif.data.order import request_seed
-from fgaif.data.scenes.facts import oracle
+from fgaif.data.scenes.facts import SCENE_KINDS, oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.errors import DataError
 from fgaif.eval.captions import JudgedCaption, judged_by_scores
@@ -48,7 +48,7 @@ from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import calibration_bins, reward_metrics
 from fgaif.tracking import Tracker
-from fgaif.types import KINDS, GenerationRequest, Json, Response, Segment
+from fgaif.types import GenerationRequest, Json, Response, Segment
 from fgaif.versions import untested_engine
 
 
@@ -201,7 +201,7 @@ class Run:
     def annotate(self) -> None:
         """Step 1b: segments, facts, verdicts, labels."""
         config, folder = self._config, self._dir / "feedback"
-        labels = label_store(folder / "labels.jsonl")
+        labels = label_store(folder / "labels.jsonl", config.kind_names)
         judges, judge_name = None, ""
         if config.feedback.local_verifier is not None:
             judges = self._cluster.judges()
@@ -221,13 +221,14 @@ class Run:
         # Responses of another tool are not of `data.train`, which may not even be there.
         given = config.data.responses is not None
         skipped = 0 if given else len(self.train_source.prompts.skipped)
-        write_summary(folder, labels, self._oracle(), skipped, self._console)
+        write_summary(folder, labels, config.kind_names, self._oracle(), skipped, self._console)
         self._cluster.stop("judge")
 
     def train_reward(self) -> None:
         """Step 2: one reward model per kind."""
-        labeled = list(label_store(self._dir / "feedback" / "labels.jsonl"))
-        with progress_bars(self._console, *KINDS) as progress:
+        kinds = self._config.kind_names
+        labeled = list(label_store(self._dir / "feedback" / "labels.jsonl", kinds))
+        with progress_bars(self._console, *kinds) as progress:
             train_rewards(
                 self._config,
                 labeled,
@@ -259,7 +260,7 @@ class Run:
             config=self._config,
         )
         write_eval(folder or self._dir / "eval", phase, report, captions)
-        if phase == "before" and source.scenes is not None:
+        if phase == "before" and self._truth_known(source):
             self._check_rewards(captions)
 
     def train(self) -> None:
@@ -291,7 +292,7 @@ class Run:
         driver = PpoDriver(config, roles, data, self._segmenter, self._malformed)
         with (
             Tracker(folder, config.tracking, name=config.name, say=self._console.print) as tracker,
-            StepDisplay(config.ppo.steps, self._console) as display,
+            StepDisplay(config.ppo.steps, config.kind_names, self._console) as display,
         ):
             for report in driver.run():
                 tracker.log(report)
@@ -326,21 +327,22 @@ class Run:
                 **reward_metrics(probs[:, index], truth[:, index]).as_floats(),
                 "calibration": calibration_bins(probs[:, index], truth[:, index]),
             }
-            for index, kind in enumerate(KINDS)
+            for index, kind in enumerate(self._config.kind_names)
         }
         write_json(self._dir / "eval" / "rewards.json", metrics)
 
     def _caption_judge(self, source: Source) -> Judge:
-        """The oracle where the world is known, else the reward models."""
-        if source.scenes is not None:
-            return SceneJudge(source.scene_of, self._segmenter)
+        """The oracle where the truth of all kinds is known, else the reward models."""
+        if self._truth_known(source):
+            return SceneJudge(source.scene_of, self._segmenter, self._config.kind_names)
         rewards = self._cluster.rewards(self._dir / "rewards")
 
         def judge(responses: Sequence[Response]) -> list[JudgedCaption]:
             segments = [self._segmenter(response) for response in responses]
             scores = rewards.score(responses, segments).result()
             return [
-                judged_by_scores(*item) for item in zip(responses, segments, scores, strict=True)
+                judged_by_scores(*item, self._config.kind_names)
+                for item in zip(responses, segments, scores, strict=True)
             ]
 
         return judge
@@ -359,7 +361,12 @@ class Run:
         if self._config.data.responses is not None or self.train_source.scenes is None:
             return None
         source = self.train_source
-        return lambda response, fact: oracle(source.scene_of(response.prompt), fact)
+        return lambda response, fact: (
+            oracle(source.scene_of(response.prompt), fact) if fact.kind in SCENE_KINDS else None
+        )
+
+    def _truth_known(self, source: Source) -> bool:
+        return source.scenes is not None and set(self._config.kind_names) <= set(SCENE_KINDS)
 
     def _segmenter(self, response: Response) -> tuple[Segment, ...]:
         return segment_response(response, self._tokenizer, self._config.segment.min_words)
@@ -368,7 +375,7 @@ class Run:
         """Segments that are no sentences of the embedded world; unknown for other images."""
         if self._config.feedback.extractor != "scenes":
             return ()
-        return SceneFacts().parse(response, segments).malformed
+        return SceneFacts(self._config.kind_names).parse(response, segments).malformed
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)

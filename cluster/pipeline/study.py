@@ -8,7 +8,6 @@ nearest to the smallest final KL of all runs with the same seed.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,13 @@ from cluster.pipeline.stage_status import StageStatus
 from cluster.pipeline.stages import Run, run_stages
 from fgaif.config import Config, with_overrides
 from fgaif.errors import ConfigError
-from fgaif.eval.run_results import read_eval
+from fgaif.eval.run_results import figures_json, read_eval
 from fgaif.files import write_json
 from fgaif.tracking import read_metrics
-from fgaif.types import CaptionMetrics, EvalReport, Json
+from fgaif.types import EvalReport, Json
 
-_SHOWN = ("object", "attribute", "relation", "any", "recall", "true_facts", "length", "repetition")
+_SHOWN = ("any", "recall", "true_facts", "length", "repetition")
+"""Figures of the tables, after those of the kinds."""
 # Student's t, two-sided 95 %, by the number of runs.
 _T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -128,7 +128,11 @@ def _kl_by_step(run: Config) -> dict[int, float]:
 
 def _summary(config: Config, runs: dict[tuple[str, int], Config]) -> Json:
     before = read_eval(config.run_dir / "eval", "before")
-    result: Json = {"seeds": list(config.study.seeds), "before": _figures(before)}
+    result: Json = {
+        "seeds": list(config.study.seeds),
+        "kinds": list(before.sampled.kinds),
+        "before": _figures(before),
+    }
     for label, folder in (("equal_steps", "eval"), ("matched_kl", "eval_matched")):
         result[label] = {}
         for variant in config.study.variants:
@@ -149,17 +153,16 @@ def _summary(config: Config, runs: dict[tuple[str, int], Config]) -> Json:
 
 def _figures(report: EvalReport) -> Json:
     """Sampled figures by name, greedy ``any`` and POPE's F1."""
-    sampled: Json = asdict(report.sampled)
-    greedy: CaptionMetrics = report.greedy
-    return sampled | {
-        "greedy_any": greedy.any,
+    return figures_json(report.sampled) | {
+        "greedy_any": report.greedy.any,
         "pope_f1": report.pope.f1 if report.pope else None,
     }
 
 
 def _tables(result: Json) -> list[Table]:
     """One table per comparison, a row per figure and a column per variant."""
-    names = [n for n in (*_SHOWN, "greedy_any", "pope_f1") if result["before"][n] is not None]
+    shown = (*result["kinds"], *_SHOWN, "greedy_any", "pope_f1")
+    names = [name for name in shown if result["before"][name] is not None]
     tables = []
     for label in ("equal_steps", "matched_kl"):
         title = f"{label.replace('_', ' ')}, mean ± 95 % of {len(result['seeds'])} seeds"

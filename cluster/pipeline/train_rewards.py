@@ -27,7 +27,7 @@ from fgaif.errors import ActorError, FgaifError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.reward.checkpoint import CARD, checkpoint_digest, read_card, record_shape
 from fgaif.reward.dataset import read_data
-from fgaif.types import KINDS, Kind, LabeledResponse
+from fgaif.types import DEFAULT_KINDS, Kind, LabeledResponse
 
 Progress = Callable[[Kind, int, int, dict[str, float]], None]
 """Told kind, steps done, steps planned and figures. A kind that is skipped, or finished by early
@@ -59,12 +59,13 @@ def train_rewards(
     out_dir = out_dir.resolve()
     out_dir.mkdir(parents=True, exist_ok=True)
     backbone = checkpoint_digest(resolve_checkpoint(config.reward_backbone))
-    digests = {kind: input_digest(kind, rows, config, backbone) for kind in KINDS}
-    earlier = {kind: input_digest(kind, rows, config, backbone, ("micro_batch",)) for kind in KINDS}
+    kinds = config.kind_names
+    digests = {kind: input_digest(kind, rows, config, backbone) for kind in kinds}
+    earlier = {kind: input_digest(kind, rows, config, backbone, ("micro_batch",)) for kind in kinds}
     pending = [
-        kind for kind in KINDS if not _is_done(out_dir / kind, {digests[kind], earlier[kind]})
+        kind for kind in kinds if not _is_done(out_dir / kind, {digests[kind], earlier[kind]})
     ]
-    for kind in KINDS:
+    for kind in kinds:
         if kind not in pending:
             record_shape(out_dir / kind, config.ppo.shape)
             progress(kind, 1, 1, read_card(out_dir / kind).metrics)
@@ -77,7 +78,7 @@ def train_rewards(
         queue = Queue(actor_options={"num_cpus": 0})
         tasks = [
             RewardTask(
-                kinds=tuple(str(kind) for kind in kinds),  # type: ignore[misc]
+                kinds=tuple(str(kind) for kind in part),
                 digests=digests,
                 backbone_digest=backbone,
                 rows=slim,
@@ -85,13 +86,13 @@ def train_rewards(
                 out_dir=out_dir,
                 queue=queue,
             )
-            for kinds in np.array_split(pending, min(config.reward.parallel, len(pending)))
+            for part in np.array_split(pending, min(config.reward.parallel, len(pending)))
         ]
         try:
             _run_tasks(tasks, queue, progress)
         finally:
             queue.shutdown(force=True)
-    return {kind: read_card(out_dir / kind).metrics for kind in KINDS}
+    return {kind: read_card(out_dir / kind).metrics for kind in kinds}
 
 
 def input_digest(
@@ -115,13 +116,15 @@ def input_digest(
     parts = [kind, settings, str(config.seed), config.policy.dtype, backbone_digest]
     if noise is not None:  # without noise the digest is that of versions that knew none
         parts += [noise.model_dump_json(), str(config.reward.noise_seed)]
+    if config.kind_names != DEFAULT_KINDS:  # the seeds depend on number and place
+        parts.append(" ".join(config.kind_names))
     digest = hashlib.sha256("\n".join(parts).encode())
     for row in rows:
         response = row.response
         spans = [(s.token_start, s.token_end) for s in row.segments]
         digest.update(f"{response.prompt.image.sha256}{response.prompt.text}{spans}".encode())
         digest.update(response.token_ids.tobytes())
-        digest.update(row.labels[:, KINDS.index(kind)].tobytes())
+        digest.update(row.of_kind(kind).tobytes())
     return digest.hexdigest()
 
 

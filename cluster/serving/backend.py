@@ -31,7 +31,7 @@ _log = logging.getLogger("fgaif.serve")
 
 
 class ServeBackend:
-    """Calls one scorer of all kinds, or one per kind in the order of KINDS, and a generator."""
+    """Calls one scorer of all kinds, or one per kind in their order, and a generator."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ from fgaif.serving.batcher import Batcher
 from fgaif.serving.guard import log_failure
 from fgaif.serving.schema import GenerateRequest, GenerateResponse, ModelOut
 from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
-from fgaif.types import KINDS, GenerationRequest, Kind, Prompt
+from fgaif.types import GenerationRequest, Kind, Prompt
 
 APP = "fgaif"
 API = "api"
@@ -238,8 +238,8 @@ def deploy(config: Config, args: ServeArgs) -> Application:
 def scorer_kinds(config: Config) -> dict[str, tuple[Kind, ...]]:
     """Scoring deployments by name, with the kinds of each."""
     if config.serve.placement == "shared":
-        return {"scorer": KINDS}
-    return {f"scorer-{kind}": (kind,) for kind in KINDS}
+        return {"scorer": config.kind_names}
+    return {f"scorer-{kind}": (kind,) for kind in config.kind_names}
 
 
 def deployment_options(config: Config, args: ServeArgs) -> dict[str, dict[str, Any]]:

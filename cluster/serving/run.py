@@ -26,10 +26,9 @@ from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.sizes import read_facts
-from fgaif.reward.checkpoint import checked_card, common_min_words, read_card, rewards_version
+from fgaif.reward.checkpoint import checked_cards, common_min_words, read_cards, rewards_version
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.shape import served_shape, shape_note
-from fgaif.types import KINDS
 
 _GIB = 2**30
 
@@ -76,12 +75,11 @@ def check_models(config: Config, args: ServeArgs) -> str:
     Raises:
         CheckpointError: they do not, or are not complete.
     """
-    version = rewards_version(args.rewards)
     backbone = resolve_checkpoint(config.reward_backbone)
-    cards = [checked_card(args.rewards / kind, backbone) for kind in KINDS]
+    cards = list(checked_cards(args.rewards, backbone, config.kind_names).values())
     common_min_words(cards)
     served_shape(cards, config)
-    return version
+    return rewards_version(args.rewards, config.kind_names)
 
 
 def may_be_open(config: Config, host: str) -> bool:
@@ -183,7 +181,7 @@ def _wait_for_signal() -> None:
 
 
 def _shape_note(config: Config, args: ServeArgs) -> str:
-    return shape_note([read_card(args.rewards / kind) for kind in KINDS], config)
+    return shape_note(list(read_cards(args.rewards, config.kind_names).values()), config)
 
 
 def _replicas(options: Mapping[str, Any]) -> str:
@@ -200,6 +198,6 @@ def _weights_gib(config: Config, args: ServeArgs, name: str) -> float:
     if name == "generator":
         return read_facts(resolve_checkpoint(str(args.policy))).parameters * width / _GIB
     size = read_facts(resolve_checkpoint(config.reward_backbone))
-    adapters = len(KINDS) if config.serve.placement == "shared" else 0
+    adapters = len(config.kinds) if config.serve.placement == "shared" else 0
     lora = adapters * size.lora_parameters(config.reward.lora)
     return (size.parameters + lora) * width / _GIB

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -98,8 +98,13 @@ class PromptFile:
         return _SLOT.sub(lambda slot: slots.get(slot[1], slot[0]), self.text)
 
 
-def load_prompt(path: Path, slots: Sequence[str]) -> PromptFile:
+def load_prompt(
+    path: Path, slots: Sequence[str], fixed: Mapping[str, str] | None = None
+) -> PromptFile:
     """Read a prompt file that holds each of ``slots`` exactly once, as ``{slot}``.
+
+    ``fixed`` are values of other slots, the same in every request, which the file may hold; they
+    are put in at once and count in the version.
 
     Raises:
         ConfigError: the file cannot be read, or a slot is missing or there twice.
@@ -108,13 +113,25 @@ def load_prompt(path: Path, slots: Sequence[str]) -> PromptFile:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt {path}: cannot be read ({error}); give a text file") from error
+    return prompt_of(text, slots, str(path), path.stem, fixed)
+
+
+def prompt_of(
+    text: str,
+    slots: Sequence[str],
+    where: str,
+    name: str,
+    fixed: Mapping[str, str] | None = None,
+) -> PromptFile:
+    """Make a prompt of a text as :func:`load_prompt` does; ``where`` stands in its errors."""
+    whole = _SLOT.sub(lambda slot: (fixed or {}).get(slot[1], slot[0]), text)
     for slot in slots:
-        if text.count(f"{{{slot}}}") != 1:
+        if whole.count(f"{{{slot}}}") != 1:
             raise ConfigError(
-                f"prompt {path}: holds {{{slot}}} {text.count(f'{{{slot}}}')} times; put it once"
+                f"prompt {where}: holds {{{slot}}} {whole.count(f'{{{slot}}}')} times; put it once"
             )
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return PromptFile(version=f"{path.stem}-{digest}", text=text)
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return PromptFile(version=f"{name}-{digest}", text=whole)
 
 
 async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:

@@ -16,7 +16,7 @@ class RoleConfig(Section):
 
 
 class RewardRoleConfig(RoleConfig):
-    """Scorers: an actor for each kind, or one for all three."""
+    """Scorers: an actor for each kind, or one for all."""
 
     shared: bool = False
     """One actor holds one backbone and the adapters of all kinds, which take turns: a third of the
@@ -78,7 +78,7 @@ class ClusterConfig(Section):
     """CPUs of a local Ray; default: all."""
     rollout: RolloutRoleConfig = RolloutRoleConfig()
     reward: RewardRoleConfig = RewardRoleConfig()
-    """Resources of each of the three reward actors, or of the shared one."""
+    """Resources of each kind's reward actor, or of the shared one."""
     reference: RoleConfig = RoleConfig()
     learner: RoleConfig = RoleConfig()
     """`replicas` is the number of DeepSpeed ranks."""

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from fgaif.config.policy import LoraConfig
 from fgaif.config.reward import RewardShapeConfig
 from fgaif.config.section import Section
+from fgaif.types import Kind
 
 
 class AnchorConfig(Section):
@@ -47,8 +48,8 @@ class PpoConfig(Section):
     paper's 1e-7 leaves the policy where it was."""
     value_lr: float = Field(1e-5, gt=0)
     value_lora: LoraConfig = LoraConfig()
-    value_init: Literal["policy", "object", "attribute", "relation"] = "policy"
-    """Backbone of the value model: the policy's, or the reward model of a kind with its adapter."""
+    value_init: Kind = "policy"
+    """Backbone of the value model: the policy's, or, for a kind, its reward model with adapter."""
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)

@@ -1,12 +1,13 @@
 """Step 2: reward models, and the shape of the rewards made of their scores."""
 
+from collections.abc import Iterable
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from fgaif.config.policy import LoraConfig
 from fgaif.config.section import Section, check_ranks_apart, check_single_gpu
-from fgaif.types import KINDS, Kind
+from fgaif.types import Kind
 
 
 class NoiseConfig(Section):
@@ -73,8 +74,8 @@ class RewardConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = Field(1, ge=1)
     """Ray Train workers per reward model."""
-    parallel: int = Field(1, ge=1, le=len(KINDS))
-    """Reward models trained at the same time."""
+    parallel: int = Field(1, ge=1)
+    """Reward models trained at the same time, at most as many as there are kinds."""
     cpus_per_worker: float = Field(1.0, ge=0)
     gpus_per_worker: float = Field(0.0, ge=0)
 
@@ -99,8 +100,12 @@ class RewardConfig(Section):
 class RewardShapeConfig(Section):
     """From class probabilities to per-token rewards; see docs in fgaif/reward/dense.py."""
 
-    weights: dict[Kind, float] = dict.fromkeys(KINDS, 1.0)
-    """Weight of each kind; 0 leaves the kind out."""
+    weights: dict[Kind, float] = Field({})
+    """Weight of each kind; 0, or no entry beside others, leaves a kind out. Default: 1 for all."""
+    order: tuple[Kind, ...] = ()
+    """Kinds of which the first come first: the value of a later one counts only where none of those
+    before it is hallucinated, by the most likely class; see fgaif/reward/dense.py. Kinds that are
+    not named always count. Default: all count everywhere."""
     values: Literal["hard", "soft"] = "soft"
     """`hard`: the value of the most likely class; `soft`: the expected value."""
     value_ok: float = 1.0
@@ -125,8 +130,19 @@ class RewardShapeConfig(Section):
 
     @model_validator(mode="after")
     def _weights_make_sense(self) -> Self:
-        if sum(self.weights.values()) <= 0 or min(self.weights.values()) < 0:
+        weights = self.weights.values()
+        if self.weights and (sum(weights) <= 0 or min(weights) < 0):
             raise ValueError(
                 f"ppo.shape.weights = {self.weights}: weights must be >= 0 and one must be > 0"
             )
+        if len(set(self.order)) < len(self.order):
+            raise ValueError(f"ppo.shape.order = {list(self.order)}: name each kind once")
         return self
+
+    def weight(self, kind: Kind) -> float:
+        """Weight of a kind."""
+        return self.weights.get(kind, 0.0) if self.weights else 1.0
+
+    def resolved(self, kinds: Iterable[Kind]) -> Self:
+        """The same shape with a weight for each of the kinds."""
+        return self.model_copy(update={"weights": {kind: self.weight(kind) for kind in kinds}})

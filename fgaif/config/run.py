@@ -13,6 +13,8 @@ from fgaif.config.ppo import PpoConfig
 from fgaif.config.reward import RewardConfig
 from fgaif.config.section import Section
 from fgaif.config.serve import ServeConfig
+from fgaif.kinds import KindConfig, own_colours
+from fgaif.types import Kind
 
 
 class EvalConfig(Section):
@@ -52,6 +54,9 @@ class Config(Section):
     """Name of the run: its folder is `dir/name`."""
     dir: Path = Path("runs")
     seed: int = 0
+    kinds: tuple[KindConfig, ...] = Field(KindConfig.default(), min_length=1)
+    """Kinds of hallucination, each with a reward model of its own: names, or mappings with `name`,
+    `description`, `prompt` and `colour`. Their order is that of all arrays and seeds."""
     data: DataConfig = DataConfig()
     policy: PolicyConfig = PolicyConfig()
     segment: SegmentConfig = SegmentConfig()
@@ -86,6 +91,36 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _kinds_are_distinct(self) -> Self:
+        names = self.kind_names
+        for name in names:
+            # "dogs: ..." is read as the kind "dog" in the plain-text form of extraction.
+            if names.count(name) > 1 or f"{name}s" in names:
+                raise ValueError(
+                    f"kinds = {list(names)}: {name!r} is there twice, or once more in the plural; "
+                    "kinds differ"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _kinds_are_known(self) -> Self:
+        names, shape = self.kind_names, self.ppo.shape
+        for key in (
+            *(f"reward.noise.{name}" for name in self.reward.noise),
+            *(f"ppo.shape.weights.{name}" for name in shape.weights),
+            *(f"ppo.shape.order.{name}" for name in shape.order),
+            *(f"ppo.value_init.{name}" for name in {self.ppo.value_init} - {"policy"}),
+        ):
+            if key.rpartition(".")[2] not in names:
+                raise ValueError(f"{key}: no such kind; kinds = {list(names)}")
+        if self.reward.parallel > len(names):
+            raise ValueError(
+                f"reward.parallel = {self.reward.parallel}: there are only {len(names)} kinds, "
+                f"each with one reward model; set reward.parallel={len(names)} or less"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ppo_without_dropout(self) -> Self:
         adapters = {"policy.lora": self.policy.lora, "ppo.value_lora": self.ppo.value_lora}
         for key, lora in adapters.items():
@@ -108,6 +143,16 @@ class Config(Section):
                     f"{section}.zero_stage=1"
                 )
         return self
+
+    @property
+    def kind_names(self) -> tuple[Kind, ...]:
+        """Names of the kinds, in order."""
+        return tuple(kind.name for kind in self.kinds)
+
+    @property
+    def own_colours(self) -> dict[Kind, str]:
+        """Colours that the configuration sets, as ``#rrggbb``."""
+        return own_colours(self.kinds)
 
     @property
     def run_dir(self) -> Path:

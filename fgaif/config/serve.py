@@ -41,7 +41,8 @@ class ServeConfig(Section):
     """The reward models as a service; see `fgaif serve`."""
 
     placement: Literal["shared", "separate"] = "shared"
-    """`shared`: three adapters and heads on one backbone; `separate`: a deployment per kind."""
+    """`shared`: adapters and heads of all kinds on one backbone; `separate`: a deployment per
+    kind."""
     shape: Literal["card", "config"] = "card"
     """Shape of the rewards: `card`, the `ppo.shape` that the reward models were trained beside and
     their cards hold, or `config`, the `ppo.shape` of this configuration."""

@@ -6,13 +6,10 @@ from dataclasses import dataclass, fields, replace
 from fgaif.eval.benchmarks.chair import FIGURES as CHAIR
 from fgaif.eval.benchmarks.pope import FIGURES as POPE_FIGURES
 from fgaif.eval.figures import ChangeVerdict, Figure, find_figure
-from fgaif.types import CaptionMetrics, PopeMetrics
+from fgaif.kinds import words
+from fgaif.types import CaptionMetrics, Kind, PopeMetrics
 
-_OF_KIND = "Hallucinated share of the segments that state a fact of this kind"
 CAPTIONS = (
-    Figure(key="object", title="object errors", meaning=_OF_KIND, better=-1),
-    Figure(key="attribute", title="attribute errors", meaning=_OF_KIND, better=-1),
-    Figure(key="relation", title="relation errors", meaning=_OF_KIND, better=-1),
     Figure(
         key="any",
         title="any error",
@@ -49,6 +46,7 @@ CAPTIONS = (
         better=-1,
     ),
 )
+"""Figures of captions, after those of the kinds."""
 POPE = tuple(find_figure(POPE_FIGURES, field.name) for field in fields(PopeMetrics))
 
 
@@ -67,10 +65,8 @@ def compare(
     before: CaptionMetrics | PopeMetrics | None, after: CaptionMetrics | PopeMetrics | None
 ) -> Iterator[Change]:
     """Yield the figures of two evaluations side by side; either may be missing."""
-    some = before or after
-    for figure in () if some is None else POPE if isinstance(some, PopeMetrics) else CAPTIONS:
-        old = getattr(before, figure.key, None)
-        new = getattr(after, figure.key, None)
+    for figure in _figures_of(before or after):
+        old, new = (_value(side, figure) for side in (before, after))
         yield Change(
             figure=figure,
             before=figure.show(old),
@@ -78,3 +74,27 @@ def compare(
             change=figure.change(old, new),
             verdict=figure.verdict(old, new),
         )
+
+
+def errors_of(kind: Kind) -> Figure:
+    """How the hallucinations of a kind are shown."""
+    return Figure(
+        key=kind,
+        title=f"{words(kind)} errors",
+        meaning="Hallucinated share of the segments that state a fact of this kind",
+        better=-1,
+    )
+
+
+def _figures_of(metrics: CaptionMetrics | PopeMetrics | None) -> tuple[Figure, ...]:
+    if metrics is None:
+        return ()
+    if isinstance(metrics, PopeMetrics):
+        return POPE
+    return (*map(errors_of, metrics.kinds), *CAPTIONS)
+
+
+def _value(metrics: CaptionMetrics | PopeMetrics | None, figure: Figure) -> float | None:
+    if isinstance(metrics, CaptionMetrics) and figure.key in metrics.kinds:
+        return metrics.kinds[figure.key]
+    return getattr(metrics, figure.key, None)

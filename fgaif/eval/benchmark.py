@@ -17,6 +17,7 @@ from fgaif.eval.figures import Figure
 from fgaif.eval.judge import Progress
 from fgaif.eval.questions import QuestionBuilder, QuestionSet
 from fgaif.eval.scored import FigureFunction, Scored
+from fgaif.kinds import KindConfig
 
 if TYPE_CHECKING:
     from fgaif.config import EndpointConfig  # not loaded to score answers that exist
@@ -46,7 +47,7 @@ class EvalContext:
 
     ``builder`` makes the questions for ``--model``, and is None where answers exist. ``judge`` are
     the settings of the judge, ``verifier`` is a local checkpoint's name. ``seed`` is for drawing;
-    ``min_words`` is that of the splitting into sub-sentences.
+    ``min_words`` is that of the splitting into sub-sentences, ``kinds`` those of facts.
     """
 
     builder: QuestionBuilder | None = None
@@ -55,6 +56,7 @@ class EvalContext:
     verifier: str | None = None
     seed: int = 0
     min_words: int = 5
+    kinds: tuple[KindConfig, ...] = KindConfig.default()
 
     def builder_unless(self, answers: object) -> QuestionBuilder | None:
         """Return the builder; ``answers`` are the option's values that name existing answers.

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fgaif.eval.benchmarks.chair import chair_scores
+from fgaif.kinds import check_kinds
 from fgaif.types import (
-    KINDS,
     UNKNOWN,
     CaptionMetrics,
     IntArray,
+    Kind,
     LabeledResponse,
     Response,
     Segment,
@@ -51,29 +52,43 @@ def segment_texts(response: Response, segments: Sequence[Segment]) -> list[str]:
 
 
 def judged_by_scores(
-    response: Response, segments: Sequence[Segment], scores: SegmentScores
+    response: Response,
+    segments: Sequence[Segment],
+    scores: SegmentScores,
+    kinds: tuple[Kind, ...],
 ) -> JudgedCaption:
     """Take the reward models' most likely class per segment and kind as the label."""
     labels = scores.probs.argmax(axis=2).astype(np.int64)
     labeled = LabeledResponse(
-        response=response, segments=tuple(segments), facts=(), verdicts={}, labels=labels
+        response=response,
+        kinds=kinds,
+        segments=tuple(segments),
+        facts=(),
+        verdicts={},
+        labels=labels,
     )
     return JudgedCaption(labeled=labeled, facts_judged=False)
 
 
-def caption_metrics(captions: Sequence[JudgedCaption]) -> CaptionMetrics:
-    """Compute all figures over a set of captions.
+def caption_metrics(captions: Sequence[JudgedCaption], kinds: Sequence[Kind]) -> CaptionMetrics:
+    """Compute all figures over a set of captions, judged for ``kinds`` in this order.
 
     An empty caption counts as one malformed segment, so that silence is no perfect score.
+
+    Raises:
+        DataError: a caption was judged for other kinds.
     """
+    for caption in captions:
+        labeled = caption.labeled
+        check_kinds(f"caption of {labeled.response.id}", labeled.kinds, kinds)
     labels = [caption.labeled.labels for caption in captions]
-    merged = np.concatenate(labels) if labels else np.empty((0, len(KINDS)), np.int64)
-    shares = [_share(merged[:, k] == SegmentClass.HALLU, _judged(merged[:, k])) for k in (0, 1, 2)]
+    merged = np.concatenate(labels) if labels else np.empty((0, len(kinds)), np.int64)
     chair_s, chair_i, recall = _chair(captions)
     return CaptionMetrics(
-        object=shares[0],
-        attribute=shares[1],
-        relation=shares[2],
+        kinds={
+            kind: _share(merged[:, k] == SegmentClass.HALLU, _judged(merged[:, k]))
+            for k, kind in enumerate(kinds)
+        },
         any=any_hallucinated(merged),
         chair_s=chair_s,
         chair_i=chair_i,

@@ -1,8 +1,10 @@
 """How figures are shown: names, meanings, and which way is better."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from fgaif.kinds import words
 
 ChangeVerdict = Literal["better", "worse", "same", ""]
 
@@ -49,6 +51,8 @@ ITEMS = Figure(
     better=0,
     share=False,
 )
+OF_KIND = "KIND"
+"""Key of a declaration that holds for every kind: these have their figures under their names."""
 _RULES = ("official", "strict")
 
 
@@ -62,6 +66,9 @@ def find_figure(figures: Sequence[Figure], name: str) -> Figure:
     names += [rest] if rule in _RULES else []
     by_key = {figure.key: figure for figure in (ITEMS, *figures)}
     known = next((by_key[name] for name in names if name in by_key), None)
+    if known is None and OF_KIND in by_key:
+        shared = by_key[OF_KIND]
+        return replace(shared, key=key, title=shared.title.replace(OF_KIND, words(key)))
     return known or Figure(key=key, title=key.replace("_", " "), meaning="", better=0, share=False)
 
 

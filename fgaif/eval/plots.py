@@ -15,15 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fgaif.eval.run_results import PHASES, Phase
-from fgaif.types import KINDS, EvalReport, Json, Kind, StepReport
+from fgaif.kinds import words
+from fgaif.types import CaptionMetrics, EvalReport, Json, Kind, StepReport
 
 INK = "#20242c"
 PHASE_COLOURS: dict[Phase, str] = {"before": "#9aa3b2", "after": "#2a78d6"}
-KIND_COLOURS: dict[Kind, str] = {
-    "object": "#2a78d6",
-    "attribute": "#d97706",
-    "relation": "#8b5cf6",
-}
 _LINE = "#2a78d6"
 STYLE = {
     "text.color": INK,
@@ -49,17 +45,11 @@ STYLE = {
     "svg.hashsalt": "fgaif",
     "font.family": "sans-serif",
 }
-_ERRORS = {
-    "object": "object",
-    "attribute": "attribute",
-    "relation": "relation",
-    "any": "any kind",
-    "chair_s": "CHAIR$_s$",
-    "chair_i": "CHAIR$_i$",
-}
+_ERRORS = {"any": "any kind", "chair_s": "CHAIR$_s$", "chair_i": "CHAIR$_i$"}
+"""Bars after those of the kinds."""
+_OF_KINDS = {"reward per response": "reward", "hallucinated share of segments": "hallu"}
+"""Panels with a line for each kind, and the group of their metrics."""
 _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
-    ("reward per response", {f"reward/{kind}": kind for kind in KINDS}),
-    ("hallucinated share of segments", {f"hallu/{kind}": kind for kind in KINDS}),
     ("KL to the reference per response", {"kl/response": ""}),
     ("tokens per response", {"length/tokens": ""}),
     ("clipped share of tokens", {"policy/clip_frac": ""}),
@@ -68,14 +58,16 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("share of the update in the engines", {"sync/arrived": ""}),
     ("seconds per step", {"seconds/total": ""}),
 )
-_SIGNED = {"reward/object", "kl/response", "value/explained_variance", "sync/arrived"}
-"""Panels whose axis need not start at zero."""
+_SIGNED = {"reward", "kl/response", "value/explained_variance", "sync/arrived"}
+"""Metrics, or groups of them, whose axis need not start at zero."""
 
 
 def errors_figure(evals: Mapping[Phase, EvalReport]) -> Figure | None:
     """Bars of every hallucination figure, sampled and greedy; None without an evaluation."""
     if not evals:
         return None
+    kinds = list(next(iter(evals.values())).sampled.kinds)
+    names = [*map(words, kinds), *_ERRORS.values()]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -83,7 +75,7 @@ def errors_figure(evals: Mapping[Phase, EvalReport]) -> Figure | None:
             axes.set_title(f"{mode} captions: hallucinated share")
             for place, phase in enumerate(phase for phase in PHASES if phase in evals):
                 _bars(axes, place, phase, getattr(evals[phase], mode))
-            axes.set_xticks([i + 0.2 for i in range(len(_ERRORS))], list(_ERRORS.values()))
+            axes.set_xticks([i + 0.2 for i in range(len(names))], names)
             axes.tick_params(axis="x", length=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panels[0].legend(loc="upper left", ncols=2)
@@ -92,8 +84,8 @@ def errors_figure(evals: Mapping[Phase, EvalReport]) -> Figure | None:
         return _laid_out(figure)
 
 
-def _bars(axes: Axes, place: int, phase: Phase, metrics: object) -> None:
-    values = [getattr(metrics, name) for name in _ERRORS]
+def _bars(axes: Axes, place: int, phase: Phase, metrics: CaptionMetrics) -> None:
+    values = [*metrics.kinds.values(), *(getattr(metrics, name) for name in _ERRORS)]
     known = [(i + 0.4 * place, value) for i, value in enumerate(values) if value is not None]
     bars = axes.bar(
         [x for x, _ in known],
@@ -108,10 +100,16 @@ def _bars(axes: Axes, place: int, phase: Phase, metrics: object) -> None:
     axes.bar_label(bars, labels, padding=1.5, fontsize=7.5, color=INK)
 
 
-def curves_figure(steps: Sequence[StepReport]) -> Figure | None:
-    """One small panel per metric of the PPO loop; None without steps or known metrics."""
+def curves_figure(steps: Sequence[StepReport], colours: Mapping[Kind, str]) -> Figure | None:
+    """One small panel per metric of the PPO loop; None without steps or known metrics.
+
+    ``colours`` are those of the kinds, in order.
+    """
     known = {name for step in steps for name in step.metrics}
-    panels = [(title, lines) for title, lines in _PANELS if known & set(lines)]
+    by_kind = [
+        (title, {f"{group}/{kind}": kind for kind in colours}) for title, group in _OF_KINDS.items()
+    ]
+    panels = [(title, lines) for title, lines in (*by_kind, *_PANELS) if known & set(lines)]
     if not panels:
         return None
     rows = -(-len(panels) // 4)
@@ -125,14 +123,14 @@ def curves_figure(steps: Sequence[StepReport]) -> Figure | None:
                 axes.plot(
                     [x for x, _ in points],
                     [y for _, y in points],
-                    color=next((KIND_COLOURS[k] for k in KINDS if k == label), _LINE),
-                    label=label or None,
+                    color=colours.get(label, _LINE),
+                    label=words(label) or None,
                     linewidth=1.6,
                     marker="o" if len(points) < 3 else None,
                     markersize=3,
                 )
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-            if not set(lines) & _SIGNED:
+            if not {*lines, *(name.partition("/")[0] for name in lines)} & _SIGNED:
                 axes.set_ylim(bottom=0)
             if title.startswith("hallucinated"):
                 axes.legend()
@@ -142,12 +140,14 @@ def curves_figure(steps: Sequence[StepReport]) -> Figure | None:
         return _laid_out(figure)
 
 
-def calibration_figure(rewards: Mapping[str, Json]) -> Figure | None:
+def calibration_figure(rewards: Mapping[str, Json], colours: Mapping[Kind, str]) -> Figure | None:
     """Reliability of each reward model; None if no card has ``calibration``.
+
+    ``colours`` are those of the kinds, in order.
 
     A card's ``calibration`` is a list of bins, each ``{"confidence", "accuracy", "count"}``.
     """
-    cards = {kind: rewards[kind]["calibration"] for kind in KINDS if _has_bins(rewards, kind)}
+    cards = {kind: rewards[kind]["calibration"] for kind in colours if _has_bins(rewards, kind)}
     if not cards:
         return None
     with mpl.rc_context(STYLE):
@@ -160,17 +160,17 @@ def calibration_figure(rewards: Mapping[str, Json]) -> Figure | None:
             axes.plot(
                 [row["confidence"] for row in filled],
                 [row["accuracy"] for row in filled],
-                color=KIND_COLOURS[kind],
+                color=colours[kind],
                 linewidth=1.2,
             )
             axes.scatter(
                 [row["confidence"] for row in filled],
                 [row["accuracy"] for row in filled],
                 s=[12 + 180 * row["count"] / total for row in filled],
-                color=KIND_COLOURS[kind],
+                color=colours[kind],
                 alpha=0.75,
             )
-            axes.set_title(kind)
+            axes.set_title(words(kind))
             axes.set_xlabel("confidence of the model")
             axes.set_xlim(0.3, 1.02)
             axes.set_ylim(0, 1.05)

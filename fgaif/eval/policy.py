@@ -67,8 +67,8 @@ def evaluate_policy(
     captions = Captions(greedy=tuple(judged[: len(prompts)]), sampled=tuple(judged[len(prompts) :]))
     by_strategy = ask_pope(p_yes, questions)
     report = EvalReport(
-        greedy=caption_metrics(captions.greedy),
-        sampled=caption_metrics(captions.sampled),
+        greedy=caption_metrics(captions.greedy, config.kind_names),
+        sampled=caption_metrics(captions.sampled, config.kind_names),
         pope=mean_metrics(list(by_strategy.values())) if by_strategy else None,
         pope_by_strategy=by_strategy,
     )

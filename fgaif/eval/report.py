@@ -15,7 +15,6 @@ from fgaif.data.images import load_image
 from fgaif.errors import DataError
 from fgaif.eval.before_after import Change, compare
 from fgaif.eval.plots import (
-    KIND_COLOURS,
     calibration_figure,
     curves_figure,
     errors_figure,
@@ -27,7 +26,7 @@ from fgaif.eval.results import Results, read_results
 from fgaif.eval.run_results import PHASES, Phase
 from fgaif.files import write_whole
 from fgaif.tracking import Metric, explain
-from fgaif.types import KINDS, ImageRef, Json, PopeMetrics
+from fgaif.types import ImageRef, Json, PopeMetrics
 
 EXAMPLES = 8
 """Images shown: the first ones of the held-out set, not chosen ones."""
@@ -70,8 +69,8 @@ def build_report(run_dir: Path, wall_seconds: float | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "hallucination": errors_figure(results.evals),
-        "ppo": curves_figure(results.steps),
-        "calibration": calibration_figure(results.rewards),
+        "ppo": curves_figure(results.steps, results.colours),
+        "calibration": calibration_figure(results.rewards, results.colours),
     }
     for name, figure in figures.items():
         (folder / f"{name}.png").unlink(missing_ok=True)
@@ -127,8 +126,7 @@ def render_html(results: Results, tree: Json, figures: dict[str, Figure | None])
         tree=tree,
         tables=tables,
         pope=_pope_tables(results),
-        kinds=KINDS,
-        kind_colours=KIND_COLOURS,
+        kind_colours=results.colours,
         figures={name: to_svg(figure) for name, figure in figures.items() if figure is not None},
         metrics=list(_last_values(results)),
         examples=list(_examples(results)),

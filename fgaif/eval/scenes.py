@@ -4,16 +4,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fgaif.data.scenes.facts import oracle, oracle_classes, parse_facts
+from fgaif.data.scenes.facts import SCENE_KINDS, oracle, oracle_classes, parse_facts
 from fgaif.data.scenes.world import NOUNS, PARTNER, Scene
+from fgaif.errors import ConfigError
 from fgaif.eval.captions import JudgedCaption, segment_texts
 from fgaif.eval.pope_questions import STRATEGIES, PopeQuestion, build_questions
 from fgaif.eval.vocabulary import Vocabulary
 from fgaif.types import (
-    KINDS,
     Answer,
     Fact,
     FactQuery,
+    Kind,
     LabeledResponse,
     Prompt,
     Response,
@@ -26,13 +27,25 @@ _ANSWERS: dict[bool | None, Answer] = {True: "yes", False: "no", None: "unknown"
 
 
 class SceneJudge:
-    """Judges captions of scenes by the oracle; ``scene_of`` finds the scene of a prompt."""
+    """Judges captions of scenes by the oracle; ``scene_of`` finds the scene of a prompt.
+
+    Raises:
+        ConfigError: the oracle cannot judge one of the kinds.
+    """
 
     def __init__(
         self,
         scene_of: Callable[[Prompt], Scene],
         split: Callable[[Response], Sequence[Segment]],
+        kinds: tuple[Kind, ...] = SCENE_KINDS,
     ) -> None:
+        if foreign := [kind for kind in kinds if kind not in SCENE_KINDS]:
+            raise ConfigError(
+                f"kinds: the embedded world does not know the truth of {', '.join(foreign)}, only "
+                f"of {', '.join(SCENE_KINDS)}: judge captions by the reward models"
+            )
+        self._kinds = kinds
+        self._columns = [SCENE_KINDS.index(kind) for kind in kinds]
         self._scene_of = scene_of
         self._split = split
 
@@ -45,14 +58,15 @@ class SceneJudge:
         segments = tuple(self._split(response))
         texts = segment_texts(response, segments)
         parsed = [parse_facts(text, index) for index, text in enumerate(texts)]
-        facts = tuple(fact for found, _ in parsed for fact in found)
-        labels = np.array(oracle_classes(scene, texts), np.int64).reshape(-1, len(KINDS))
+        facts = tuple(fact for found, _ in parsed for fact in found if fact.kind in self._kinds)
+        classes = np.array(oracle_classes(scene, texts), np.int64).reshape(-1, len(SCENE_KINDS))
         labeled = LabeledResponse(
             response=response,
+            kinds=self._kinds,
             segments=segments,
             facts=facts,
             verdicts=_verdicts(scene, facts, response.prompt),
-            labels=labels,
+            labels=classes[:, self._columns],
             provenance={"judge": "oracle"},
         )
         return JudgedCaption(

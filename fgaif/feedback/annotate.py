@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from fgaif.chat.messages import gather_all
 from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier
 from fgaif.feedback.labels import label_segments
-from fgaif.types import UNKNOWN, FactQuery, LabeledResponse, Response, Segment
+from fgaif.types import DEFAULT_KINDS, UNKNOWN, FactQuery, Kind, LabeledResponse, Response, Segment
 
 DROPPED = "dropped "
 """Before the reason, in the provenance of a response some of whose facts were left out."""
@@ -19,10 +19,17 @@ class Annotator:
     and the verifier, so that each distinct fact of an image is put once.
     """
 
-    def __init__(self, extractor: FactExtractor, verifier: FactVerifier, min_words: int) -> None:
+    def __init__(
+        self,
+        extractor: FactExtractor,
+        verifier: FactVerifier,
+        min_words: int,
+        kinds: tuple[Kind, ...],
+    ) -> None:
         self._extractor = extractor
         self._verifier = verifier
         self._min_words = min_words
+        self._kinds = kinds
 
     async def annotate(self, response: Response, segments: Sequence[Segment]) -> LabeledResponse:
         """Label the segments of a response.
@@ -36,15 +43,17 @@ class Annotator:
         image = response.prompt.image
         found = await self._extractor.extract(response, segments)
         texts = fact_texts(found)
-        queries = [FactQuery(image=image, text=text) for text in texts]
+        kinds = {fact.text: fact.kind for fact in reversed(found.facts)}
+        queries = [FactQuery(image=image, text=text, kind=kinds.get(text)) for text in texts]
         answers = await gather_all(self._verifier.verify(query) for query in queries)
         verdicts = dict(zip(texts, answers, strict=True))
         return LabeledResponse(
             response=response,
+            kinds=self._kinds,
             segments=tuple(segments),
             facts=found.facts,
             verdicts=verdicts,
-            labels=label_segments(segments, found.facts, verdicts, found.malformed),
+            labels=label_segments(segments, found.facts, verdicts, self._kinds, found.malformed),
             provenance=self._provenance(response, found),
         )
 
@@ -69,13 +78,14 @@ async def label_response(
     verifier: FactVerifier,
     *,
     min_words: int = 5,
+    kinds: tuple[Kind, ...] = DEFAULT_KINDS,
 ) -> LabeledResponse:
     """Label the segments of one response: whoever extracts states their facts, the verifier checks.
 
-    ``min_words`` is the splitting that made the segments, for the provenance; see
-    :class:`Annotator`, which labels many.
+    ``min_words`` is the splitting that made the segments, for the provenance; ``kinds`` are those
+    of the extractor's facts. See :class:`Annotator`, which labels many.
     """
-    return await Annotator(extractor, verifier, min_words).annotate(response, segments)
+    return await Annotator(extractor, verifier, min_words, kinds).annotate(response, segments)
 
 
 def feedback_losses(labeled: Iterable[LabeledResponse]) -> dict[str, int]:

@@ -12,10 +12,10 @@ from rich.text import Text
 from fgaif.feedback.audit import AuditItem, audit_item
 from fgaif.feedback.intervals import Estimate, cohen_kappa, weighted_share
 from fgaif.feedback.labels import Oracle, class_balance, distinct_facts
-from fgaif.types import KINDS, Answer, Json, Kind, LabeledResponse
+from fgaif.types import Answer, Json, Kind, LabeledResponse
 
-Row = Kind | Literal["all"]
-ROWS: tuple[Row, ...] = (*KINDS, "all")
+ALL = "all"
+"""The row of all kinds together."""
 
 _FAILING = 20
 
@@ -66,7 +66,7 @@ class FailingFact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditReport:
-    """The audit of a run's labels.
+    """The audit of a run's labels; ``kinds`` has a row of all together, ``all``.
 
     ``verdicts`` counts the distinct facts of a kind: yes, no, and why unknown: ``undecided`` (the
     model's own doubt), ``failed``, ``unreadable``. ``classes`` counts segments by label. ``unsure``
@@ -74,7 +74,7 @@ class AuditReport:
     """
 
     truth: Literal["people", "oracle"]
-    kinds: dict[Row, KindAudit]
+    kinds: dict[Kind, KindAudit]
     unsure: int
     unanswered: int
     verdicts: dict[Kind, dict[str, int]]
@@ -91,6 +91,7 @@ def audit_report(
     labeled: Iterable[LabeledResponse],
     items: Sequence[AuditItem],
     answers: Mapping[str, Answer],
+    kinds: Sequence[Kind],
     *,
     second: Iterable[LabeledResponse] | None = None,
 ) -> AuditReport:
@@ -103,16 +104,17 @@ def audit_report(
     given = [(item, answers[item.id]) for item in items if item.id in answers]
     return AuditReport(
         truth="people",
-        kinds=_audits(given),
+        kinds=_audits(given, kinds),
         unsure=sum(answer == "unknown" for _, answer in given),
         unanswered=len(items) - len(given),
-        **_of_labels(labeled, second),
+        **_of_labels(labeled, kinds, second),
     )
 
 
 def oracle_report(
     labeled: Iterable[LabeledResponse],
     oracle: Oracle,
+    kinds: Sequence[Kind],
     *,
     second: Iterable[LabeledResponse] | None = None,
 ) -> AuditReport:
@@ -128,10 +130,10 @@ def oracle_report(
             given.append((item, "unknown" if truth is None else "yes" if truth else "no"))
     return AuditReport(
         truth="oracle",
-        kinds=_audits(given),
+        kinds=_audits(given, kinds),
         unsure=sum(answer == "unknown" for _, answer in given),
         unanswered=0,
-        **_of_labels(labeled, second),
+        **_of_labels(labeled, kinds, second),
     )
 
 
@@ -206,8 +208,8 @@ def audit_tables(report: AuditReport) -> Iterator[Table]:
         ("segments by label", report.classes),
     ):
         table = _table(title, "", *next(iter(counts.values())))
-        for kind_name in KINDS:
-            table.add_row(kind_name, *map(str, counts[kind_name].values()))
+        for kind_name, by_name in counts.items():
+            table.add_row(kind_name, *map(str, by_name.values()))
         yield table
     if report.agreements:
         table = _table("two verifiers", "first", "second", "facts", "agree", "kappa")
@@ -223,16 +225,18 @@ def audit_tables(report: AuditReport) -> Iterator[Table]:
         yield table
 
 
-def _audits(given: Sequence[tuple[AuditItem, Answer]]) -> dict[Row, KindAudit]:
+def _audits(
+    given: Sequence[tuple[AuditItem, Answer]], kinds: Sequence[Kind]
+) -> dict[Kind, KindAudit]:
     return {
         row: _audit(
             [
                 (item.answer == "no", answer == "no", item.weight)
                 for item, answer in given
-                if answer != "unknown" and row in (item.kind, "all")
+                if answer != "unknown" and row in (item.kind, ALL)
             ]
         )
-        for row in ROWS
+        for row in (*kinds, ALL)
     }
 
 
@@ -249,11 +253,13 @@ def _audit(checked: Sequence[tuple[bool, bool, float]]) -> KindAudit:
 
 
 def _of_labels(
-    labeled: Iterable[LabeledResponse], second: Iterable[LabeledResponse] | None
+    labeled: Iterable[LabeledResponse],
+    kinds: Sequence[Kind],
+    second: Iterable[LabeledResponse] | None,
 ) -> Json:
     """The parts of a report that need no truth."""
     reasons = ("yes", "no", "undecided", "failed", "unreadable")
-    verdicts = {kind: dict.fromkeys(reasons, 0) for kind in KINDS}
+    verdicts = {kind: dict.fromkeys(reasons, 0) for kind in kinds}
     for item, fact in distinct_facts(labeled):
         verdict = item.verdicts[fact.text]
         unknown = verdict.answer == "unknown"
@@ -261,7 +267,7 @@ def _of_labels(
     pairs = [] if second is None else [file_agreement(labeled, second)]
     return {
         "verdicts": verdicts,
-        "classes": class_balance(labeled),
+        "classes": class_balance(labeled, kinds),
         "failing": failing_facts(labeled),
         "agreements": (*vote_agreements(labeled), *pairs),
     }

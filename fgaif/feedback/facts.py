@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fgaif.data.scenes.facts import parse_facts
-from fgaif.types import KINDS, Fact, FactQuery, Response, Segment, Verdict
+from fgaif.data.scenes.facts import SCENE_KINDS, parse_facts
+from fgaif.errors import ConfigError
+from fgaif.types import DEFAULT_KINDS, Fact, FactQuery, Kind, Response, Segment, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class ExtractedFacts:
 
 
 class FactExtractor(Protocol):
-    """Breaks the segments of a response into atomic facts of the three kinds."""
+    """Breaks the segments of a response into atomic facts of the configured kinds."""
 
     @property
     def name(self) -> str:
@@ -63,9 +64,21 @@ class FactVerifier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SceneFacts:
-    """Extractor for the English of the embedded world."""
+    """Extractor for the English of the embedded world; facts of other kinds are left out.
 
+    Raises:
+        ConfigError: this English states no facts of one of the kinds.
+    """
+
+    kinds: tuple[Kind, ...] = SCENE_KINDS
     name: str = "scenes"
+
+    def __post_init__(self) -> None:
+        if foreign := [kind for kind in self.kinds if kind not in SCENE_KINDS]:
+            raise ConfigError(
+                f"feedback.extractor = 'scenes' states facts of the kinds {', '.join(SCENE_KINDS)}"
+                f", but kinds has {', '.join(foreign)}: set feedback.extractor=api:NAME or model"
+            )
 
     async def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
         """Parse each segment; text that is not of this world is malformed."""
@@ -78,7 +91,7 @@ class SceneFacts:
         for segment in segments:
             text = response.text[segment.char_start : segment.char_end]
             found, wellformed = parse_facts(text, segment.index)
-            facts += found
+            facts += (fact for fact in found if fact.kind in self.kinds)
             if not wellformed:
                 malformed.append(segment.index)
         return ExtractedFacts(facts=tuple(facts), malformed=tuple(malformed))
@@ -88,10 +101,11 @@ class SceneFacts:
 class WholeSegments:
     """Extractor without a language model: each segment is one statement, checked as it stands.
 
-    Its verdict counts for every kind, so the three reward models learn the same thing: a coarse
-    control, and a start where nothing else is at hand.
+    Its verdict counts for every kind, so all reward models learn the same thing: a coarse control,
+    and a start where nothing else is at hand.
     """
 
+    kinds: tuple[Kind, ...] = DEFAULT_KINDS
     name: str = "segment"
 
     async def extract(self, response: Response, segments: Sequence[Segment]) -> ExtractedFacts:
@@ -100,7 +114,7 @@ class WholeSegments:
             Fact(kind=kind, text=text, segment=segment.index)
             for segment in segments
             if (text := segment_text(response, segment))
-            for kind in KINDS
+            for kind in self.kinds
         )
         return ExtractedFacts(facts=tuple(facts))
 

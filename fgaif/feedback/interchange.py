@@ -1,10 +1,11 @@
 """Labelled responses in the forms of the reference implementation and of TRL.
 
 The reference's row is ``{"image", "sub": [piece, ...], "labels": [[object, attribute, relation],
-...]}`` with the codes -1 (no fact of the kind), 0 (no hallucination), 1 (hallucination); its prompt
-is always the method's. TRL's stepwise supervision is ``{"prompt", "completions": [piece, ...],
-"labels": [bool, ...]}``, here with ``"image"``; True means no hallucination. It holds one kind and
-cannot tell a segment without facts: NONE is written as True, and True is read as OK.
+...]}`` with the codes -1 (no fact of the kind), 0 (no hallucination), 1 (hallucination), here for
+any kinds, in order; its prompt is always the method's. TRL's stepwise supervision is ``{"prompt",
+"completions": [piece, ...], "labels": [bool, ...]}``, here with ``"image"``; True means no
+hallucination. It holds one kind and cannot tell a segment without facts: NONE is written as True,
+and True is read as OK.
 
 UNKNOWN has no place in either: rows with such a segment are left out and counted.
 """
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ from fgaif.feedback.label_rows import (
     list_of,
     pieces_of,
 )
-from fgaif.types import KINDS, UNKNOWN, Json, Kind, LabeledResponse, SegmentClass
+from fgaif.types import DEFAULT_KINDS, UNKNOWN, Json, Kind, LabeledResponse, SegmentClass
 
 T = TypeVar("T")
 
@@ -83,7 +84,12 @@ def export_reference(
 
 
 def import_reference(
-    path: Path, tokenizer: Any, *, root: Path | None = None, max_pixels: int = MAX_PIXELS
+    path: Path,
+    tokenizer: Any,
+    *,
+    kinds: tuple[Kind, ...] = DEFAULT_KINDS,
+    root: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Imported:
     """Read the reference's rows: a .json file with one list, or lines, JSON or Python literals.
 
@@ -92,6 +98,7 @@ def import_reference(
 
     Args:
         tokenizer: the policy's, a ``PreTrainedTokenizerFast``.
+        kinds: of the codes, which have no names in the file; the reference's by default.
         root: folder that image paths start from and must lie in; default: the file's folder.
         max_pixels: larger images count as broken.
 
@@ -102,11 +109,11 @@ def import_reference(
 
     def convert(where: str, number: int, row: Json) -> LabeledResponse | None:
         labels = list_of(where, row, "labels", list)
-        codes = [_codes(where, index, codes) for index, codes in enumerate(labels)]
+        codes = [_codes(where, index, codes, kinds) for index, codes in enumerate(labels)]
         prompt = text_of(where, row, "prompt") if "prompt" in row else DESCRIBE
         pieces = list_of(where, row, "sub", str)
         name = f"{path.stem}-{number}"
-        return labeled_row(maker, where, name, {**row, "prompt": prompt}, pieces, codes)
+        return labeled_row(maker, where, name, {**row, "prompt": prompt}, pieces, codes, kinds)
 
     return import_rows(path, _reference_rows(path), convert, maker)
 
@@ -114,17 +121,16 @@ def import_reference(
 def export_stepwise(
     labeled: Iterable[LabeledResponse],
     path: Path,
-    kind: Kind | Literal["any"],
+    kind: Kind,
     image_root: Path | None = None,
 ) -> Exported:
     """Write TRL's rows for one kind, or for "any" (False: a hallucination of some kind).
 
     The file is .jsonl, .json (one list) or .parquet; see :func:`export_reference`.
     """
-    columns = slice(None) if kind == "any" else [KINDS.index(kind)]
 
     def convert(item: LabeledResponse) -> Json | None:
-        labels = item.labels[:, columns]
+        labels = item.labels if kind == "any" else item.of_kind(kind)[:, None]
         wrong = (labels == SegmentClass.HALLU).any(axis=1)
         if ((labels == UNKNOWN).any(axis=1) & ~wrong).any():
             return None
@@ -143,6 +149,7 @@ def import_stepwise(
     kind: Kind,
     tokenizer: Any,
     *,
+    kinds: tuple[Kind, ...] = DEFAULT_KINDS,
     root: Path | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Imported:
@@ -152,14 +159,15 @@ def import_stepwise(
     :func:`import_reference`.
     """
     maker = ResponseMaker(root or path.parent, tokenizer, max_pixels)
-    column = KINDS.index(kind)
+    column = kinds.index(kind)
 
     def convert(where: str, number: int, row: Json) -> LabeledResponse | None:
         good = list_of(where, row, "labels", bool)
-        labels = np.full((len(good), len(KINDS)), UNKNOWN)
+        labels = np.full((len(good), len(kinds)), UNKNOWN)
         labels[:, column] = np.where(good, SegmentClass.OK, SegmentClass.HALLU)
         pieces = list_of(where, row, "completions", str)
-        return labeled_row(maker, where, f"{path.stem}-{number}", row, pieces, labels.tolist())
+        name = f"{path.stem}-{number}"
+        return labeled_row(maker, where, name, row, pieces, labels.tolist(), kinds)
 
     return import_rows(path, read_rows(path, tuple(_STEPWISE.names)), convert, maker)
 
@@ -216,9 +224,10 @@ def _reference_rows(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(rows, start=1)
 
 
-def _codes(where: str, index: int, codes: list[Any]) -> list[int]:
-    if len(codes) != len(KINDS) or any(type(c) is not int or c not in (-1, 0, 1) for c in codes):
+def _codes(where: str, index: int, codes: list[Any], kinds: Sequence[Kind]) -> list[int]:
+    if len(codes) != len(kinds) or any(type(c) is not int or c not in (-1, 0, 1) for c in codes):
         raise DataError(
-            f"{where}: labels[{index}] = {codes!r:.60}: expected {len(KINDS)} codes of -1, 0 or 1"
+            f"{where}: labels[{index}] = {codes!r:.60}: expected {len(kinds)} codes of -1, 0 or 1,"
+            f" for {', '.join(kinds)}"
         )
     return [code + SegmentClass.OK for code in codes]

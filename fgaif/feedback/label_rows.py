@@ -16,7 +16,7 @@ from fgaif.errors import DataError
 from fgaif.feedback.external import ResponseMaker
 from fgaif.feedback.parquet import write_parquet
 from fgaif.feedback.segment import segment_at
-from fgaif.types import Json, LabeledResponse
+from fgaif.types import Json, Kind, LabeledResponse
 
 T = TypeVar("T")
 
@@ -78,7 +78,13 @@ def import_rows(
 
 
 def labeled_row(
-    maker: ResponseMaker, where: str, name: str, row: Json, pieces: list[str], labels: list[Any]
+    maker: ResponseMaker,
+    where: str,
+    name: str,
+    row: Json,
+    pieces: list[str],
+    labels: list[Any],
+    kinds: tuple[Kind, ...],
 ) -> LabeledResponse | None:
     """Make a response of pieces, and its labels (S, K); None if its image cannot be used.
 
@@ -115,6 +121,7 @@ def labeled_row(
         raise DataError(f"{where}: {error}") from error
     return LabeledResponse(
         response=response,
+        kinds=kinds,
         segments=segments,
         facts=(),
         verdicts={},

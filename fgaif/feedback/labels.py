@@ -8,7 +8,6 @@ import numpy as np
 
 from fgaif.errors import DataError
 from fgaif.types import (
-    KINDS,
     UNKNOWN,
     Answer,
     Fact,
@@ -49,6 +48,7 @@ def label_segments(
     segments: Sequence[Segment],
     facts: Sequence[Fact],
     verdicts: Mapping[str, Verdict],
+    kinds: Sequence[Kind],
     malformed: Collection[int] = (),
 ) -> IntArray:
     """Return labels (S, K): ``SegmentClass``, or ``UNKNOWN`` where it cannot be told.
@@ -61,17 +61,22 @@ def label_segments(
         verdicts: by fact text, for every fact and everything that a fact requires.
 
     Raises:
-        DataError: a verdict is missing.
+        DataError: a verdict is missing, or a fact is of none of the kinds.
     """
     answers: dict[tuple[int, Kind], set[Answer]] = {
-        (index, kind): {"unknown"} for index in malformed for kind in KINDS
+        (index, kind): {"unknown"} for index in malformed for kind in kinds
     }
     for fact in facts:
+        if fact.kind not in kinds:
+            raise DataError(
+                f"fact {fact.text!r} of segment {fact.segment}: its kind {fact.kind!r} is none of "
+                f"kinds = {list(kinds)}"
+            )
         answer = _answer(fact, verdicts)
         if answer is not None:
             answers.setdefault((fact.segment, fact.kind), set()).add(answer)
-    rows = [[_label(answers.get((s.index, kind), set())) for kind in KINDS] for s in segments]
-    return np.array(rows, dtype=np.int64).reshape(len(segments), len(KINDS))
+    rows = [[_label(answers.get((s.index, kind), set())) for kind in kinds] for s in segments]
+    return np.array(rows, dtype=np.int64).reshape(len(segments), len(kinds))
 
 
 def distinct_facts(
@@ -88,7 +93,7 @@ def distinct_facts(
 
 
 def feedback_accuracy(
-    labeled: Iterable[LabeledResponse], oracle: Oracle
+    labeled: Iterable[LabeledResponse], oracle: Oracle, kinds: Sequence[Kind]
 ) -> dict[Kind, KindAccuracy]:
     """Compare verdicts with the truth, per kind, over the facts that the oracle can judge."""
     counts: Counter[tuple[Kind, str]] = Counter()
@@ -103,17 +108,19 @@ def feedback_accuracy(
             false_alarms=counts[kind, "false alarm"],
             unknown=counts[kind, "unknown"],
         )
-        for kind in KINDS
+        for kind in kinds
     }
 
 
-def class_balance(labeled: Iterable[LabeledResponse]) -> dict[Kind, dict[str, int]]:
+def class_balance(
+    labeled: Iterable[LabeledResponse], kinds: Sequence[Kind]
+) -> dict[Kind, dict[str, int]]:
     """Count the labels of each kind: ``none``, ``ok``, ``hallu``, ``unknown``."""
     names = {**{int(c): c.name.lower() for c in SegmentClass}, UNKNOWN: "unknown"}
-    counts = {kind: dict.fromkeys(names.values(), 0) for kind in KINDS}
+    counts = {kind: dict.fromkeys(names.values(), 0) for kind in kinds}
     for item in labeled:
-        for kind, column in zip(KINDS, item.labels.T.tolist(), strict=True):
-            for code in column:
+        for kind in kinds:
+            for code in item.of_kind(kind).tolist():
                 counts[kind][names[code]] += 1
     return counts
 

@@ -10,7 +10,7 @@ from fgaif.errors import ConfigError
 from fgaif.feedback.annotate import Annotator
 from fgaif.feedback.extract import ModelFacts
 from fgaif.feedback.facts import FactExtractor, FactVerifier, SceneFacts, WholeSegments
-from fgaif.feedback.verify import VerifierPanel, YesNoVerifier, load_fact_prompt
+from fgaif.feedback.verify import VerifierPanel, YesNoVerifier, kind_prompts, load_fact_prompt
 
 
 class FeedbackModels:
@@ -28,15 +28,18 @@ class FeedbackModels:
 
     def annotator(self) -> Annotator:
         """Extractor and verifiers as configured."""
-        return Annotator(self.extractor(), self.verifier(), self._config.segment.min_words)
+        config = self._config
+        return Annotator(
+            self.extractor(), self.verifier(), config.segment.min_words, config.kind_names
+        )
 
     def extractor(self) -> FactExtractor:
         """Who states the atomic facts."""
         feedback = self._config.feedback
         if feedback.extractor == "scenes":
-            return SceneFacts()
+            return SceneFacts(self._config.kind_names)
         if feedback.extractor == "segment":
-            return WholeSegments()
+            return WholeSegments(self._config.kind_names)
         name = feedback.local_verifier if feedback.extractor == "model" else feedback.extractor
         assert name is not None, "checked with the configuration"
         endpoint = self._config.endpoints.get(name.removeprefix(API))
@@ -47,14 +50,18 @@ class FeedbackModels:
             text_form=endpoint is not None and endpoint.structured == "text",
             max_facts=feedback.max_facts,
             reads=feedback.reads,
+            kinds=self._config.kinds,
         )
 
     def verifier(self) -> FactVerifier:
         """Who checks them; several vote."""
         feedback = self._config.feedback
         prompt = load_fact_prompt(feedback.prompt)
+        own = kind_prompts(self._config.kinds)
         members = [
-            YesNoVerifier(self._chat(name), prompt, abstain=feedback.abstain, reads=feedback.reads)
+            YesNoVerifier(
+                self._chat(name), prompt, own, abstain=feedback.abstain, reads=feedback.reads
+            )
             for name in feedback.verifiers
         ]
         return members[0] if len(members) == 1 else VerifierPanel(members)

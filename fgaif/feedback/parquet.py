@@ -29,6 +29,7 @@ _SPAN = dict.fromkeys(("index", "char_start", "char_end", "token_start", "token_
 LABELS = pa.schema(
     {
         "response": pa.struct(_RESPONSE),
+        "kinds": pa.list_(_TEXT),
         "segments": pa.list_(pa.struct(_SPAN)),
         "facts": pa.list_(pa.struct(_FACT)),
         "verdicts": pa.map_(_TEXT, pa.struct(_ANSWER)),

@@ -1,11 +1,11 @@
 """Read a language model's reply into atomic facts: strictly, and with a count of what is left out.
 
-A reply is JSON, bare or in a code fence, ``{"segments": [{"object": [..], "attribute": [..],
-"relation": [..]}, ..]}`` with one entry per segment, or the plain-text form::
+A reply is JSON, bare or in a code fence, ``{"segments": [{"KIND": [..], "KIND": [..]}, ..]}`` with
+one entry per segment, or the plain-text form::
 
     Segment 1
-    object: There is a dog.
-    attribute: There is a black dog.
+    KIND: There is a dog.
+    KIND: There is a black dog.
     Segment 2
     none
 
@@ -32,18 +32,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import cache
 
 from pydantic import BaseModel, ConfigDict
 
 from fgaif.feedback.facts import ExtractedFacts
-from fgaif.types import KINDS, Fact, Json
+from fgaif.types import Fact, Json, Kind
 
 MAX_LENGTH = 160
 _FENCED = re.compile(r"```(?:json)?\s(.*?)```", re.DOTALL | re.IGNORECASE)
 _HEADER = re.compile(r"\W*+segment\s+([0-9]{1,6})\W*+", re.IGNORECASE)
-_STATED = re.compile(
-    rf"[\s*•-]*+({'|'.join(KINDS)})s?[\s*]*+:[\s*]*+(.*)", re.IGNORECASE | re.DOTALL
-)
 _NOTHING = re.compile(
     r"[\W_]*+(none(?: mentioned| stated| found)?|n\W?a|nil|null|nothing|empty"
     r"|not (?:applicable|mentioned|stated)|(?:there (?:are|is) )?no (?:atomic )?(?:\w+ )?"
@@ -78,21 +76,13 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    object: list[str]
-    attribute: list[str]
-    relation: list[str]
-
-
 class _Entries(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    segments: list[_Entry]
+    segments: list[dict[Kind, list[str]]]
 
 
-def facts_schema(segments: int, max_facts: int) -> Json:
+def facts_schema(segments: int, max_facts: int, kinds: Sequence[Kind]) -> Json:
     """JSON schema of a reply: per segment and kind a list of statements.
 
     A list may hold one more than ``max_facts``: held to the very number, a model that has more to
@@ -102,8 +92,8 @@ def facts_schema(segments: int, max_facts: int) -> Json:
     statements = {"type": "array", "items": {"type": "string"}, "maxItems": max_facts + 1}
     entry = {
         "type": "object",
-        "properties": dict.fromkeys(KINDS, statements),
-        "required": list(KINDS),
+        "properties": dict.fromkeys(kinds, statements),
+        "required": list(kinds),
         "additionalProperties": False,
     }
     entries = {"type": "array", "items": entry, "minItems": segments, "maxItems": segments}
@@ -116,7 +106,7 @@ def facts_schema(segments: int, max_facts: int) -> Json:
 
 
 def read_facts(
-    text: str, *, asked: Sequence[int], described: str, max_facts: int
+    text: str, *, asked: Sequence[int], described: str, max_facts: int, kinds: Sequence[Kind]
 ) -> ExtractedFacts | None:
     """Read a reply; None if it is unreadable.
 
@@ -124,10 +114,11 @@ def read_facts(
         asked: the indexes of the segments in the order of their numbers, which start at 1.
         described: the whole response.
         max_facts: facts of one kind in one segment.
+        kinds: that an entry must have, no more and no fewer.
     """
     dropped: Counter[str] = Counter()
     try:
-        entries = _entries(text, len(asked), dropped)
+        entries = _entries(text, len(asked), kinds, dropped)
     except (ValueError, RecursionError):  # RecursionError: JSON of a thousand brackets
         return None
     known = _stems(described)
@@ -135,10 +126,10 @@ def read_facts(
     known |= {group for group, members in _GROUPS.items() if members & words}
     facts: list[Fact] = []
     malformed: list[int] = []
-    for index, entry in zip(asked, entries.segments, strict=True):
+    for index, entry in zip(asked, entries, strict=True):
         lost: Counter[str] = Counter()
-        for kind in KINDS:
-            kept = _keep(getattr(entry, kind), known, max_facts, lost)
+        for kind in kinds:
+            kept = _keep(entry[kind], known, max_facts, lost)
             facts += (Fact(kind=kind, text=statement, segment=index) for statement in kept)
         if lost.keys() & {"foreign", "long", "excess"}:
             malformed.append(index)
@@ -169,17 +160,21 @@ def _keep(
     return list(kept.values())
 
 
-def _entries(text: str, count: int, dropped: Counter[str]) -> _Entries:
+def _entries(
+    text: str, count: int, kinds: Sequence[Kind], dropped: Counter[str]
+) -> list[dict[Kind, list[str]]]:
     """Read either form; both go through the same checks."""
     fenced = _FENCED.search(text)
     try:
         data = json.loads(fenced[1] if fenced else text, object_pairs_hook=_distinct)
     except ValueError:
-        data = _text_form(text, count, dropped)
-    entries = _Entries.model_validate(data)
+        data = _text_form(text, count, kinds, dropped)
+    entries = _Entries.model_validate(data).segments
     json.dumps(data, ensure_ascii=False).encode()  # raises on half characters (lone surrogates)
-    if len(entries.segments) != count:
-        raise ValueError(f"{len(entries.segments)} entries for {count} segments")
+    if len(entries) != count:
+        raise ValueError(f"{len(entries)} entries for {count} segments")
+    if any(entry.keys() != set(kinds) for entry in entries):
+        raise ValueError("a kind is missing or unknown")
     return entries
 
 
@@ -190,8 +185,9 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _text_form(text: str, count: int, dropped: Counter[str]) -> Json:
+def _text_form(text: str, count: int, kinds: Sequence[Kind], dropped: Counter[str]) -> Json:
     """Read the plain-text form into what the JSON would have been; words before it are ignored."""
+    stating = _stating(tuple(kinds))
     blocks: dict[int, dict[str, list[str]]] = {}
     answered: set[int] = set()
     number = 0
@@ -200,8 +196,8 @@ def _text_form(text: str, count: int, dropped: Counter[str]) -> Json:
             number = int(header[1])
             if number in blocks:
                 raise ValueError(f"segment {number} is there twice")
-            blocks[number] = {kind: [] for kind in KINDS}
-        elif stated := _STATED.fullmatch(line):
+            blocks[number] = {kind: [] for kind in kinds}
+        elif stated := stating.fullmatch(line):
             if not blocks:
                 raise ValueError("a fact before the first segment")
             # An empty line of a kind is how this form says that there is nothing to say.
@@ -218,6 +214,14 @@ def _text_form(text: str, count: int, dropped: Counter[str]) -> Json:
     foreign = [block for number, block in blocks.items() if number not in numbers]
     dropped["foreign"] += sum(len(stated) for block in foreign for stated in block.values())
     return {"segments": [blocks[number] for number in sorted(numbers)]}
+
+
+@cache
+def _stating(kinds: tuple[Kind, ...]) -> re.Pattern[str]:
+    """A line that states a fact: its kind, also in the plural and in bold, a colon, the fact."""
+    return re.compile(
+        rf"[\s*•-]*+({'|'.join(kinds)})s?[\s*]*+:[\s*]*+(.*)", re.IGNORECASE | re.DOTALL
+    )
 
 
 def _stems(text: str) -> set[str]:

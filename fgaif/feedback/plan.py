@@ -6,9 +6,9 @@ from itertools import islice
 from pathlib import Path
 
 from fgaif.chat.limits import estimate
-from fgaif.chat.messages import ChatRequest, load_prompt
+from fgaif.chat.messages import ChatRequest
 from fgaif.config import API, Config
-from fgaif.feedback.extract import PROMPTS
+from fgaif.feedback.extract import load_facts_prompt
 from fgaif.feedback.segment import split_offsets
 from fgaif.feedback.verify import load_fact_prompt
 from fgaif.types import ImageRef, LabeledResponse, Response
@@ -69,8 +69,7 @@ def plan_feedback(config: Config, responses: int, sizes: Sizes) -> list[Asked]:
     plan: list[Asked] = []
     if feedback.extractor == "model" or feedback.extractor.startswith(API):
         per_segment = feedback.extract_per == "segment"
-        stem = "facts_segment" if per_segment else "facts"
-        prompt = load_prompt((feedback.prompts_dir or PROMPTS) / f"{stem}.txt", ())
+        prompt = load_facts_prompt(config.kinds, feedback.extract_per, folder=feedback.prompts_dir)
         count = responses * (sizes.segments if per_segment else 1)
         written = int(_FACT_TOKENS * sizes.facts / (sizes.segments if per_segment else 1))
         request = ChatRequest(

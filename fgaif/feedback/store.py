@@ -12,14 +12,16 @@ from typing import Generic, TypeVar, get_args
 import numpy as np
 
 from fgaif.errors import DataError
+from fgaif.kinds import check_kinds
 from fgaif.types import (
-    KINDS,
+    DEFAULT_KINDS,
     Answer,
     Fact,
     FactQuery,
     FinishReason,
     ImageRef,
     Json,
+    Kind,
     LabeledResponse,
     Problem,
     Prompt,
@@ -157,9 +159,17 @@ def response_store(path: Path) -> JsonlStore[Response]:
     return JsonlStore(path, encode_response, decode_response)
 
 
-def label_store(path: Path) -> JsonlStore[LabeledResponse]:
-    """Open the labelled responses of a run."""
-    return JsonlStore(path, encode_labeled, decode_labeled)
+def label_store(path: Path, kinds: Sequence[Kind] | None = None) -> JsonlStore[LabeledResponse]:
+    """Open the labelled responses of a run, of ``kinds`` where that is given.
+
+    Raises:
+        DataError: its labels are of other kinds.
+    """
+    store = JsonlStore(path, encode_labeled, decode_labeled)
+    if kinds is not None:
+        for item in islice(store, 1):  # every row names them, and one job writes all
+            check_kinds(f"{path}:1", item.kinds, kinds)
+    return store
 
 
 def encode_response(response: Response) -> Json:
@@ -196,6 +206,7 @@ def encode_labeled(item: LabeledResponse) -> Json:
     """Return a JSON object that ``decode_labeled`` turns back into the same record."""
     return {
         "response": encode_response(item.response),
+        "kinds": list(item.kinds),
         "segments": [asdict(segment) for segment in item.segments],
         "facts": [asdict(fact) for fact in item.facts],
         "verdicts": {text: _encode_answer(verdict) for text, verdict in item.verdicts.items()},
@@ -208,15 +219,17 @@ def decode_labeled(row: Json) -> LabeledResponse:
     """Return the labelled response of a stored row."""
     response = decode_response(row["response"])
     image = response.prompt.image
+    kinds = tuple(row.get("kinds") or DEFAULT_KINDS)  # rows of earlier versions name none
     return LabeledResponse(
         response=response,
+        kinds=kinds,
         segments=tuple(Segment(**segment) for segment in row["segments"]),
         facts=tuple(Fact(**{**fact, "requires": tuple(fact["requires"])}) for fact in row["facts"]),
         verdicts={
             text: _decode_answer(FactQuery(image=image, text=text), answer)
             for text, answer in row["verdicts"].items()
         },
-        labels=np.array(row["labels"], dtype=np.int64).reshape(-1, len(KINDS)),
+        labels=np.array(row["labels"], dtype=np.int64).reshape(-1, len(kinds)),
         provenance=row["provenance"],
     )
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -13,10 +13,12 @@ from fgaif.chat.messages import (
     RequestFailed,
     gather_all,
     load_prompt,
+    prompt_of,
 )
 from fgaif.errors import ConfigError
 from fgaif.feedback.facts import FactVerifier
-from fgaif.types import Answer, FactQuery, Problem, Verdict
+from fgaif.kinds import KindConfig
+from fgaif.types import Answer, FactQuery, Kind, Problem, Verdict
 
 PROMPTS = Path(__file__).parent / "prompts"
 """``statement`` is the embedded world's; ``check`` asks any LVLM for one word; ``faithscore`` has
@@ -34,8 +36,10 @@ def prompt_path(name: str) -> Path:
     return shipped if "/" not in name and shipped.is_file() else Path(name)
 
 
-def load_fact_prompt(name: str) -> PromptFile:
+def load_fact_prompt(name: str, key: str = "feedback.prompt") -> PromptFile:
     """Read a prompt by its name in ``fgaif/feedback/prompts``, or from a path.
+
+    ``key`` of the configuration stands in the error.
 
     Raises:
         ConfigError: no such file, or the text does not hold ``{fact}`` exactly once.
@@ -45,9 +49,23 @@ def load_fact_prompt(name: str) -> PromptFile:
     except ConfigError as error:
         stems = sorted(file.stem for file in PROMPTS.glob("*.txt"))
         known = ", ".join(stem for stem in stems if not stem.startswith("facts"))
-        raise ConfigError(
-            f"feedback.prompt = {name!r}: {error}; the package brings {known}"
-        ) from error
+        raise ConfigError(f"{key} = {name!r}: {error}; the package brings {known}") from error
+
+
+def kind_prompts(kinds: Sequence[KindConfig]) -> dict[Kind, PromptFile]:
+    """The prompts of kinds that have one of their own: a text with ``{fact}``, or a prompt's name.
+
+    Raises:
+        ConfigError: no such file, or it does not hold ``{fact}`` exactly once.
+    """
+    found: dict[Kind, PromptFile] = {}
+    for kind in kinds:
+        key = f"kinds: prompt of {kind.name}"
+        if kind.prompt is not None and "{fact}" in kind.prompt:
+            found[kind.name] = prompt_of(kind.prompt, ["fact"], key, kind.name)
+        elif kind.prompt is not None:
+            found[kind.name] = load_fact_prompt(kind.prompt, key)
+    return found
 
 
 def parse_answer(text: str) -> Answer:
@@ -79,18 +97,27 @@ class YesNoVerifier:
 
     Where the model gives the log-probs of the first token, the verdict is ``unknown`` within
     ``abstain`` of p(yes) = 0.5; at exactly one half it always is. Else the text decides; one that
-    is no clear answer is asked for again, up to ``reads`` times in all.
+    is no clear answer is asked for again, up to ``reads`` times in all. ``own`` are prompts of
+    kinds that have another one.
     """
 
     def __init__(
-        self, model: ChatModel, prompt: PromptFile, *, abstain: float = 0.0, reads: int = 3
+        self,
+        model: ChatModel,
+        prompt: PromptFile,
+        own: Mapping[Kind, PromptFile] | None = None,
+        *,
+        abstain: float = 0.0,
+        reads: int = 3,
     ) -> None:
         self._model = model
         self._prompt = prompt
+        self._own = own or {}
         self._abstain = abstain
         self._reads = reads
         self.name = f"{model.name} abstain={abstain:g}"
-        self.prompt_version = prompt.version
+        others = (f"{kind}: {other.version}" for kind, other in self._own.items())
+        self.prompt_version = " ".join([prompt.version, *others])
 
     async def verify(self, query: FactQuery) -> Verdict:
         """Return the verdict; see ``FactVerifier``."""
@@ -113,10 +140,11 @@ class YesNoVerifier:
         return "yes" if p_yes > 0.5 else "no"
 
     def _request(self, query: FactQuery, attempt: int) -> ChatRequest:
+        prompt = self._prompt if query.kind is None else self._own.get(query.kind, self._prompt)
         return ChatRequest(
-            prompt_version=self._prompt.version,
+            prompt_version=prompt.version,
             subject=query.text,
-            text=self._prompt.fill(fact=query.text),
+            text=prompt.fill(fact=query.text),
             image=query.image,
             max_tokens=_MAX_TOKENS,
             yes_no=True,

@@ -9,7 +9,7 @@ from fgaif.errors import DivergedError
 from fgaif.ppo.batch import pad
 from fgaif.ppo.kl import kl_k1, mismatch
 from fgaif.reward.dense import DenseRewards
-from fgaif.types import KINDS, Segment, SegmentClass, SegmentScores, TrainBatch
+from fgaif.types import Segment, SegmentClass, SegmentScores, TrainBatch
 
 
 def rollout_metrics(
@@ -48,7 +48,7 @@ def rollout_metrics(
 def _per_kind(scores: Sequence[SegmentScores], rewards: DenseRewards) -> dict[str, float]:
     classes = np.concatenate([score.probs.argmax(axis=2) for score in scores])
     metrics: dict[str, float] = {}
-    for index, kind in enumerate(KINDS):
+    for index, kind in enumerate(rewards.centers.kinds):
         values = sum(float(value[:, index].sum()) for value in rewards.values)
         metrics[f"reward/{kind}"] = values / len(scores)
         judged = classes[:, index][classes[:, index] != SegmentClass.NONE]

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +21,11 @@ from fgaif.files import write_whole
 from fgaif.ppo.batch import make_batch
 from fgaif.reward.dense import DenseRewards, RewardCenters, dense_rewards
 from fgaif.types import (
-    KINDS,
     Evaluation,
     FloatArray,
     ImageRef,
     Json,
+    Kind,
     Prompt,
     Response,
     Segment,
@@ -154,7 +155,8 @@ def read_dump(path: Path) -> Dump:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}; give a file step_*.jsonl") from error
     header = _parsed(path, 1, lines[0] if lines else "", _read_header)
-    rows = [_parsed(path, n, line, _read_row) for n, line in enumerate(lines[1:], start=2)]
+    read_row = partial(_read_row, kinds=header.centers.kinds)
+    rows = [_parsed(path, n, line, read_row) for n, line in enumerate(lines[1:], start=2)]
     return Dump(header=header, rows=tuple(rows))
 
 
@@ -229,7 +231,8 @@ def _row(
         ],
         "malformed": sorted(malformed),
         "probs": {
-            kind: [_numbers(row) for row in scores.probs[:, k]] for k, kind in enumerate(KINDS)
+            kind: [_numbers(row) for row in scores.probs[:, k]]
+            for k, kind in enumerate(rewards.centers.kinds)
         },
         "segment_values": [_numbers(row) for row in rewards.values[index]],
         "penalties": _numbers(rewards.penalties[index]),
@@ -276,7 +279,7 @@ def _read_header(row: Json) -> Header:
     )
 
 
-def _read_row(row: Json) -> Row:
+def _read_row(row: Json, kinds: Sequence[Kind]) -> Row:
     image = ImageRef(path=row["image"]["path"], sha256=row["image"]["sha256"])
     length, count = len(row["token_ids"]), len(row["segments"])
     tokens = {name: _array(row[name], length) for name in PER_TOKEN}
@@ -293,13 +296,13 @@ def _read_row(row: Json) -> Row:
     for piece in segments:
         if piece.token_end > length or piece.char_end > len(response.text):
             raise DataError(f"segment {piece.index} reaches beyond its response")
-    probs = [_array(row["probs"][kind], count, len(SegmentClass)) for kind in KINDS]
+    probs = [_array(row["probs"][kind], count, len(SegmentClass)) for kind in kinds]
     return Row(
         response=response,
         segments=segments,
         malformed=frozenset(row["malformed"]),
         probs=np.stack(probs, axis=1),
-        segment_values=_array(row["segment_values"], count, len(KINDS)),
+        segment_values=_array(row["segment_values"], count, len(kinds)),
         penalties=_array(row["penalties"], count),
         tokens=tokens,
     )

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from fgaif.config import RewardShapeConfig
 from fgaif.errors import CheckpointError
 from fgaif.files import write_whole
+from fgaif.kinds import check_kinds
 from fgaif.lvlm.adapters import check_adapter_loaded
 from fgaif.lvlm.checkpoint_files import read_tensors
 from fgaif.lvlm.model import base_of, check_adapter_anchored, load_adapter, load_lvlm
 from fgaif.reward.model import HeadType, RewardModel, SharedRewardModels, make_head
-from fgaif.types import KINDS, Kind, SegmentClass
+from fgaif.types import DEFAULT_KINDS, Kind, SegmentClass
 
 CARD = "reward.json"
 HEAD = "reward_head.safetensors"
@@ -52,6 +53,8 @@ class RewardCard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: Kind
+    kinds: tuple[Kind, ...] = DEFAULT_KINDS
+    """All kinds of the run that it was trained in, in order; earlier versions named none."""
     head: HeadType
     classes: tuple[str, ...] = CLASSES
     """Order of the head's outputs."""
@@ -127,14 +130,35 @@ def read_card(directory: Path) -> RewardCard:
     return card
 
 
-def rewards_version(directory: Path) -> str:
+def read_cards(directory: Path, kinds: Sequence[Kind]) -> dict[Kind, RewardCard]:
+    """Read ``directory/KIND/reward.json`` of all kinds.
+
+    Raises:
+        CheckpointError: one is missing, not valid, or was trained among other kinds.
+    """
+    known = [kind for kind in kinds if (directory / kind / CARD).is_file()]
+    for kind in known:  # before one that is missing: of other kinds it is bound to be
+        check_kinds(directory / kind, read_card(directory / kind).kinds, kinds, CheckpointError)
+    return {kind: read_card(directory / kind) for kind in kinds}
+
+
+def saved_kinds(directory: Path) -> tuple[Kind, ...]:
+    """The kinds, in order, that the reward models under ``directory`` were trained for.
+
+    Without any, those of FGAIF, which are then missing.
+    """
+    cards = sorted(directory.glob(f"*/{CARD}"))
+    return read_card(cards[0].parent).kinds if cards else DEFAULT_KINDS
+
+
+def rewards_version(directory: Path, kinds: Sequence[Kind]) -> str:
     """Digest of the cards, adapters and heads of all kinds under ``directory``.
 
     Raises:
         CheckpointError: a file is missing.
     """
     digest = hashlib.sha256()
-    for kind in KINDS:
+    for kind in kinds:
         for name in (CARD, HEAD, *_ADAPTER):
             file = directory / kind / name
             try:
@@ -143,7 +167,7 @@ def rewards_version(directory: Path) -> str:
             except OSError as error:
                 raise CheckpointError(
                     f"{file}: {error.strerror}; give the folder that `fgaif train-reward` wrote, "
-                    f"with {', '.join(KINDS)} in it"
+                    f"with {', '.join(kinds)} in it"
                 ) from error
             digest.update(f"{kind}/{name}".encode() + part)
     return digest.hexdigest()[:_VERSION_CHARS]
@@ -170,7 +194,11 @@ def common_shape(cards: Sequence[RewardCard]) -> RewardShapeConfig:
     Raises:
         CheckpointError: they name different ones.
     """
-    shapes = {card.kind: (card.shape or RewardShapeConfig()).model_dump() for card in cards}
+    kinds = [card.kind for card in cards]
+    shapes = {
+        card.kind: (card.shape or RewardShapeConfig()).resolved(kinds).model_dump()
+        for card in cards
+    }
     first = next(iter(shapes.values()))
     for key in first:
         found = {kind: shape[key] for kind, shape in shapes.items()}
@@ -180,7 +208,7 @@ def common_shape(cards: Sequence[RewardCard]) -> RewardShapeConfig:
                 "`fgaif train-reward` with one configuration, which writes it into all of them, or "
                 "set serve.shape to config"
             )
-    return RewardShapeConfig.model_validate(first)
+    return cards[0].shape or RewardShapeConfig()
 
 
 def record_shape(directory: Path, shape: RewardShapeConfig) -> None:
@@ -206,30 +234,47 @@ def load_reward_model(
 
 
 def load_shared_reward_models(
-    directory: Path, backbone: Path, *, dtype: str, device: str = "cpu", attention: str = "sdpa"
+    directory: Path,
+    backbone: Path,
+    kinds: Sequence[Kind],
+    *,
+    dtype: str,
+    device: str = "cpu",
+    attention: str = "sdpa",
 ) -> SharedRewardModels:
     """Load ``directory/KIND`` for all kinds onto one backbone, all in ``dtype``.
 
     Raises:
         CheckpointError: as ``load_reward_model``, for any kind.
     """
-    cards = {kind: checked_card(directory / kind, backbone) for kind in KINDS}
+    cards = checked_cards(directory, backbone, kinds)
     model = load_lvlm(backbone, dtype=dtype, device=device, attention=attention)
-    first, *rest = KINDS
+    # Not the bare kind: PyTorch refuses modules named like a method of theirs.
+    adapters = {kind: f"kind_{kind}" for kind in kinds}
     # Of its own accord PEFT holds adapters of a bfloat16 model in float32: twice the memory, every
     # layer's input converted, and scores no nearer to those in float32.
     own = {"autocast_adapter_dtype": False}
     try:
-        shared = PeftModel.from_pretrained(model, directory / first, adapter_name=first, **own)
-        for kind in rest:
-            shared.load_adapter(str(directory / kind), adapter_name=kind, **own)
+        first, *rest = adapters.items()
+        shared = PeftModel.from_pretrained(
+            model, directory / first[0], adapter_name=first[1], **own
+        )
+        for kind, name in rest:
+            shared.load_adapter(str(directory / kind), adapter_name=name, **own)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{directory}: adapters do not fit: {error}") from error
     check_adapter_anchored(shared)
-    for kind in KINDS:
-        check_adapter_loaded(shared, directory / kind, kind)
-    heads = {kind: _load_head(directory / kind, cards[kind], model) for kind in KINDS}
-    return SharedRewardModels(shared, nn.ModuleDict(heads)).eval().requires_grad_(False)
+    for kind, name in adapters.items():
+        check_adapter_loaded(shared, directory / kind, name)
+    heads = [_load_head(directory / kind, card, model) for kind, card in cards.items()]
+    return SharedRewardModels(shared, list(adapters.values()), heads).eval().requires_grad_(False)
+
+
+def checked_cards(directory: Path, backbone: Path, kinds: Sequence[Kind]) -> dict[Kind, RewardCard]:
+    """Read the cards of all kinds for ``backbone``; raises CheckpointError as :func:`read_cards`
+    and :func:`checked_card` do."""
+    cards = read_cards(directory, kinds)
+    return {kind: checked_card(directory / kind, backbone) for kind in cards}
 
 
 def checked_card(directory: Path, backbone: Path) -> RewardCard:

@@ -10,7 +10,7 @@ import numpy as np
 from fgaif.config import Config, NoiseConfig
 from fgaif.errors import DataError
 from fgaif.reward.label_noise import Flips, flip_rows
-from fgaif.types import KINDS, UNKNOWN, FloatArray, IntArray, Kind, LabeledResponse, SegmentClass
+from fgaif.types import UNKNOWN, FloatArray, IntArray, Kind, LabeledResponse, SegmentClass
 
 _WINDOW = 8
 
@@ -31,7 +31,7 @@ class RewardData:
 
     def labels(self, row: LabeledResponse) -> IntArray:
         """Classes (S,) of a row's segments, or UNKNOWN."""
-        return row.labels[:, KINDS.index(self.kind)]
+        return row.of_kind(self.kind)
 
 
 def read_data(kind: Kind, rows: Sequence[LabeledResponse], config: Config) -> RewardData:
@@ -71,7 +71,7 @@ def prepare_data(
     flips = None
     if noise is not None:
         rows, flips = flip_rows(rows, kind, noise, noise_seed)
-    labels = [row.labels[:, KINDS.index(kind)] for row in rows]
+    labels = [row.of_kind(kind) for row in rows]
     usable = [row for row, y in zip(rows, labels, strict=True) if (y != UNKNOWN).any()]
     images = sorted(
         {row.response.prompt.image.sha256 for row in usable},

@@ -5,8 +5,10 @@
 with T_i the last sampled token of segment i, v_{i,k} the value of segment i for kind k, c_i the
 penalty of a repeated or malformed segment and e the terms of the whole response (no stop, length).
 The KL term is not here: it belongs to PPO. Parent formula: Wu et al. 2023, section 4; FGAIF sums
-three kinds. Adding +1 per correct segment makes a policy write long, repetitive captions, penalties
-alone make it write short ones: hence the centred value.
+over the kinds. ``shape.order`` makes the sum piecewise, as one puts honesty before helpfulness: the
+value of a kind is 0 where one before it is hallucinated. Adding +1 per correct segment makes a
+policy write long, repetitive captions, penalties alone make it write short ones: hence the centred
+value.
 """
 
 import re
@@ -18,9 +20,10 @@ import numpy as np
 
 from fgaif.config import RewardShapeConfig
 from fgaif.types import (
-    KINDS,
+    DEFAULT_KINDS,
     FloatArray,
     Json,
+    Kind,
     Response,
     Segment,
     SegmentClass,
@@ -36,20 +39,22 @@ class RewardCenters:
     """Running mean reward mu_k of segments with facts, per kind; None before the first batch."""
 
     means: tuple[float | None, ...]
+    kinds: tuple[Kind, ...] = DEFAULT_KINDS
 
     @classmethod
-    def empty(cls) -> Self:
+    def empty(cls, kinds: Sequence[Kind] = DEFAULT_KINDS) -> Self:
         """Centres that have seen nothing."""
-        return cls(means=(None,) * len(KINDS))
+        return cls(kinds=tuple(kinds), means=(None,) * len(kinds))
 
     @classmethod
     def from_json(cls, state: Json) -> Self:
         """Read what ``to_json`` wrote."""
-        return cls(means=tuple(state["means"]))
+        kinds = state.get("kinds", DEFAULT_KINDS)  # earlier versions named none
+        return cls(kinds=tuple(kinds), means=tuple(state["means"]))
 
     def to_json(self) -> Json:
         """State for a checkpoint."""
-        return {"means": list(self.means)}
+        return {"kinds": list(self.kinds), "means": list(self.means)}
 
     def array(self) -> FloatArray:
         """mu (K,), 0 for a kind not seen yet."""
@@ -60,8 +65,9 @@ class RewardCenters:
 class DenseRewards:
     """Rewards of a batch with their parts, one entry per response.
 
-    ``tokens`` (T,) is what PPO gets; ``values`` (S, K) are unweighted v_{i,k}; ``penalties`` (S,)
-    are c_i >= 0; ``terminal`` is e <= 0; ``centers`` are the means after this batch.
+    ``tokens`` (T,) is what PPO gets; ``values`` (S, K) are unweighted v_{i,k}, 0 where the order of
+    kinds lets them not count; ``penalties`` (S,) are c_i >= 0; ``terminal`` is e <= 0; ``centers``
+    are the means after this batch.
     """
 
     tokens: tuple[FloatArray, ...]
@@ -81,17 +87,22 @@ def dense_rewards(
 ) -> DenseRewards:
     """Turn the scores of a batch into rewards per token; ``malformed`` holds segment indexes.
 
-    The centres are moved by this batch before they are used, so the first batch is centred too.
+    The columns of the scores are the kinds of the centres. These are moved by this batch before
+    they are used, so the first batch is centred too.
     """
     centers = update_centers(centers, scores, shape)
     mu = centers.array()
-    values = tuple(segment_values(score.probs, shape, mu) for score in scores)
+    kinds = centers.kinds
+    values = tuple(
+        segment_values(score.probs, shape, mu) * counts_in_order(score.probs, shape, kinds)
+        for score in scores
+    )
     penalties = tuple(
         segment_penalties(response.text, pieces, bad, shape.repeat_penalty)
         for response, pieces, bad in zip(responses, segments, malformed, strict=True)
     )
     terminal = tuple(terminal_reward(response, shape) for response in responses)
-    weights = kind_weights(shape)
+    weights = kind_weights(shape, kinds)
     tokens = tuple(
         token_rewards(
             len(response.token_ids), pieces, value, weights,
@@ -122,13 +133,17 @@ def segment_values(probs: FloatArray, shape: RewardShapeConfig, centers: FloatAr
     return value.astype(np.float32)
 
 
-def uncentered_values(probs: FloatArray, shape: RewardShapeConfig) -> FloatArray:
+def uncentered_values(
+    probs: FloatArray, shape: RewardShapeConfig, kinds: Sequence[Kind]
+) -> FloatArray:
     """Value of each segment for each kind without the run's centres, (S, K, C) -> (S, K).
 
-    What ``segment_values`` gives with ``shape.center`` off: a function of the probabilities alone.
+    What ``segment_values`` gives with ``shape.center`` off, 0 where the order of kinds lets it not
+    count: a function of the probabilities alone.
     """
     plain = shape.model_copy(update={"center": False})
-    return segment_values(probs, plain, np.zeros(probs.shape[1], dtype=np.float32))
+    values = segment_values(probs, plain, np.zeros(probs.shape[1], dtype=np.float32))
+    return values * counts_in_order(probs, shape, kinds)
 
 
 def segment_rewards(
@@ -141,9 +156,31 @@ def segment_rewards(
     return values @ weights - (0.0 if penalties is None else penalties)
 
 
-def kind_weights(shape: RewardShapeConfig) -> FloatArray:
+def kind_weights(shape: RewardShapeConfig, kinds: Sequence[Kind]) -> FloatArray:
     """w (K,), 0 for a kind without a weight."""
-    return np.array([shape.weights.get(kind, 0.0) for kind in KINDS], dtype=np.float32)
+    return np.array([shape.weight(kind) for kind in kinds], dtype=np.float32)
+
+
+def counts_in_order(
+    probs: FloatArray, shape: RewardShapeConfig, kinds: Sequence[Kind]
+) -> FloatArray:
+    """Which values count, (S, K, C) -> (S, K) of ones and zeros; all do without ``shape.order``.
+
+        g_{i,k} = prod over j before k in the order of 1[argmax_c p_{i,j} is not HALLU]
+
+    A kind that is not in the order always counts. The unit is where the reward lands: a segment, or
+    with ``placement="last"`` the response, in which one hallucinated segment is enough.
+    """
+    counts = np.ones(probs.shape[:2], dtype=np.float32)
+    wrong = probs.argmax(axis=2) == SegmentClass.HALLU
+    if shape.placement == "last":
+        wrong = np.broadcast_to(wrong.any(axis=0), wrong.shape)
+    clean = np.ones(len(probs), dtype=bool)
+    for kind in shape.order:
+        column = kinds.index(kind)
+        counts[:, column] = clean
+        clean = clean & ~wrong[:, column]
+    return counts
 
 
 def update_centers(
@@ -157,7 +194,8 @@ def update_centers(
     over all segments i of the batch. A kind without facts in the batch keeps its mean.
     """
     rows = [_hard_or_soft(score.probs, shape.values) for score in scores]
-    p = np.concatenate([np.zeros((0, len(KINDS), len(SegmentClass)), np.float32), *rows])
+    none = np.zeros((0, len(centers.kinds), len(SegmentClass)), np.float32)
+    p = np.concatenate([none, *rows])
     p_ok, p_hallu = p[..., SegmentClass.OK].sum(0), p[..., SegmentClass.HALLU].sum(0)
     means: list[float | None] = []
     for old, ok, hallu in zip(centers.means, p_ok.tolist(), p_hallu.tolist(), strict=True):
@@ -167,7 +205,7 @@ def update_centers(
         mean = (ok * shape.value_ok + hallu * shape.value_hallu) / (ok + hallu)
         keep = 0.0 if old is None else shape.center_momentum
         means.append(keep * (old or 0.0) + (1.0 - keep) * mean)
-    return RewardCenters(means=tuple(means))
+    return RewardCenters(kinds=centers.kinds, means=tuple(means))
 
 
 def segment_penalties(

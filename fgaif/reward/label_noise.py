@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fgaif.config import NoiseConfig
-from fgaif.types import KINDS, IntArray, Kind, LabeledResponse, SegmentClass
+from fgaif.types import IntArray, Kind, LabeledResponse, SegmentClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +41,15 @@ def flip_rows(
     rows: Sequence[LabeledResponse], kind: Kind, noise: NoiseConfig, seed: int
 ) -> tuple[list[LabeledResponse], Flips]:
     """Flip the labels of one kind in all rows, which stay as they are, and count the flips."""
-    column = KINDS.index(kind)
     noisy, before, after = [], [], []
     for row in rows:
+        clean = row.of_kind(kind)
+        flipped = flip_labels(clean, kind, row.response.id, noise, seed)
         labels = row.labels.copy()
-        labels[:, column] = flip_labels(labels[:, column], kind, row.response.id, noise, seed)
+        labels[:, row.kinds.index(kind)] = flipped
         noisy.append(replace(row, labels=labels))
-        before.append(row.labels[:, column])
-        after.append(labels[:, column])
+        before.append(clean)
+        after.append(flipped)
     was, now = (np.concatenate([np.zeros(0, dtype=np.int64), *part]) for part in (before, after))
     ok, hallu = was == SegmentClass.OK, was == SegmentClass.HALLU
     flips = Flips(

@@ -18,7 +18,7 @@ from fgaif.reward.dataset import read_data
 from fgaif.reward.inputs import load_reward_encoder, tokenizer_digest
 from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
 from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
-from fgaif.types import KINDS, Kind, LabeledResponse
+from fgaif.types import Kind, LabeledResponse
 
 
 class PlainEngine:
@@ -97,9 +97,10 @@ def train_rewards(
     backbone = load_lvlm(path, device=where, attention=config.policy.attention)
     features = FeatureCache(backbone, encoder.encoder)
     settings, found = config.reward, {}
-    for number, kind in enumerate(KINDS):
+    kinds = config.kind_names
+    for number, kind in enumerate(kinds):
         data = read_data(kind, rows, config)
-        seed = config.seed * len(KINDS) + number
+        seed = config.seed * len(kinds) + number
         model = new_reward_model(backbone, settings.lora, settings.head, seed)
         engine = PlainEngine(model, settings, planned_steps(len(data.train), settings))
         with torch.random.fork_rng():
@@ -111,6 +112,7 @@ def train_rewards(
         found[kind] = result.metrics.as_floats() | {"val_loss": result.val_loss}
         card = RewardCard(
             kind=kind,
+            kinds=kinds,
             head=settings.head,
             backbone=str(path),
             backbone_digest=checkpoint_digest(path),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import attach_lora, base_of, last_hidden
 from fgaif.reward.inputs import RewardEncoder
-from fgaif.types import KINDS, FloatArray, Response, Segment, SegmentClass
+from fgaif.types import FloatArray, Response, Segment, SegmentClass
 
 if TYPE_CHECKING:
     from fgaif.config import LoraConfig
@@ -47,29 +47,31 @@ class RewardModel(nn.Module):
 
 
 class SharedRewardModels(nn.Module):
-    """All kinds on one backbone: three adapters and three heads, image features used once.
+    """All kinds on one backbone: an adapter and a head for each, image features used once.
 
-    Needs a third of the memory of three models and gives the same scores; the adapters take
-    turns, so they are not merged.
+    Needs the memory of one backbone and gives the same scores as a model for each kind; the
+    adapters take turns, so they are not merged. ``adapters`` names those of the kinds, in order.
     """
 
-    score_shape = (len(KINDS), len(SegmentClass))
-
-    def __init__(self, backbone: PeftModel, heads: nn.ModuleDict) -> None:
+    def __init__(
+        self, backbone: PeftModel, adapters: Sequence[str], heads: Sequence[nn.Module]
+    ) -> None:
         super().__init__()
+        self.score_shape = (len(heads), len(SegmentClass))
         self.backbone = backbone
-        self.heads = heads
+        self.adapters = tuple(adapters)
+        self.heads = nn.ModuleList(heads)
         # PEFT's own set_adapter searches the whole model, a third of the time of a short text.
         self._adapted = [part for part in backbone.modules() if isinstance(part, BaseTunerLayer)]
 
     def forward(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
         """Return float32 logits (N, K, C)."""
         logits = []
-        for kind in KINDS:
+        for adapter, head in zip(self.adapters, self.heads, strict=True):
             for layer in self._adapted:
-                layer.set_adapter(kind, inference_mode=True)
+                layer.set_adapter(adapter, inference_mode=True)
             hidden = last_hidden(self.backbone, input_ids, features)
-            logits.append(self.heads[kind](hidden[separators[:, 0], separators[:, 1]]).float())
+            logits.append(head(hidden[separators[:, 0], separators[:, 1]]).float())
         return torch.stack(logits, dim=1)
 
 

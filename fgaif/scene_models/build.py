@@ -20,6 +20,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from safetensors.torch import load_model, save_model
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from fgaif.data.scenes.facts import SCENE_KINDS
 from fgaif.data.scenes.questions import sample_question
 from fgaif.data.scenes.world import scene_at
 from fgaif.scene_models.card import measure_models, write_card
@@ -34,7 +35,6 @@ from fgaif.scene_models.policy import PolicyStage, train_policy
 from fgaif.scene_models.pretrain import Heads, Report, Stage, train_language, train_vision
 from fgaif.scene_models.tokenizer import build_processor, build_tokenizer
 from fgaif.scene_models.verifier import distract_vision
-from fgaif.types import KINDS
 
 VISION_STEPS = 470
 STAGES = {
@@ -137,7 +137,7 @@ class Builder:
                 features,
                 [(i, sample_question(scene, rng, kind=kind)) for i, scene in enumerate(self.val)],
             )
-            for kind in KINDS
+            for kind in SCENE_KINDS
         }
         captions = caption(self.model, self.tokenizer, features, temperature=1.0)
         report = caption_report(self.val, captions, self.tokenizer)

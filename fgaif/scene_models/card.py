@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fgaif.data.scenes.facts import SCENE_KINDS
 from fgaif.data.scenes.questions import sample_question
 from fgaif.data.scenes.world import scene_at
 from fgaif.scene_models.measure import (
@@ -16,7 +17,6 @@ from fgaif.scene_models.measure import (
     scene_features,
 )
 from fgaif.scene_models.model import load_checkpoint
-from fgaif.types import KINDS
 
 _FIRST_SCENE, _SCENES = 1_000, 500
 
@@ -57,7 +57,7 @@ def measure_models(models: Path) -> dict[str, Any]:
             features,
             [(i, sample_question(scene, rng, kind=kind)) for i, scene in enumerate(scenes)],
         )
-        for kind in KINDS
+        for kind in SCENE_KINDS
     }
     seen = scene_features(verifier, scenes)
     quality["verifier"] = fact_accuracy(verifier, tokenizer, seen, scenes, texts)
@@ -68,7 +68,7 @@ def write_card(name: str, quality: dict[str, Any], seconds: dict[str, float], se
     """Return the model card as Markdown."""
     title, made = _TEXT[name]
     rows = (
-        [(f"fact accuracy, {kind}", f"{quality['verifier'][kind]:.3f}") for kind in KINDS]
+        [(f"fact accuracy, {kind}", f"{quality['verifier'][kind]:.3f}") for kind in SCENE_KINDS]
         if name == "verifier"
         else _policy_rows(quality)
     )

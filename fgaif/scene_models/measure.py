@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from fgaif.data.scenes.draw import draw_scene
-from fgaif.data.scenes.facts import claim_holds, oracle_classes, read_claims
+from fgaif.data.scenes.facts import SCENE_KINDS, claim_holds, oracle_classes, read_claims
 from fgaif.data.scenes.questions import (
     DESCRIBE,
     PopeStrategy,
@@ -23,7 +23,7 @@ from fgaif.data.scenes.questions import (
 from fgaif.data.scenes.world import Scene
 from fgaif.scene_models.model import embed, hidden_states, vision_features
 from fgaif.scene_models.tokenizer import EOS_ID, IMAGE_ID, PAD_ID, PATCHES, chat_prompt
-from fgaif.types import KINDS, SegmentClass
+from fgaif.types import SegmentClass
 
 POPE_STRATEGIES: tuple[PopeStrategy, ...] = ("random", "popular", "adversarial")
 
@@ -146,11 +146,11 @@ def caption_report(
         for classes in oracle_classes(scene, parts):
             count["any"] += SegmentClass.HALLU in classes
             count["with facts"] += any(classes)
-            for kind, label in zip(KINDS, classes, strict=True):
+            for kind, label in zip(SCENE_KINDS, classes, strict=True):
                 count[kind] += label is SegmentClass.HALLU
                 count[f"with {kind}"] += label is not SegmentClass.NONE
     return CaptionReport(
-        wrong={kind: count[kind] / max(1, count[f"with {kind}"]) for kind in KINDS},
+        wrong={kind: count[kind] / max(1, count[f"with {kind}"]) for kind in SCENE_KINDS},
         any_wrong=count["any"] / max(1, count["with facts"]),
         recall=count["recalled"] / max(1, count["things"]),
         length=sum(map(len, captions)) / len(captions),
@@ -245,6 +245,7 @@ def fact_accuracy(
                 truth.append((claim.kind, holds))
     said = (yes_probability(model, tokenizer, features, asked) > 0.5).tolist()
     right = {
-        kind: [s == t for s, (k, t) in zip(said, truth, strict=True) if k == kind] for kind in KINDS
+        kind: [s == t for s, (k, t) in zip(said, truth, strict=True) if k == kind]
+        for kind in SCENE_KINDS
     }
-    return {kind: float(np.mean(right[kind])) for kind in KINDS}
+    return {kind: float(np.mean(right[kind])) for kind in SCENE_KINDS}

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from fgaif.data.scenes.captions import BROAD, POLICY, Noise
+from fgaif.data.scenes.facts import SCENE_KINDS
 from fgaif.data.scenes.questions import Question, ask, sample_claim, sample_question
 from fgaif.data.scenes.world import Scene
 from fgaif.scene_models.pretrain import (
@@ -27,7 +28,6 @@ from fgaif.scene_models.pretrain import (
     run_rows,
 )
 from fgaif.scene_models.rows import Row, RowWriter
-from fgaif.types import KINDS
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -106,4 +106,4 @@ def _question(scene: Scene, stage: PolicyStage, rng: random.Random) -> Question:
     if rng.random() < 0.5:
         claim = sample_claim(scene, "object", rng)
         return ask(claim, scene, rng, stage.false_yes)
-    return sample_question(scene, rng, 0.3, rng.choice(KINDS[1:]))
+    return sample_question(scene, rng, 0.3, rng.choice(SCENE_KINDS[1:]))

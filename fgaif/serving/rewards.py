@@ -23,6 +23,7 @@ from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import CheckpointError, DataError
 from fgaif.feedback.external import make_response
 from fgaif.feedback.segment import segment_responses
+from fgaif.kinds import kind_colours
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import base_of, load_processor, resolve_checkpoint
 from fgaif.reward.checkpoint import (
@@ -33,10 +34,13 @@ from fgaif.reward.checkpoint import (
     load_reward_model,
     load_shared_reward_models,
     read_card,
+    read_cards,
     rewards_version,
+    saved_kinds,
 )
 from fgaif.reward.dense import (
     RewardCenters,
+    counts_in_order,
     kind_weights,
     segment_penalties,
     segment_rewards,
@@ -44,10 +48,9 @@ from fgaif.reward.dense import (
 )
 from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.model import RewardModel, SharedRewardModels, segment_probs
-from fgaif.types import KINDS, FloatArray, ImageRef, Kind, Response, Segment, SegmentClass
+from fgaif.types import FloatArray, ImageRef, Kind, Response, Segment, SegmentClass
 
 _EMBEDDED = "scenes:policy"
-_PALETTE = ("#2a78d6", "#d97706", "#8b5cf6")
 _GROUND = {SegmentClass.OK: "#e3f4e8", SegmentClass.HALLU: "#fde3e1"}
 _MARKS = {SegmentClass.OK: "✓", SegmentClass.HALLU: "✗"}
 
@@ -106,22 +109,19 @@ class TextScores:
         spans = [self._span(*row) for row in rows]
         legend = " ".join(
             f"{_chip(kind, colour, SegmentClass.HALLU)} {escape(kind)} hallucinated"
-            for kind, colour in self._colours().items()
+            for kind, colour in kind_colours(self.kinds).items()
         )
         return (
             f'<div style="line-height:2">{"".join(spans)}</div>'
             f'<div style="font-size:85%;opacity:.75">reward {self.total:+.2f} · {legend}</div>'
         )
 
-    def _colours(self) -> dict[Kind, str]:
-        return dict(zip(self.kinds, _PALETTE, strict=True))
-
     def _span(
         self, piece: str, reward: float, classes: dict[Kind, SegmentClass], probs: FloatArray
     ) -> str:
-        worst = max(classes.values())
+        worst, colours = max(classes.values()), kind_colours(self.kinds)
         chips = [
-            _chip(kind, self._colours()[kind], found)
+            _chip(kind, colours[kind], found)
             for kind, found in classes.items()
             if found != SegmentClass.NONE
         ]
@@ -164,10 +164,10 @@ class Rewards:
         micro_batch: int,
         shape: RewardShapeConfig,
     ) -> None:
-        self.kinds: tuple[Kind, ...] = KINDS
+        self.kinds: tuple[Kind, ...] = saved_kinds(folder)
         self.shape = shape
-        self.version = rewards_version(folder)
-        self.cards: dict[Kind, RewardCard] = {k: read_card(folder / k) for k in self.kinds}
+        self.version = rewards_version(folder, self.kinds)
+        self.cards: dict[Kind, RewardCard] = read_cards(folder, self.kinds)
         self._min_words = common_min_words(list(self.cards.values()))
         self._device = torch.device(device)
         self._micro_batch = micro_batch
@@ -176,7 +176,7 @@ class Rewards:
         self._tokenizer = load_processor(policy).tokenizer
         load = {"dtype": dtype, "device": device, "attention": attention}
         self._models: list[RewardModel | SharedRewardModels] = (
-            [load_shared_reward_models(folder, backbone, **load)]
+            [load_shared_reward_models(folder, backbone, self.kinds, **load)]
             if shared
             else [load_reward_model(folder / kind, backbone, **load) for kind in self.kinds]
         )
@@ -283,8 +283,10 @@ class Rewards:
     ) -> TextScores:
         shape = self.shape
         if centers is None:
-            shape, centers = shape.model_copy(update={"center": False}), RewardCenters.empty()
+            shape = shape.model_copy(update={"center": False})
+            centers = RewardCenters.empty(self.kinds)
         values = segment_values(probs, shape, centers.array())
+        values = values * counts_in_order(probs, shape, self.kinds)
         penalties = segment_penalties(response.text, segments, (), shape.repeat_penalty)
         return TextScores(
             response=response,
@@ -292,7 +294,7 @@ class Rewards:
             kinds=self.kinds,
             probs=probs,
             values=values,
-            rewards=segment_rewards(values, kind_weights(shape), penalties),
+            rewards=segment_rewards(values, kind_weights(shape, self.kinds), penalties),
         )
 
 
@@ -327,8 +329,9 @@ def load_rewards(
         CheckpointError: something is missing, or does not fit the backbone.
     """
     folder = Path(folder).expanduser()
-    rewards_version(folder)  # says what is missing
-    base = _backbone(folder, read_card(folder / KINDS[0])) if backbone is None else backbone
+    kinds = saved_kinds(folder)
+    rewards_version(folder, kinds)  # says what is missing
+    base = _backbone(folder, read_card(folder / kinds[0])) if backbone is None else backbone
     path = resolve_checkpoint(str(base))
     return Rewards(
         folder,
@@ -339,7 +342,7 @@ def load_rewards(
         attention=attention,
         shared=shared,
         micro_batch=micro_batch or RewardConfig().micro_batch,
-        shape=shape or common_shape([read_card(folder / kind) for kind in KINDS]),
+        shape=shape or common_shape([read_card(folder / kind) for kind in kinds]),
     )
 
 

@@ -258,6 +258,11 @@ class ModelOut(_Message):
     name: str
     version: str
     kinds: list[Kind]
+    """All kinds, in order."""
+    colours: dict[Kind, str] = {}
+    """Colours (``#rrggbb``) that the configuration sets; pages choose those of other kinds."""
+    meanings: dict[Kind, str] = {}
+    """What facts of a kind are, where the configuration or the package says it."""
     backbone: str
     """Name of the backbone, without its folder."""
     placement: Literal["shared", "separate"]

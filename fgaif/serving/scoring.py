@@ -22,7 +22,6 @@ from fgaif.reward.dense import (
 from fgaif.serving.errors import ApiError, image_problem, invalid
 from fgaif.serving.schema import FactOut, KindScore, SegmentOut, TextResult
 from fgaif.types import (
-    KINDS,
     Fact,
     FloatArray,
     ImageRef,
@@ -72,13 +71,15 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredText:
-    """A text's segments, class probabilities (S, K, C), facts (None: not told), malformed segments.
+    """A text's segments, class probabilities (S, K, C) by kinds, facts (None: not told), malformed
+    segments.
 
     ``malformed`` holds indexes of segments, as PPO's penalties take them.
     """
 
     text: str
     segments: tuple[Segment, ...]
+    kinds: tuple[Kind, ...]
     probs: FloatArray
     facts: tuple[Fact, ...] | None = None
     malformed: tuple[int, ...] = ()
@@ -117,6 +118,7 @@ class TextScorer:
         tokenizer: the policy's, whose ids the reward models read.
         min_words: splitting that the models were trained with.
         shape: of the rewards.
+        kinds: of the scorer, in order.
         extractor: tells the facts of segments; None where that would take a language model.
     """
 
@@ -129,9 +131,11 @@ class TextScorer:
         min_words: int,
         extractor: SceneFacts | None,
         shape: RewardShapeConfig,
+        kinds: tuple[Kind, ...],
     ) -> None:
         self.version = version
         self._shape = shape
+        self._kinds = kinds
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._min_words = min_words
@@ -201,6 +205,7 @@ class TextScorer:
         return ScoredText(
             text=response.text,
             segments=segments,
+            kinds=self._kinds,
             probs=probs,
             facts=found.facts if found and item.facts else None,
             malformed=found.malformed if found else (),
@@ -208,11 +213,12 @@ class TextScorer:
 
 
 def merge_kinds(parts: Sequence[ScoredItem]) -> ScoredItem:
-    """Put together what the scorers of single kinds said of one item, in the order of KINDS."""
+    """Put together what the scorers of single kinds said of one item, in their order."""
     texts = tuple(
         ScoredText(
             text=texts[0].text,
             segments=texts[0].segments,
+            kinds=tuple(kind for text in texts for kind in text.kinds),
             probs=np.concatenate([text.probs for text in texts], axis=1),
             facts=texts[0].facts,
             malformed=texts[0].malformed,
@@ -224,11 +230,11 @@ def merge_kinds(parts: Sequence[ScoredItem]) -> ScoredItem:
 
 def text_result(scored: ScoredText, shape: RewardShapeConfig) -> TextResult:
     """Turn a scored text into the API's answer, with PPO's rewards before centring."""
-    values = uncentered_values(scored.probs, shape)
+    values = uncentered_values(scored.probs, shape, scored.kinds)
     penalties = segment_penalties(
         scored.text, scored.segments, scored.malformed, shape.repeat_penalty
     )
-    weights = kind_weights(shape)
+    weights = kind_weights(shape, scored.kinds)
     rewards = segment_rewards(values, weights, penalties)
     weighted = values * weights
     segments = [
@@ -237,7 +243,7 @@ def text_result(scored: ScoredText, shape: RewardShapeConfig) -> TextResult:
             start=segment.char_start,
             end=segment.char_end,
             text=scored.text[segment.char_start : segment.char_end],
-            kinds=_kind_scores(scored.probs[row], weighted[row]),
+            kinds=_kind_scores(scored.kinds, scored.probs[row], weighted[row]),
             reward=float(rewards[row]),
             penalty=float(penalties[row]),
             facts=_facts_of(scored, segment),
@@ -247,15 +253,17 @@ def text_result(scored: ScoredText, shape: RewardShapeConfig) -> TextResult:
     return TextResult(
         text=scored.text,
         segments=segments,
-        rewards={kind: sum(s.kinds[kind].reward for s in segments) for kind in KINDS},
+        rewards={kind: sum(s.kinds[kind].reward for s in segments) for kind in scored.kinds},
         penalty=sum(s.penalty for s in segments),
         total=sum(s.reward for s in segments),
     )
 
 
-def _kind_scores(probs: FloatArray, weighted: FloatArray) -> dict[Kind, KindScore]:
+def _kind_scores(
+    kinds: Sequence[Kind], probs: FloatArray, weighted: FloatArray
+) -> dict[Kind, KindScore]:
     scores = {}
-    for kind, row, reward in zip(KINDS, probs.tolist(), weighted.tolist(), strict=True):
+    for kind, row, reward in zip(kinds, probs.tolist(), weighted.tolist(), strict=True):
         none, ok, hallu = (row[c] for c in SegmentClass)
         scores[kind] = KindScore(none=none, ok=ok, hallu=hallu, reward=reward)
     return scores

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from fgaif.chat.messages import gather_all
@@ -30,7 +30,7 @@ from fgaif.serving.schema import (
     Timing,
 )
 from fgaif.serving.scoring import ScoredItem, ScoreItem, text_result
-from fgaif.types import KINDS
+from fgaif.types import Kind
 
 _AT_ONCE = 8
 """Items of one request that are with the models at the same time."""
@@ -67,6 +67,7 @@ class Service:
         self.images = ImageReader(config.serve)
         self.metrics = Metrics()
         self._name = config.name
+        self._kinds = config.kind_names
         self._probing = asyncio.Lock()
         self._probed: tuple[float, str | None] = (float("-inf"), None)
 
@@ -149,7 +150,7 @@ class Service:
         found: dict[int, TextResult] = {}
         for (_, _, indexes), results in zip(shares, answers, strict=True):
             found |= dict(zip(indexes, results, strict=True))
-        return _reward_response([found[index] for index in range(len(texts))])
+        return _reward_response([found[index] for index in range(len(texts))], self._kinds)
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
         """Let the policy answer."""
@@ -197,8 +198,8 @@ def _of_query(error: ApiError, indexes: Sequence[int]) -> ApiError:
     )
 
 
-def _reward_response(results: Sequence[TextResult]) -> RewardResponse:
-    logs = {kind: [result.rewards[kind] for result in results] for kind in KINDS}
+def _reward_response(results: Sequence[TextResult], kinds: Iterable[Kind]) -> RewardResponse:
+    logs = {kind: [result.rewards[kind] for result in results] for kind in kinds}
     counts = {
         "penalty": [result.penalty for result in results],
         "segments": [float(len(result.segments)) for result in results],

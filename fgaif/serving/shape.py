@@ -29,7 +29,9 @@ def served_shape(
 def shape_note(cards: Sequence[RewardCard], config: Config) -> str:
     """Sentence that says which shape is served, and where the configuration's is another."""
     shape, source = served_shape(cards, config)
-    served, own = shape.model_dump(), config.ppo.shape.model_dump()
+    served, own = (
+        each.resolved(config.kind_names).model_dump() for each in (shape, config.ppo.shape)
+    )
     differ = ", ".join(f"{key} {own[key]}" for key in served if served[key] != own[key])
     other = f"; the configuration differs: {differ} (serve.shape=config takes it)" if differ else ""
     return f"rewards: {_SOURCES[source]}{other}"

@@ -56,7 +56,7 @@ from fgaif.data.scenes.files import scene_images
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
 from fgaif.reward.checkpoint import RewardCard, checkpoint_digest, save_reward_model
 from fgaif.reward.model import new_reward_model, trainable_state
-from fgaif.types import KINDS
+from fgaif.types import DEFAULT_KINDS
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -299,7 +299,7 @@ def samples() -> list[Sample]:
 
 def make_rewards(directory: Path, backbone: Path, min_words: int) -> None:
     """Write reward models of all kinds with random adapters and heads."""
-    for index, kind in enumerate(KINDS):
+    for index, kind in enumerate(DEFAULT_KINDS):
         model = new_reward_model(
             load_lvlm(backbone, dtype="float32"), LoraConfig(r=16, alpha=32), "mlp", index
         )

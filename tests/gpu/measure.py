@@ -64,7 +64,7 @@ from fgaif.lvlm.model import (
 )
 from fgaif.ppo.losses import policy_loss, value_loss
 from fgaif.reward.model import RewardModel, SharedRewardModels, make_head
-from fgaif.types import KINDS
+from fgaif.types import DEFAULT_KINDS
 
 # Dense bfloat16 peaks by the vendors' data sheets, by what the device's name contains.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -406,13 +406,13 @@ def reference(bench: Bench) -> list[Row]:
 def shared_models(base: nn.Module, shape: Shape) -> SharedRewardModels:
     """All kinds on one base, each an adapter and a head, in the base's dtype."""
     lora = PeftLoraConfig(r=shape.r, lora_alpha=shape.alpha, target_modules=LORA_TARGETS)
-    first, *rest = KINDS
+    first, *rest = DEFAULT_KINDS
     # PEFT would keep adapters of a bfloat16 base in float32 and cast at every layer.
     model = get_peft_model(base, lora, adapter_name=first, autocast_adapter_dtype=False)
     for kind in rest:
         model.add_adapter(kind, lora, autocast_adapter_dtype=False)
-    heads = nn.ModuleDict({kind: new_head(base, shape) for kind in KINDS})
-    return SharedRewardModels(model, heads).eval().requires_grad_(False)
+    heads = [new_head(base, shape) for _ in DEFAULT_KINDS]
+    return SharedRewardModels(model, DEFAULT_KINDS, heads).eval().requires_grad_(False)
 
 
 def new_head(base: nn.Module, shape: Shape) -> nn.Module:
@@ -446,7 +446,7 @@ def scoring(bench: Bench) -> list[Row]:
     def score(model: nn.Module) -> None:
         model(batch.input_ids, image_features(base, batch.pixel_values), ends)
 
-    for layout, copies in (("three merged", len(KINDS)), ("one shared base", 1)):
+    for layout, copies in (("three merged", len(DEFAULT_KINDS)), ("one shared base", 1)):
         model = merged if copies > 1 else shared_models(base, shape)
         bench.reset_peak()
         seconds = bench.seconds(lambda: [score(model) for _ in range(copies)])  # noqa: B023

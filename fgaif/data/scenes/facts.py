@@ -11,7 +11,10 @@ from functools import lru_cache
 
 from fgaif.data.scenes.captions import FILLERS
 from fgaif.data.scenes.world import COLOURS, NOUNS, RELATIONS, SIZES, Scene, relation_holds
-from fgaif.types import KINDS, Fact, Kind, SegmentClass
+from fgaif.types import Fact, Kind, SegmentClass
+
+SCENE_KINDS: tuple[Kind, ...] = ("object", "attribute", "relation")
+"""Kinds of facts that this English can state."""
 
 _NOUN = "|".join(NOUNS)
 _THERE = re.compile(
@@ -125,18 +128,19 @@ def claim_holds(scene: Scene, claim: Claim) -> bool | None:
 
 
 def class_by_kind(verdicts: Iterable[tuple[Kind, bool | None]]) -> tuple[SegmentClass, ...]:
-    """Sum up (kind, verdict) pairs as one class per kind: any false HALLU, else OK, else NONE."""
-    classes = dict.fromkeys(KINDS, SegmentClass.NONE)
+    """Sum up (kind, verdict) pairs as one class per kind of this world: any false HALLU, else OK,
+    else NONE."""
+    classes = dict.fromkeys(SCENE_KINDS, SegmentClass.NONE)
     for kind, verdict in verdicts:
         if verdict is False:
             classes[kind] = SegmentClass.HALLU
         elif verdict and classes[kind] is SegmentClass.NONE:
             classes[kind] = SegmentClass.OK
-    return tuple(classes[kind] for kind in KINDS)
+    return tuple(classes[kind] for kind in SCENE_KINDS)
 
 
 def oracle_classes(scene: Scene, segments: Sequence[str]) -> list[tuple[SegmentClass, ...]]:
-    """Return the true class of each segment text for each kind."""
+    """Return the true class of each segment text for each kind of this world."""
     return [
         class_by_kind((claim.kind, claim_holds(scene, claim)) for claim in read_claims(text)[0])
         for text in segments

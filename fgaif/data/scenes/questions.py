@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fgaif.data.scenes.facts import Claim, claim_holds
+from fgaif.data.scenes.facts import SCENE_KINDS, Claim, claim_holds
 from fgaif.data.scenes.world import (
     COLOURS,
     NOUNS,
@@ -16,7 +16,7 @@ from fgaif.data.scenes.world import (
     Scene,
     relation_holds,
 )
-from fgaif.types import KINDS, Kind
+from fgaif.types import Kind
 
 DESCRIBE = "Describe this image in detail."
 
@@ -91,7 +91,7 @@ def sample_question(
     scene: Scene, rng: random.Random, open_share: float = 0.0, kind: Kind | None = None
 ) -> Question:
     """Draw a question; attributes and relations are asked openly with ``open_share``."""
-    asked: Kind = rng.choice(KINDS) if kind is None else kind
+    asked: Kind = rng.choice(SCENE_KINDS) if kind is None else kind
     if asked != "object" and rng.random() < open_share:
         return _open_question(scene, asked, rng)
     return ask(sample_claim(scene, asked, rng), scene, rng)

@@ -8,6 +8,7 @@ the image. What fails is left out and counted, never taken for a verdict.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,12 +19,12 @@ from fgaif.chat.messages import ChatModel
 from fgaif.errors import DataError
 from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
 from fgaif.eval.benchmarks.chair import official_annotations
-from fgaif.eval.figures import Figure
+from fgaif.eval.figures import OF_KIND, Figure
 from fgaif.eval.images import ImageFolder
 from fgaif.eval.judge import CONCURRENCY, READS, Progress, in_parallel, judge
 from fgaif.eval.questions import QuestionSet
 from fgaif.eval.rows import Row, read_rows
-from fgaif.eval.scored import Scored, Stats, ratio
+from fgaif.eval.scored import FigureFunction, Scored, Stats, ratio
 from fgaif.eval.subsentences import (
     PROMPT,
     Span,
@@ -36,8 +37,19 @@ from fgaif.eval.subsentences import (
 )
 from fgaif.feedback.extract import ModelFacts
 from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier, SceneFacts
-from fgaif.feedback.verify import YesNoVerifier, load_fact_prompt
-from fgaif.types import KINDS, Answer, Fact, FactQuery, ImageRef, Json, Prompt, Response, Segment
+from fgaif.feedback.verify import YesNoVerifier, kind_prompts, load_fact_prompt
+from fgaif.types import (
+    DEFAULT_KINDS,
+    Answer,
+    Fact,
+    FactQuery,
+    ImageRef,
+    Json,
+    Kind,
+    Prompt,
+    Response,
+    Segment,
+)
 
 FIGURES = (
     Figure(
@@ -53,9 +65,11 @@ FIGURES = (
         better=1,
     ),
     Figure(key="facts", title="facts", meaning="Facts per answer", better=0, share=False),
-    *(
-        Figure(key=kind, title=f"{kind} facts", meaning="Facts that the image bears out", better=1)
-        for kind in KINDS
+    Figure(
+        key=OF_KIND,
+        title=f"{OF_KIND} facts",
+        meaning="Facts of the kind that the image bears out",
+        better=1,
     ),
 )
 Extractor = Literal["judge", "scenes"]
@@ -136,6 +150,7 @@ class FaithScorer:
         prompt: what the labeler is told, with the slot ``{sub_sentences}``.
         min_words: as for the splitting of training responses.
         reads: times that the labeler is asked while its reply cannot be read.
+        kinds: of the extractor's facts.
     """
 
     def __init__(
@@ -147,6 +162,7 @@ class FaithScorer:
         prompt: Path = PROMPT,
         min_words: int = 5,
         reads: int = READS,
+        kinds: Sequence[Kind] = DEFAULT_KINDS,
     ) -> None:
         self._extractor = extractor
         self._verifier = verifier
@@ -154,6 +170,7 @@ class FaithScorer:
         self._prompt = load_label_prompt(prompt)
         self._min_words = min_words
         self._reads = reads
+        self._kinds = tuple(kinds)
 
     async def score(
         self,
@@ -166,8 +183,8 @@ class FaithScorer:
 
         Figures: ``faithscore`` (mean over answers of consistent / facts, 0 for an answer without
         facts), ``faithscore_s`` (mean of faithful / descriptive sub-sentences, 1 without any),
-        ``facts`` per answer, and over all facts of a kind the consistent share: ``object``,
-        ``attribute``, ``relation``. Facts with an unknown verdict are in none of them.
+        ``facts`` per answer, and by the name of each kind the consistent share over all its facts;
+        the kinds are the ``groups``. Facts with an unknown verdict are in none of them.
 
         Counts: ``answers_without_facts``, ``facts_unknown``, ``segments_malformed``; and of answers
         left out ``answers_unlabelled`` (stage 1), ``answers_unextracted`` (stage 2: no facts, and
@@ -188,14 +205,15 @@ class FaithScorer:
         }
         if not pairs:
             raise DataError(f"FaithScore: no answer of {len(answers)} could be scored: {left_out}")
-        stats = np.array([_stats(check) for _, check in pairs], np.float64)
+        stats = np.array([_stats(check, self._kinds) for _, check in pairs], np.float64)
         verdicts = Counter(answer for check in checked for answer in check.verdicts.values())
         return Scored(
             benchmark="faithscore",
             ids=tuple(item.id for item, _ in pairs),
             units=tuple(item.image for item, _ in pairs),
             stats=stats,
-            figures=faithscore_figures,
+            figures=faithscore_figures(self._kinds),
+            groups=self._kinds,
             items=tuple(_shown(item, check) for item, check in pairs),
             badness=1 - stats[:, 1],
             counts={
@@ -217,7 +235,7 @@ class FaithScorer:
         unsure = frozenset(found.malformed)
         if not facts and unsure:
             return _Checked(verdicts={}, unsure=unsure, problem="unextracted")
-        queries = [FactQuery(image=item.ref, text=fact.text) for fact in facts]
+        queries = [FactQuery(image=item.ref, text=fact.text, kind=fact.kind) for fact in facts]
         verdicts = await in_parallel(self._verifier.verify, queries, _AT_ONCE)
         answers = {verdict.query.text: verdict.answer for verdict in verdicts}
         return _Checked(
@@ -279,7 +297,7 @@ def _image(row: Row, image: str, folder: ImageFolder) -> ImageRef:
         raise DataError(f"{row.where}: key `image`: {error}") from error
 
 
-def _stats(check: _Checked) -> list[float]:
+def _stats(check: _Checked, kinds: Sequence[Kind]) -> list[float]:
     """Columns: answers, f-score, sentence f-score, facts, then per kind consistent and facts."""
     right = [
         (fact.kind, answer == "yes")
@@ -287,7 +305,7 @@ def _stats(check: _Checked) -> list[float]:
         if (answer := check.verdicts[fact.text]) != "unknown"
     ]
     per_kind: list[float] = []
-    for kind in KINDS:
+    for kind in kinds:
         own = [yes for of_kind, yes in right if of_kind == kind]
         per_kind += [sum(own), len(own)]
     flags = [flag for flag in _piece_flags(check) if flag is not None]
@@ -305,8 +323,12 @@ def _piece_flags(check: _Checked) -> list[bool | None]:
     ]
 
 
-def faithscore_figures(sums: Stats) -> dict[str, Stats]:
-    """Compute the figures from sums (..., 10) of the columns of ``_stats``."""
+def faithscore_figures(kinds: Sequence[Kind]) -> FigureFunction:
+    """The function that computes the figures from sums of the columns of ``_stats``."""
+    return partial(_figures, kinds=tuple(kinds))
+
+
+def _figures(sums: Stats, kinds: tuple[Kind, ...]) -> dict[str, Stats]:
     answers = sums[..., 0]
     return {
         "faithscore": ratio(sums[..., 1], answers),
@@ -314,7 +336,7 @@ def faithscore_figures(sums: Stats) -> dict[str, Stats]:
         "facts": ratio(sums[..., 3], answers),
         **{
             kind: ratio(sums[..., 4 + 2 * place], sums[..., 5 + 2 * place])
-            for place, kind in enumerate(KINDS)
+            for place, kind in enumerate(kinds)
         },
     }
 
@@ -368,16 +390,22 @@ def prepare_faithscore(options: FaithscoreOptions, context: EvalContext) -> Prep
         questions = (builder.build("faithscore", rows, options.max_new_tokens),)
     file = questions[0].file if questions else needed(options.answers, "faithscore", "--answers")
     root = needed(context.images, "faithscore", "--images")
+    kinds = tuple(kind.name for kind in context.kinds)
     text_form = context.judge is not None and context.judge.structured == "text"
 
     async def score(judges: Judges, progress: Progress) -> Scored:
         scorer = FaithScorer(
-            SceneFacts()
+            SceneFacts(kinds)
             if options.extractor == "scenes"
-            else ModelFacts(judges.needed_judge, text_form=text_form),
-            YesNoVerifier(judges.verifier or judges.needed_judge, load_fact_prompt("statement")),
+            else ModelFacts(judges.needed_judge, text_form=text_form, kinds=context.kinds),
+            YesNoVerifier(
+                judges.verifier or judges.needed_judge,
+                load_fact_prompt("statement"),
+                kind_prompts(context.kinds),
+            ),
             judges.needed_judge if options.label else None,
             min_words=context.min_words,
+            kinds=kinds,
         )
         return await scorer.score(read_lines(file, root), progress=progress)
 
@@ -421,7 +449,7 @@ BENCHMARK = Benchmark(
     options=FaithscoreOptions,
     prepare=prepare_faithscore,
     figures=FIGURES,
-    compute=lambda groups: faithscore_figures,
+    compute=lambda groups: faithscore_figures(groups or DEFAULT_KINDS),  # older files name none
     models=("judge", "verifier"),
     descriptions=True,
     official=prepare_official,

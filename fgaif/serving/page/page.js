@@ -1,7 +1,7 @@
 "use strict";
 // Everything that comes from a user or the server is shown through textContent, never as markup.
 
-const KINDS = ["object", "attribute", "relation"];
+const HUES = 8; // classes of kinds in page.css; after the last comes the first again
 const CLASSES = { none: "no fact", ok: "supported", hallu: "hallucinated" };
 const KEY = "fgaif-key";
 const TRIES = 5; // of one request while the server says when to try again
@@ -13,11 +13,13 @@ const EXAMPLE = {
 };
 
 const $ = (id) => document.getElementById(id);
-const title = (word) => word[0].toUpperCase() + word.slice(1);
+const title = (word) => word[0].toUpperCase() + word.slice(1).replaceAll("_", " ");
 const percent = (p) => `${Math.round(100 * p)}%`;
 const likely = (probs) => Object.keys(CLASSES).reduce((a, b) => (probs[b] > probs[a] ? b : a));
 const comparing = () => !$("second").hidden;
 
+let kinds = []; // of the served models, in order
+let colours = {}; // those of kinds that the server names
 let image = null; // data URI
 let shown = null; // the server's last answer to a score request
 let rule = "that of the models' training"; // how the server makes rewards, in words
@@ -37,7 +39,14 @@ function el(tag, attributes = {}, ...children) {
   return element;
 }
 
-const chip = (kind, text = "") => el("span", { class: `chip ${kind}`, "aria-hidden": "true" }, kind[0].toUpperCase() + text);
+/** Give an element the colour and the line of a kind. */
+function inked(element, kind) {
+  element.classList.add(`kind-${kinds.indexOf(kind) % HUES}`);
+  if (kind in colours) element.style.setProperty("--hue", colours[kind]);
+  return element;
+}
+
+const chip = (kind, text = "") => inked(el("span", { class: "chip", "aria-hidden": "true" }, kind[0].toUpperCase() + text), kind);
 
 // ---- messages -------------------------------------------------------------------------------
 
@@ -164,6 +173,9 @@ async function start() {
     const { models, generates } = await call("v1/models");
     if (models[0]?.shape?.weights) rule = ruleOf(models[0].shape);
     $("model").textContent = models.map((model) => `${model.name} ${model.version}`).join(", ");
+    kinds = models[0].kinds;
+    colours = models[0].colours ?? {};
+    paintMeanings(models[0].meanings ?? {});
     for (const button of document.querySelectorAll(".generate")) button.hidden = !generates;
   } catch (error) {
     report(error);
@@ -246,10 +258,17 @@ function takeFile(file) {
 
 // ---- result ---------------------------------------------------------------------------------
 
-const kindsShown = () => KINDS.filter((kind) => kind in shown.results[0].rewards);
+function paintMeanings(meanings) {
+  const parts = kinds.map((kind) => [
+    el("dt", {}, inked(el("span", { class: "sample flagged" }, title(kind)), kind)),
+    el("dd", {}, meanings[kind] ?? ""),
+  ]);
+  $("meanings").replaceChildren(...parts.flat());
+}
+
 const chosen = () => document.querySelector("#kinds :checked").value;
-const flags = (segment, kinds) => kinds.filter((kind) => likely(segment.kinds[kind]) === "hallu");
-const flagged = (result) => result.segments.filter((segment) => flags(segment, kindsShown()).length).length;
+const flags = (segment, among) => among.filter((kind) => likely(segment.kinds[kind]) === "hallu");
+const flagged = (result) => result.segments.filter((segment) => flags(segment, kinds).length).length;
 const names = () => (shown.results.length > 1 ? ["Before", "After"] : ["Text"]);
 
 function summary() {
@@ -260,14 +279,17 @@ function summary() {
 function show(answer) {
   const before = document.querySelector("#kinds :checked")?.value;
   shown = answer;
-  const choices = ["any", ...kindsShown()];
+  kinds = Object.keys(answer.results[0].rewards);
+  const choices = ["any", ...kinds];
   const kept = choices.includes(before) ? before : "any";
   $("kinds").replaceChildren($("kinds").firstElementChild);
   for (const kind of choices) {
     const radio = el("input", { type: "radio", name: "kind", value: kind });
     radio.checked = kind === kept;
     const word = el("span", { class: "word" }, title(kind));
-    $("kinds").append(el("label", { class: kind }, radio, ...(kind === "any" ? [] : [chip(kind)]), word));
+    const any = kind === "any";
+    const label = el("label", any ? { class: kind } : {}, radio, ...(any ? [] : [chip(kind)]), word);
+    $("kinds").append(any ? label : inked(label, kind));
   }
   $("empty").hidden = true;
   $("filled").hidden = false;
@@ -305,19 +327,20 @@ function readable(result, i) {
 }
 
 function piece(segment, text, j) {
-  const kinds = chosen() === "any" ? kindsShown() : [chosen()];
-  const wrong = flags(segment, kinds);
+  const among = chosen() === "any" ? kinds : [chosen()];
+  const wrong = flags(segment, among);
   const hallu = (kind) => segment.kinds[kind].hallu;
-  const worst = (wrong.length ? wrong : kinds).reduce((a, b) => (hallu(b) > hallu(a) ? b : a));
-  const none = kinds.every((kind) => likely(segment.kinds[kind]) === "none");
-  const said = kinds.map((kind) => `${kind} ${CLASSES[likely(segment.kinds[kind])]}, hallucination ${percent(hallu(kind))}`);
+  const worst = (wrong.length ? wrong : among).reduce((a, b) => (hallu(b) > hallu(a) ? b : a));
+  const none = among.every((kind) => likely(segment.kinds[kind]) === "none");
+  const said = among.map((kind) => `${kind} ${CLASSES[likely(segment.kinds[kind])]}, hallucination ${percent(hallu(kind))}`);
   const element = el("span", {
-    class: `segment ${worst}${wrong.length ? " flagged" : none ? " none" : ""}`,
+    class: `segment${wrong.length ? " flagged" : none ? " none" : ""}`,
     role: "option",
     tabindex: j === 0 ? "0" : "-1",
     "aria-label": `${text} (${said.join("; ")})`,
     "aria-describedby": "tip",
   });
+  inked(element, worst);
   element.style.setProperty("--p", hallu(worst));
   element.segment = segment;
   // The last word and the chips stay on one line.
@@ -328,7 +351,6 @@ function piece(segment, text, j) {
 }
 
 function paintTotals() {
-  const kinds = kindsShown();
   const row = (name, cells) => el("tr", {}, el("th", { scope: "row" }, name), ...cells);
   const cell = (text) => el("td", {}, text);
   const head = (name, ...before) => el("th", { scope: "col" }, ...before, el("span", before.length ? { class: "word" } : {}, name));
@@ -385,12 +407,13 @@ function showTip(element) {
   owner?.classList.remove("on");
   owner = element;
   owner.classList.add("on");
-  const { kinds, facts, reward, penalty } = element.segment;
+  const { kinds: scores, facts, reward, penalty } = element.segment;
   const head = ["", ...Object.values(CLASSES), "reward"].map((name) => el("th", { scope: "col" }, name));
-  const rows = KINDS.filter((kind) => kind in kinds).map((kind) => {
-    const probs = kinds[kind];
+  const rows = kinds.map((kind) => {
+    const probs = scores[kind];
     const cells = Object.keys(CLASSES).map((name) => {
-      const cell = el("td", { class: `meter ${name === "hallu" ? kind : ""}${likely(probs) === name ? " top" : ""}` }, percent(probs[name]));
+      const cell = el("td", { class: `meter${likely(probs) === name ? " top" : ""}` }, percent(probs[name]));
+      if (name === "hallu") inked(cell, kind);
       cell.style.setProperty("--p", probs[name]);
       return cell;
     });
