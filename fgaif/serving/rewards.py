@@ -100,8 +100,10 @@ class TextScores:
                 for k, (kind, found) in enumerate(classes.items())
                 if found == SegmentClass.HALLU
             ]
-            lines.append(f"{reward:+.2f}  {' '.join(piece.split())}  {', '.join(notes)}".rstrip())
-        return "\n".join([*lines, f"{self.total:+.2f}  in all"])
+            lines.append(
+                f"{_signed(reward)}  {' '.join(piece.split())}  {', '.join(notes)}".rstrip()
+            )
+        return "\n".join([*lines, f"{_signed(self.total)}  in all"])
 
     def _repr_html_(self) -> str:
         """The text for notebooks, each segment with its kinds; hover one for its numbers."""
@@ -113,7 +115,7 @@ class TextScores:
         )
         return (
             f'<div style="line-height:2">{"".join(spans)}</div>'
-            f'<div style="font-size:85%;opacity:.75">reward {self.total:+.2f} · {legend}</div>'
+            f'<div style="font-size:85%;opacity:.75">reward {_signed(self.total)} · {legend}</div>'
         )
 
     def _span(
@@ -125,7 +127,7 @@ class TextScores:
             for kind, found in classes.items()
             if found != SegmentClass.NONE
         ]
-        numbers = [f"reward {reward:+.2f}"]
+        numbers = [f"reward {_signed(reward)}"]
         for kind, row in zip(self.kinds, probs, strict=True):
             parts = ", ".join(f"{c.name.lower()} {row[c]:.2f}" for c in SegmentClass)
             numbers.append(f"{kind}: {parts}")
@@ -135,6 +137,10 @@ class TextScores:
             f'padding:1px 4px;white-space:pre-wrap">{escape(piece.rstrip())} {"".join(chips)}'
             "</span> "
         )
+
+
+def _signed(number: float) -> str:
+    return f"{round(float(number), 2) + 0.0:+.2f}"  # adding zero turns -0.0 into 0.0
 
 
 def _chip(kind: Kind, colour: str, found: SegmentClass) -> str:
