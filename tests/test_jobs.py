@@ -141,7 +141,7 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     cluster.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_is_submitted_followed_and_listed(dashboard: str, tmp_path: Path) -> None:
     config = settings(tmp_path, "policy.model=/no/such/checkpoint")
     jobs = Jobs(dashboard)

@@ -19,6 +19,7 @@ from fgaif.config import Config
 from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm
+from fgaif.reward import local
 from fgaif.reward.dataset import read_data
 from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.local import PlainEngine
@@ -51,17 +52,26 @@ def rows(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return reward_samples.labelled(tiny_llava_dir, pictures, 120)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["here", pytest.param("ray", marks=pytest.mark.long)])
 def trained(
-    local_ray: None,
+    request: pytest.FixtureRequest,
     config: Config,
     rows: list[LabeledResponse],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[Kind, dict[str, float]], Told]:
     """Reward models of all kinds, their metrics, and what was told on the way."""
     folder, told = tmp_path_factory.mktemp("rewards"), []
-    metrics = train_rewards(config, rows, folder, lambda *event: told.append(event))
+    if request.param == "here":
+        metrics = local.train_rewards(
+            rows, folder, config, report=lambda *event: told.append(event)
+        )
+    else:
+        request.getfixturevalue("local_ray")
+        metrics = train_rewards(config, rows, folder, lambda *event: told.append(event))
     return folder, metrics, told
+
+
+on_ray = pytest.mark.parametrize("trained", ["ray"], indirect=True)
 
 
 def test_all_kinds_are_trained_and_reported(
@@ -78,6 +88,8 @@ def test_all_kinds_are_trained_and_reported(
     assert any("val_loss" in figures for *_, figures in told)
 
 
+@pytest.mark.long
+@on_ray
 def test_equal_inputs_are_not_trained_again(
     config: Config,
     rows: list[LabeledResponse],
@@ -133,6 +145,7 @@ def test_actor_refuses_a_reward_model_of_another_backbone(
 
 
 @pytest.mark.long
+@on_ray
 def test_two_workers_under_zero_2_learn_the_same_task(
     config: Config,
     rows: list[LabeledResponse],

@@ -28,6 +28,7 @@ def bench(dtype: torch.dtype = torch.float32, **changes: object) -> Bench:
     return Bench(repeats=1, sizes=(2, 1), **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_the_one_command_runs_with_torch_transformers_and_peft_alone(tmp_path: Path) -> None:
     script = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT})); "
