@@ -1,5 +1,6 @@
 """The configuration tree: shipped files load, unknown keys are refused with the nearest name."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from fgaif.config import Config, dump_config, load_config, parse_config
-from fgaif.errors import ConfigError
+from fgaif.errors import LONGEST_MESSAGE, ActorError, ConfigError, DataError
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("paper/*.yaml")])
@@ -176,3 +177,12 @@ def test_a_long_value_is_cut() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, [f"ppo.steps={'x' * 100_000}"])
     assert len(str(caught.value)) < 1000
+
+
+def test_messages_neither_steer_the_terminal_nor_flood_it() -> None:
+    message = str(DataError("a\x1b[2Jb\u202ec\nd\te" + "x" * 100_000 + "set ppo.lr"))
+    assert message.startswith("a\\x1b[2Jb\\u202ec\nd\te")
+    assert message.endswith("set ppo.lr")
+    assert len(message) <= LONGEST_MESSAGE
+    copy = pickle.loads(pickle.dumps(ActorError("one\ntwo")))
+    assert (type(copy), str(copy)) == (ActorError, "one\ntwo")

@@ -61,7 +61,7 @@ def read_labels(path: Path) -> Iterator[LabeledResponse]:
     for number, row in read_rows(path, tuple(LABELS.names)):
         try:
             yield decode_labeled(row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}:{number}: malformed ({error!r}); write it again") from error
 
 

@@ -127,7 +127,7 @@ class JsonlStore(Generic[T]):
             for index, line in enumerate(islice(file, count)):
                 try:
                     yield self._decode(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     number = self._lines_before(position) + index + 1
                     raise DataError(
                         f"{self.path}:{number}: malformed ({error!r}); repair or delete the line"

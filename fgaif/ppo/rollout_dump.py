@@ -242,7 +242,7 @@ def _row(
 def _parsed(path: Path, number: int, line: str, read: Callable[[Json], T]) -> T:
     try:
         return read(json.loads(line))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
         raise DataError(
             f"{path}:{number}: not of a dump of rollouts ({what}); only files that training wrote "
