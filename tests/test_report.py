@@ -19,7 +19,7 @@ from fgaif.eval.captions import JudgedCaption
 from fgaif.eval.plots import INK, calibration_figure, curves_figure, errors_figure
 from fgaif.eval.policy import Captions
 from fgaif.eval.report import build_report, console_table, render_html
-from fgaif.eval.results import read_results
+from fgaif.eval.run_folder import read_run
 from fgaif.eval.run_results import write_eval
 from fgaif.reward.metrics import calibration_bins
 from fgaif.tracking import Tracker
@@ -125,12 +125,12 @@ def make_run(folder: Path) -> Path:
 
 
 def report_of(run_dir: Path, wall_seconds: float | None = None) -> dict[str, Any]:
-    return read_results(run_dir).to_json(wall_seconds)
+    return read_run(run_dir).to_json(wall_seconds)
 
 
 def page_of(run_dir: Path) -> str:
     """The page without figures, which take the time."""
-    results = read_results(run_dir)
+    results = read_run(run_dir)
     return render_html(results, results.to_json(None), {})
 
 
@@ -188,7 +188,7 @@ def test_rewards_against_the_truth_win_over_their_cards(run_dir: Path) -> None:
     tree = report_of(run_dir)
     assert tree["rewards"]["object"] == {"accuracy": 0.7, "f1_hallu": 0.6}
     assert tree["provenance"]["rewards_against"] == "oracle"
-    results = read_results(run_dir)
+    results = read_run(run_dir)
     figure = calibration_figure(results.rewards, results.colours)
     assert figure is not None
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(DEFAULT_KINDS)
@@ -249,7 +249,7 @@ def test_a_broken_file_is_named(run_dir: Path, name: str, content: str, said: st
 
 def test_no_run_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such run folder"):
-        read_results(tmp_path / "nothing")
+        read_run(tmp_path / "nothing")
 
 
 class Outline(HTMLParser):

@@ -22,7 +22,7 @@ from fgaif.eval.plots import (
     to_svg,
 )
 from fgaif.eval.policy import MODES, Mode
-from fgaif.eval.results import Results, read_results
+from fgaif.eval.run_folder import RunOutcome, read_run
 from fgaif.eval.run_results import PHASES, Phase
 from fgaif.files import write_whole
 from fgaif.tracking import Metric, explain
@@ -64,7 +64,7 @@ def build_report(run_dir: Path, wall_seconds: float | None = None) -> Path:
     Raises:
         DataError: there is no such run folder, or a file in it is broken.
     """
-    results = read_results(run_dir)
+    results = read_run(run_dir)
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
@@ -84,7 +84,7 @@ def build_report(run_dir: Path, wall_seconds: float | None = None) -> Path:
 
 def console_table(run_dir: Path) -> Table:
     """Before and after as a table for the console."""
-    evals = read_results(run_dir).evals
+    evals = read_run(run_dir).evals
     table = Table(title="held-out images, before and after", title_justify="left")
     table.add_column("")
     modes = MODES[::-1]
@@ -107,7 +107,7 @@ def _cells(row: Change) -> list[str]:
     return [row.before, row.after, change]
 
 
-def render_html(results: Results, tree: Json, figures: dict[str, Figure | None]) -> str:
+def render_html(results: RunOutcome, tree: Json, figures: dict[str, Figure | None]) -> str:
     """Render the page: no script, no link to elsewhere; every text is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fgaif.eval"),
@@ -134,7 +134,7 @@ def render_html(results: Results, tree: Json, figures: dict[str, Figure | None])
     )
 
 
-def _pope_tables(results: Results) -> dict[str, list[Change]]:
+def _pope_tables(results: RunOutcome) -> dict[str, list[Change]]:
     """POPE's figures by strategy, the mean first; empty without POPE."""
     sides: dict[str, list[PopeMetrics | None]] = {}
     evals = [results.evals.get(phase) for phase in PHASES]
@@ -146,13 +146,13 @@ def _pope_tables(results: Results) -> dict[str, list[Change]]:
     return {name: list(compare(*pair)) for name, pair in sides.items()}
 
 
-def _last_values(results: Results) -> Iterator[LastValue]:
+def _last_values(results: RunOutcome) -> Iterator[LastValue]:
     for name in sorted({name for step in results.steps for name in step.metrics}):
         values = [step.metrics[name] for step in results.steps if name in step.metrics]
         yield LastValue(name=name, first=values[0], last=values[-1], entry=explain(name))
 
 
-def _examples(results: Results) -> Iterator[Example]:
+def _examples(results: RunOutcome) -> Iterator[Example]:
     """Pair the captions of the first images by prompt, both modes, both phases."""
     table = {
         (phase, row["mode"], row["id"]): row

@@ -25,7 +25,7 @@ _PACKAGES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Results:
+class RunOutcome:
     """The outcome of a run by stage. ``missing`` has one sentence per part that is not there.
 
     ``colours`` are those of the run's kinds, in order. ``rewards`` are the reward models' cards by
@@ -68,7 +68,7 @@ class Results:
         }
 
 
-def read_results(run_dir: Path) -> Results:
+def read_run(run_dir: Path) -> RunOutcome:
     """Read everything that the stages wrote into a run folder.
 
     Raises:
@@ -86,7 +86,7 @@ def read_results(run_dir: Path) -> Results:
     feedback = summary.get("accuracy") or {}
     if summary and not feedback:
         missing.append("feedback accuracy: the truth is not known for these images")
-    return Results(
+    return RunOutcome(
         name=str(config.get("name", run_dir.name)),
         seed=config.get("seed"),
         colours=colours,
