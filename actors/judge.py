@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.settings import EngineSettings
 from actors.vllm_engine import EngineStats, VllmEngine
 from fgaif.chat.messages import ChatRequest, Reply
-from fgaif.config import Config
 from fgaif.types import Prompt
 
 _NEVER = 1e-9
@@ -15,7 +15,7 @@ _NEVER = 1e-9
 class JudgeActor:
     """One replica of the verifier."""
 
-    def __init__(self, model_dir: Path, config: Config) -> None:
+    def __init__(self, model_dir: Path, config: EngineSettings) -> None:
         self._engine = VllmEngine(model_dir, config)
 
     def answer(self, requests: Sequence[ChatRequest]) -> list[Reply | None]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actors.deepspeed_setup import import_deepspeed, join_process_group
 from actors.engine import LoraEngine
 from actors.progress import advance
-from fgaif.config import Config
+from actors.settings import LearnerSettings
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.logprobs import next_token_logprobs, response_logprobs
@@ -50,7 +50,12 @@ class LearnerActor:
     """Trains the policy's adapter; the base weights are frozen and are the reference."""
 
     def __init__(
-        self, config: Config, rank: int, world_size: int, master_addr: str, master_port: int
+        self,
+        config: LearnerSettings,
+        rank: int,
+        world_size: int,
+        master_addr: str,
+        master_port: int,
     ) -> None:
         """Load the policy, join the ranks' process group and start the DeepSpeed engine."""
         self._config = config

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from actors.progress import advance
+from actors.settings import ReferenceSettings
 from fgaif.checkpoint import load_optimizer_tensors, optimizer_tensors
-from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.inputs import EncodedBatch, Encoder, image_token_count
@@ -65,7 +65,7 @@ class ReferenceActor:
     with the value adapter switched off.
     """
 
-    def __init__(self, config: Config, rewards: Path) -> None:
+    def __init__(self, config: ReferenceSettings, rewards: Path) -> None:
         """Load the models; ``rewards/KIND`` starts the value model if ``ppo.value_init`` says so.
 
         Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from actors.progress import advance
-from fgaif.config import Config
+from actors.settings import RewardSettings
 from fgaif.errors import CheckpointError
 from fgaif.kinds import check_kinds
 from fgaif.lvlm.features import FeatureCache
@@ -25,7 +25,7 @@ from fgaif.types import FloatArray, ImageRef, Response, Segment, SegmentScores
 class _Scorer:
     """A loaded model with its encoder and feature cache."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RewardSettings) -> None:
         self._backbone = resolve_checkpoint(config.reward_backbone)
         self._micro_batch = config.reward.micro_batch
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +76,7 @@ class _Scorer:
 class RewardActor(_Scorer):
     """One reward model, its adapter merged."""
 
-    def __init__(self, reward_dir: Path, config: Config) -> None:
+    def __init__(self, reward_dir: Path, config: RewardSettings) -> None:
         super().__init__(config)
         self._kinds = config.kind_names
         self.load(reward_dir)
@@ -107,7 +107,7 @@ class RewardActor(_Scorer):
 class SharedRewardActor(_Scorer):
     """All kinds on one backbone, for where memory is short; ``rewards_dir`` holds the kinds."""
 
-    def __init__(self, rewards_dir: Path, config: Config) -> None:
+    def __init__(self, rewards_dir: Path, config: RewardSettings) -> None:
         super().__init__(config)
         self._kinds = config.kind_names
         self.load(rewards_dir)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actors.settings import EngineSettings
 from actors.vllm_engine import EngineStats, VllmEngine, sampling_parameters
 from fgaif.checkpoint import arrays_digest
-from fgaif.config import Config
 from fgaif.errors import SyncError
 from fgaif.types import (
     FloatArray,
@@ -28,7 +28,7 @@ _BANNED = -100.0  # logit bias of the image placeholder: a sampled one could not
 class RolloutActor:
     """One replica of the policy under sampling."""
 
-    def __init__(self, model_dir: Path, config: Config) -> None:
+    def __init__(self, model_dir: Path, config: EngineSettings) -> None:
         self._engine = VllmEngine(model_dir, config, adapters=True)
         self._temperature = config.policy.temperature
         self._version = 0

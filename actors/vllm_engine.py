@@ -21,8 +21,8 @@ from transformers import LlavaConfig
 
 from actors.progress import advance
 from actors.served_adapter import lora_settings, write_adapter
+from actors.settings import EngineSettings
 from fgaif.chat.messages import ChatRequest, Reply
-from fgaif.config import Config
 from fgaif.errors import CheckpointError, ConfigError, DataError, SyncError
 from fgaif.lvlm.arrival import Sums, add_sums, arrived
 from fgaif.lvlm.inputs import Encoder, image_token_count
@@ -65,7 +65,7 @@ class EngineStats:
 class VllmEngine:
     """vLLM with prompts as token ids and images as preprocessed pixels."""
 
-    def __init__(self, model_dir: Path, config: Config, *, adapters: bool = False) -> None:
+    def __init__(self, model_dir: Path, config: EngineSettings, *, adapters: bool = False) -> None:
         """``adapters``: LoRA adapters are to be loaded, and are served as configured."""
         start = time.perf_counter()
         engine, on_gpu = config.cluster.engine, torch.cuda.is_available()
@@ -364,13 +364,13 @@ def _first_ids(tokenizer: Any, word: str) -> set[int]:
     return {ids[0] for ids in pieces if len(ids) == 1} or {ids[0] for ids in pieces}
 
 
-def context_length(model_dir: Path, config: Config) -> int:
+def context_length(model_dir: Path, config: EngineSettings) -> int:
     """Tokens of prompt and answer together: as configured, as far as the model goes."""
     model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
     return min(config.cluster.engine.max_model_len, model.text_config.max_position_embeddings)
 
 
-def engine_settings(config: Config, max_model_len: int, on_gpu: bool) -> Json:
+def engine_settings(config: EngineSettings, max_model_len: int, on_gpu: bool) -> Json:
     """vLLM's engine arguments, here and in the server."""
     engine = config.cluster.engine
     device: Json = (

@@ -1,0 +1,74 @@
+"""What each role reads of the configuration: the sections that an actor names, and nothing else.
+
+An actor is given a :class:`fgaif.config.Config`, or anything that has these sections. mypy holds an
+actor to its own: a section that is not listed here cannot be read.
+"""
+
+# ruff: noqa: D102  # the sections say themselves what they are
+
+from typing import Protocol
+
+from fgaif.config import (
+    ClusterConfig,
+    DataConfig,
+    PolicyConfig,
+    PpoConfig,
+    RewardConfig,
+)
+from fgaif.types import Kind
+
+
+class EngineSettings(Protocol):
+    """A vLLM engine of the policy or of the verifier."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def policy(self) -> PolicyConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
+    @property
+    def merges_adapters(self) -> bool: ...
+
+
+class LearnerSettings(Protocol):
+    """A rank of the learner."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def policy(self) -> PolicyConfig: ...
+    @property
+    def ppo(self) -> PpoConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
+
+
+class ReferenceSettings(LearnerSettings, Protocol):
+    """The reference and value model, which may start from a reward model."""
+
+    @property
+    def reward(self) -> RewardConfig: ...
+    @property
+    def reward_backbone(self) -> str: ...
+
+
+class RewardSettings(Protocol):
+    """A scorer of one kind or of all."""
+
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def policy(self) -> PolicyConfig: ...
+    @property
+    def reward(self) -> RewardConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
+    @property
+    def reward_backbone(self) -> str: ...
+    @property
+    def kind_names(self) -> tuple[Kind, ...]: ...
