@@ -40,7 +40,7 @@ class _Scorer:
             "attention": config.policy.attention,
         }
 
-    def look(self, image: ImageRef) -> None:
+    def check_image(self, image: ImageRef) -> None:
         """Decode an image and keep its pixels; raises DataError if it is broken."""
         self._encoder.encoder.pixels(image)
 

@@ -14,11 +14,11 @@ from fgaif.feedback.facts import SceneFacts
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.reward.checkpoint import RewardCard, common_min_words, read_cards, rewards_version
 from fgaif.serving.schema import DEFAULT_PROMPT, CardOut, ModelOut
-from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, TextScorer
+from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput, TextScorer
 from fgaif.serving.shape import served_shape
 from fgaif.types import FloatArray, Kind, Response, Segment
 
-_PROBE = ScoreItem(
+_PROBE = ScoreInput(
     image=image_bytes(b"P6\n8 8\n255\n" + bytes([128]) * 192, "probe"),
     prompt=DEFAULT_PROMPT,
     texts=("There is a dog, and it is small.",),
@@ -33,7 +33,7 @@ class KindScorer:
         self._all = SharedRewardActor(rewards_dir, config) if self._one is None else None
         actor = self._one or self._all
         assert actor is not None
-        self.look = actor.look
+        self.check_image = actor.check_image
         self.length = actor.length
         self.max_length = actor.max_length
 
@@ -72,7 +72,7 @@ class ScoringActor:
         self._next: _Loaded | None = None
         self.probe()
 
-    def score(self, items: Sequence[ScoreItem]) -> list[ScoredItem | Refused]:
+    def score(self, items: Sequence[ScoreInput]) -> list[ScoreOutput | Refused]:
         """Score items together, in order, with one version."""
         return self._now.scorer.score(items)
 

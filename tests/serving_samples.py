@@ -21,7 +21,7 @@ from fgaif.feedback.facts import SceneFacts
 from fgaif.lvlm.model import load_lvlm
 from fgaif.reward.checkpoint import RewardCard, checkpoint_digest, save_reward_model
 from fgaif.reward.model import new_reward_model, trainable_state
-from fgaif.serving.errors import invalid
+from fgaif.serving.api_errors import invalid
 from fgaif.serving.schema import (
     CardOut,
     GenerateRequest,
@@ -30,7 +30,7 @@ from fgaif.serving.schema import (
     ModelsResponse,
     ReloadResponse,
 )
-from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, TextScorer
+from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput, TextScorer
 from fgaif.types import DEFAULT_KINDS, FloatArray, ImageRef, Response, Segment
 
 TEXT = (
@@ -83,7 +83,7 @@ class LocalBackend:
     def __init__(self, rewards: Path, config: Config) -> None:
         self.actor = ScoringActor(rewards, config)
 
-    async def score(self, item: ScoreItem) -> ScoredItem:
+    async def score(self, item: ScoreInput) -> ScoreOutput:
         (answer,) = self.actor.score([item])
         if isinstance(answer, Refused):
             raise answer.error()
@@ -110,7 +110,7 @@ class StubScorer:
 
     max_length = 512
 
-    def look(self, image: ImageRef) -> None:
+    def check_image(self, image: ImageRef) -> None:
         load_image(image)
 
     def length(self, response: Response, segments: Sequence[Segment]) -> int:
@@ -154,7 +154,7 @@ class StubBackend:
         self.version = "stub"
         self._scorer = text_scorer(scorer or StubScorer(), shape)
 
-    async def score(self, item: ScoreItem) -> ScoredItem:
+    async def score(self, item: ScoreInput) -> ScoreOutput:
         await asyncio.sleep(self.delay)
         (answer,) = self._scorer.score([item])
         if isinstance(answer, Refused):

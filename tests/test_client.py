@@ -333,7 +333,7 @@ def test_the_key_is_sent_and_shown_nowhere(
         ask("score", png(), "A dog.")
     assert KEY not in str(caught.value)
     client = RewardClient(stub.url)
-    assert KEY not in f"{client!r} {client._service!r}"
+    assert KEY not in f"{client!r} {client._settings!r}"
     for bad in ("two words\u00e9", "line\nbreak", "a b"):
         with pytest.raises(ConfigError, match="FGAIF_SERVE_KEY") as refused:
             RewardClient(stub.url, key=bad)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 import httpx2
 import pytest
 
-from fgaif.serving.errors import ApiError
+from fgaif.serving.api_errors import ApiError
 from fgaif.serving.fetch import fetch, is_public
 
 PUBLIC = "93.184.216.34"

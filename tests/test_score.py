@@ -21,7 +21,7 @@ from fgaif.errors import CheckpointError, ConfigError, DataError
 from fgaif.reward.checkpoint import RewardCard
 from fgaif.reward.dense import RewardCenters, dense_rewards
 from fgaif.serving.rewards import Rewards, TextScores, load_rewards
-from fgaif.serving.scoring import ScoredItem, ScoreItem
+from fgaif.serving.scoring import ScoreInput, ScoreOutput
 from fgaif.types import DEFAULT_KINDS, SegmentClass, SegmentScores
 
 TEXTS = (serving_samples.TEXT, "There is a dog. There is a dog.", "A moon.")
@@ -55,9 +55,9 @@ def test_scores_are_the_scoring_actors_to_the_bit(
 ) -> None:
     actor = ScoringActor(folder, config_of(tiny_llava_dir))
     content = serving_samples.png()
-    item = ScoreItem(image=image_bytes(content, "p"), prompt="What is it?", texts=TEXTS)
+    item = ScoreInput(image=image_bytes(content, "p"), prompt="What is it?", texts=TEXTS)
     (answer,) = actor.score([item])
-    assert isinstance(answer, ScoredItem)
+    assert isinstance(answer, ScoreOutput)
     scores = rewards.score(content, list(TEXTS), "What is it?")
     assert rewards.version == answer.version
     for mine, theirs in zip(scores, answer.texts, strict=True):

@@ -12,8 +12,8 @@ from serving_samples import png
 from cluster.serving.backend import ServeBackend
 from fgaif.config import RewardShapeConfig, load_config
 from fgaif.data.images import image_bytes
-from fgaif.serving.errors import ApiError
-from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
+from fgaif.serving.api_errors import ApiError
+from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput
 
 IMAGE = image_bytes(png(), "test")
 
@@ -25,7 +25,7 @@ class Scorer:
         self.calls: list[list[str]] = []
         self.score = SimpleNamespace(remote=self._remote)
 
-    def _remote(self, items: Sequence[ScoreItem]) -> asyncio.Task[list[Any]]:
+    def _remote(self, items: Sequence[ScoreInput]) -> asyncio.Task[list[Any]]:
         texts = [item.texts[0] for item in items]
         self.calls.append(texts)
 
@@ -34,7 +34,7 @@ class Scorer:
             return [
                 Refused(field="text", message="no")
                 if text == "bad"
-                else ScoredItem(texts=(), version=text, shape=RewardShapeConfig())
+                else ScoreOutput(texts=(), version=text, shape=RewardShapeConfig())
                 for text in texts
             ]
 
@@ -48,13 +48,13 @@ def ask(scorer: Scorer, texts: Sequence[str], overrides: Sequence[str]) -> list[
         config = load_config(None, overrides).serve
         backend = ServeBackend([cast(DeploymentHandle, scorer)], None, config)
         items = [
-            ScoreItem(image=IMAGE, prompt="Describe this image in detail.", texts=(text,))
+            ScoreInput(image=IMAGE, prompt="Describe this image in detail.", texts=(text,))
             for text in texts
         ]
         answers = await asyncio.gather(
             *(backend.score(item) for item in items), return_exceptions=True
         )
-        return [a.version if isinstance(a, ScoredItem) else a for a in answers]
+        return [a.version if isinstance(a, ScoreOutput) else a for a in answers]
 
     return asyncio.run(work())
 

@@ -17,8 +17,8 @@ from fgaif.data.images import image_bytes
 from fgaif.errors import ConfigError
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.app import create_app
-from fgaif.serving.guard import foreign
-from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
+from fgaif.serving.middleware import foreign
+from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput
 
 KEY = "a-key-of-the-tests-0123456789"
 URI = data_uri(png())
@@ -255,10 +255,10 @@ def test_probabilities_that_are_not_finite_are_a_failure_and_harm_no_neighbour(
     # Items of one batch of the models, too.
     scorer = text_scorer(NanForLong())
     picture = image_bytes(png(), "test")
-    inputs = [ScoreItem(image=picture, prompt="Q", texts=(text,)) for text in (TEXT, "a dog")]
+    inputs = [ScoreInput(image=picture, prompt="Q", texts=(text,)) for text in (TEXT, "a dog")]
     failed, fine = scorer.score(inputs)
     assert isinstance(failed, Refused)
-    assert isinstance(fine, ScoredItem)
+    assert isinstance(fine, ScoreOutput)
 
 
 def test_answers_carry_security_headers_and_no_foreign_site_is_let_in() -> None:

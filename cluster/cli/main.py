@@ -317,7 +317,7 @@ def serve_rewards(
     needs. [bold]--dry-run[/bold] prints a file for `serve deploy`.
     """
     from cluster.serving.deployments import ServeArgs
-    from cluster.serving.run import print_service, run_service
+    from cluster.serving.start import print_service, run_service
 
     settings = _load(config, overrides)
     args = ServeArgs(rewards=rewards, config=config, set=tuple(overrides or ()), policy=policy)

@@ -1,4 +1,4 @@
-"""The models behind the web application, as Serve handles."""
+"""The web application's access to the models: calls of Ray Serve deployments."""
 
 import asyncio
 import logging
@@ -14,8 +14,8 @@ from fgaif.chat.messages import gather_all
 from fgaif.config import ServeConfig
 from fgaif.data.images import ImageBytes
 from fgaif.errors import CheckpointError
+from fgaif.serving.api_errors import invalid, overloaded, unavailable
 from fgaif.serving.batcher import Batcher
-from fgaif.serving.errors import invalid, overloaded, unavailable
 from fgaif.serving.schema import (
     GenerateRequest,
     GenerateResponse,
@@ -23,7 +23,7 @@ from fgaif.serving.schema import (
     ModelsResponse,
     ReloadResponse,
 )
-from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem, merge_kinds
+from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput, merge_kinds
 
 _TRIES = 3
 _SWAP_S = 0.05
@@ -45,7 +45,7 @@ class ServeBackend:
         self._config = config
         self._reloading = asyncio.Lock()
 
-    async def score(self, item: ScoreItem) -> ScoredItem:
+    async def score(self, item: ScoreInput) -> ScoreOutput:
         """Score with one version of all kinds: kinds on both sides of a swap are asked again."""
         for _ in range(_TRIES):
             answers = await gather_all(batched(item) for batched in self._batched)
@@ -100,7 +100,7 @@ class ServeBackend:
         return sum(len(replicas) for replicas in answers)
 
 
-def _not_refused(answer: ScoredItem | Refused) -> ScoredItem:
+def _not_refused(answer: ScoreOutput | Refused) -> ScoreOutput:
     if isinstance(answer, Refused):
         raise answer.error()
     return answer
@@ -108,7 +108,7 @@ def _not_refused(answer: ScoredItem | Refused) -> ScoredItem:
 
 def _batcher(
     scorer: DeploymentHandle, config: ServeConfig
-) -> Batcher[ScoreItem, ScoredItem | Refused]:
+) -> Batcher[ScoreInput, ScoreOutput | Refused]:
     """Calls of a scorer: one for each batch, a batch waiting in the replica while one is scored.
 
     Autoscaling counts calls, not requests: with it each request is a call of its own, and batches
@@ -118,7 +118,7 @@ def _batcher(
     size = batch.size if replicas.min == replicas.max else 1
     calls = 2 * replicas.max if size > 1 else sys.maxsize
 
-    async def score(items: list[ScoreItem]) -> Sequence[ScoredItem | Refused]:
+    async def score(items: list[ScoreInput]) -> Sequence[ScoreOutput | Refused]:
         async with asyncio.timeout(config.timeout_s):
             return await _call(scorer.score, items)
 

@@ -1,4 +1,4 @@
-"""The reward models on Ray Serve: plain classes, made deployments in one place, ``deploy``.
+"""The service's Ray Serve deployments: plain classes; only ``deploy`` makes deployments of them.
 
     clients -> api (ingress: checks, limits, page) -> scorer (all kinds on one backbone)
                                                     | scorer-object, -attribute, -relation
@@ -29,9 +29,9 @@ from fgaif.errors import ActorError, ConfigError, DataError
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.app import create_app
 from fgaif.serving.batcher import Batcher
-from fgaif.serving.guard import log_failure
+from fgaif.serving.middleware import log_failure
 from fgaif.serving.schema import GenerateRequest, GenerateResponse, ModelOut
-from fgaif.serving.scoring import Refused, ScoredItem, ScoreItem
+from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput
 from fgaif.types import GenerationRequest, Kind, Prompt
 
 APP = "fgaif"
@@ -65,7 +65,7 @@ class ServeArgs(BaseModel):
 
 
 class ScorerReplica:
-    """A scoring actor behind Serve: one thread for its models, batches before it."""
+    """Serve replica with a scoring actor: batches calls and runs the models in one thread."""
 
     def __init__(self, rewards: Path, config: Config, kinds: Sequence[Kind]) -> None:
         from actors.scorer import ScoringActor  # torch: not in the ingress
@@ -77,11 +77,11 @@ class ScorerReplica:
         self._scored = False
         self._batched = Batcher(self._score, size=config.serve.batch.size)
 
-    async def score(self, items: Sequence[ScoreItem]) -> list[ScoredItem | Refused]:
+    async def score(self, items: Sequence[ScoreInput]) -> list[ScoreOutput | Refused]:
         """Score items, together with those of other calls that wait."""
         return await gather_all(self._batched(item) for item in items)
 
-    async def _score(self, items: list[ScoreItem]) -> list[ScoredItem | Refused]:
+    async def _score(self, items: list[ScoreInput]) -> list[ScoreOutput | Refused]:
         self._busy_since = time.monotonic()
         try:
             answers = await self._run(self._actor.score, items)
@@ -130,7 +130,7 @@ class ScorerReplica:
 
 
 class GeneratorReplica:
-    """The policy's vLLM engine behind Serve."""
+    """Serve replica with the policy's vLLM engine."""
 
     def __init__(self, model: Path, config: Config) -> None:
         from actors.rollout import RolloutActor
@@ -168,7 +168,7 @@ class GeneratorReplica:
 
 
 class Ingress:
-    """The web application in front of the scorers; see ``fgaif/serving/app.py``.
+    """Serve replica with the web application of ``fgaif/serving/app.py``.
 
     Raises:
         ConfigError: a key is needed and this process finds none.
@@ -196,12 +196,12 @@ class Ingress:
 
     async def drain(self) -> int:
         """Refuse new requests and wait for those in work; return how many were left."""
-        gate = self._app.state.gate
-        gate.shut = True
+        in_flight = self._app.state.in_flight
+        in_flight.draining = True
         end = time.monotonic() + self._config.serve.drain_s
-        while (gate.working or gate.streams) and time.monotonic() < end:
+        while (in_flight.requests or in_flight.streams) and time.monotonic() < end:
             await asyncio.sleep(_DRAIN_STEP_S)
-        return int(gate.working + gate.streams)
+        return int(in_flight.requests + in_flight.streams)
 
 
 def app(args: ServeArgs) -> Application:
@@ -219,7 +219,7 @@ def default_config() -> Path:
 
 
 def deploy(config: Config, args: ServeArgs) -> Application:
-    """Make every deployment of the service: the only place where classes become deployments."""
+    """Make every deployment of the service."""
     options = deployment_options(config, args)
     scorers = []
     for name, kinds in scorer_kinds(config).items():

@@ -43,32 +43,32 @@ class LimitedHeads(HttpToolsProtocol):
     _upgraded = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first head."""
+        """Start the time of the first head."""
         super().connection_made(transport)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Stop the time."""
         self._stop_waiting()
         super().connection_lost(exc)
 
     def on_headers_complete(self) -> None:
-        """A head has ended."""
+        """Note that a body follows."""
         self._in_message = True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """A body has ended."""
+        """Note that a head may follow."""
         self._in_message = False
         super().on_message_complete()
 
     def handle_websocket_upgrade(self) -> None:
-        """From here on the connection is another protocol's."""
+        """Leave the connection to the WebSocket protocol."""
         self._upgraded = True
         super().handle_websocket_upgrade()
 
     def data_received(self, data: bytes) -> None:
-        """Read on; stop waiting where that makes a request."""
+        """Parse; stop the time once a request is complete, close a head that is too large."""
         in_head = not self._in_message
         super().data_received(data)
         if self._upgraded or (self.cycle is not None and not self.cycle.response_complete):

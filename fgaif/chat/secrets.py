@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -32,15 +33,8 @@ def read_key(entry: str, config: "EndpointConfig") -> str:
     Raises:
         ConfigError: no key, an unreadable file, or a key that cannot be an HTTP header.
     """
-    where = f"environment variable {config.api_key_env}"
-    key = os.environ.get(config.api_key_env, "").strip()
-    if config.api_key_file is not None:
-        where = f"endpoints.{entry}.api_key_file = {config.api_key_file}"
-        try:
-            key = config.api_key_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "is no text"
-            raise ConfigError(f"{where}: {reason}; name a file that holds the key alone") from None
+    setting = f"endpoints.{entry}.api_key_file"
+    where, key = find_key(config.api_key_env, config.api_key_file, setting)
     if not key and is_loopback(config.base_url):
         return NO_KEY
     if not key:
@@ -48,10 +42,37 @@ def read_key(entry: str, config: "EndpointConfig") -> str:
             f"endpoints.{entry}: no key for {config.base_url}; set the environment variable "
             f"{config.api_key_env}, or endpoints.{entry}.api_key_file to a file that holds it"
         )
-    if not (key.isascii() and key.isprintable() and " " not in key):
+    if not fits_header(key):
         raise ConfigError(f"{where}: holds no key (blanks or control characters in it); correct it")
     _keys.add(key)
     return key
+
+
+def find_key(variable: str, file: Path | None, setting: str) -> tuple[str, str]:
+    """Look for a key in a file, or without one in an environment variable.
+
+    Args:
+        setting: the configuration key that names the file.
+
+    Returns:
+        Where it was looked for, in words, and what is there: an empty text for nothing.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if file is None:
+        return f"environment variable {variable}", os.environ.get(variable, "").strip()
+    where = f"{setting} = {file}"
+    try:
+        return where, file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is no text"
+        raise ConfigError(f"{where}: {reason}; name a file that holds the key alone") from None
+
+
+def fits_header(key: str) -> bool:
+    """Whether a key can stand in an HTTP header: printable ASCII without blanks."""
+    return key.isascii() and key.isprintable() and " " not in key
 
 
 def is_loopback(base_url: str) -> bool:

@@ -1,8 +1,8 @@
 """Client of the scoring service, without torch and Ray; see :mod:`fgaif.client.client`."""
 
+from fgaif.client.answers import ScoringError, ScoringRefused
 from fgaif.client.client import AsyncRewardClient, RewardClient
 from fgaif.client.requests import ScoreItem
-from fgaif.client.results import ScoringError, ScoringRefused
 from fgaif.client.trl import trl_reward
 
 __all__ = [

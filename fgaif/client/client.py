@@ -9,6 +9,7 @@ times in all; ``timeout_s`` bounds one attempt. All raise :class:`ScoringRefused
 is at fault and :class:`ScoringError` where there is no score for another reason.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
@@ -18,57 +19,36 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import httpx2
 from pydantic import BaseModel
 from tenacity import AsyncRetrying, Retrying
 
+from fgaif.client.answers import Event, ScoringError, read, rewards, unreached
 from fgaif.client.requests import (
-    BATCH,
-    GET_REWARD,
-    MODELS,
-    SCORE,
     Batch,
+    Call,
+    ClientSettings,
     Image,
     ScoreItem,
-    Service,
-    encode,
-    make_service,
-    reward_body,
+    client_settings,
+    models_call,
+    reward_call,
+    score_call,
     start,
 )
-from fgaif.client.results import Event, ScoringError, read, rewards, unreached
 from fgaif.client.streams import exchange, exchange_async, open_stream, open_stream_async
-from fgaif.serving.schema import (
-    DEFAULT_PROMPT,
-    BatchResponse,
-    ModelsResponse,
-    RewardResponse,
-    ScoreResponse,
-)
+from fgaif.serving.schema import DEFAULT_PROMPT, ModelsResponse, RewardResponse, ScoreResponse
 from fgaif.types import Kind
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
-_JSON = {"Content-Type": "application/json"}
 
-
-class RewardClient:
-    """The service, for ordinary code; may be shared by threads.
-
-    Args:
-        base_url: where ``fgaif serve`` listens.
-        key: the service's key; default: the environment variable ``FGAIF_SERVE_KEY``.
-        timeout_s: of one attempt.
-        attempts: of a call, the first one included.
-        backoff_s: pause before the second attempt where the service names none; it doubles.
-
-    Raises:
-        ConfigError: an address, key or number that cannot be used.
-    """
+class _Client(ABC):
+    """Settings and connections of both clients."""
 
     def __init__(
         self,
@@ -80,8 +60,47 @@ class RewardClient:
         backoff_s: float = 0.5,
     ) -> None:
         self._use(
-            make_service(base_url, key, timeout_s=timeout_s, attempts=attempts, backoff_s=backoff_s)
+            client_settings(
+                base_url, key, timeout_s=timeout_s, attempts=attempts, backoff_s=backoff_s
+            )
         )
+
+    # Trainers with worker processes pickle their reward functions; connections stay behind.
+    def __getstate__(self) -> ClientSettings:
+        return self._settings
+
+    def __setstate__(self, settings: ClientSettings) -> None:
+        self._use(settings)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._settings.base_url!r})"
+
+    def _use(self, settings: ClientSettings) -> None:
+        self._settings = settings
+        self._http = self._connect(settings)
+
+    @abstractmethod
+    def _connect(self, settings: ClientSettings) -> Any:
+        """An HTTP client."""
+
+    def _unreached(self, call: Call[Any], error: Exception) -> ScoringError:
+        where = f"{self._settings.base_url}{call.path}"
+        return unreached(where, error, self._settings.timeout_s)
+
+
+class RewardClient(_Client):
+    """Client of the scoring service for ordinary code; may be shared by threads.
+
+    Args:
+        base_url: where ``fgaif serve`` listens.
+        key: the service's key; default: the environment variable ``FGAIF_SERVE_KEY``.
+        timeout_s: of one attempt.
+        attempts: of a call, the first one included.
+        backoff_s: pause before the second attempt where the service names none; it doubles.
+
+    Raises:
+        ConfigError: an address, key or number that cannot be used.
+    """
 
     def score(
         self,
@@ -98,8 +117,7 @@ class RewardClient:
             ScoringError: no score.
         """
         item = ScoreItem(image=image, text=text, prompt=prompt, facts=facts)
-        body = encode(item.body())
-        return self._retrying(self._post, SCORE, body, ScoreResponse)
+        return self._retrying(self._send, score_call(item))
 
     def score_batch(self, items: Sequence[ScoreItem]) -> list[ScoreResponse | ScoringError]:
         """Score several images; the place of an item that got no score holds its error.
@@ -108,11 +126,10 @@ class RewardClient:
             DataError: an image's file cannot be read.
             ScoringError: the request as a whole failed.
         """
-        batch = Batch(items)
-        where = f"{self._service.base_url}{BATCH}"
+        batch = Batch(items, self._settings.base_url)
 
         def attempt() -> None:
-            batch.take(self._post(BATCH, batch.body(), BatchResponse), where)
+            batch.take(self._send(batch.call()))
 
         try:
             self._retrying(attempt)
@@ -148,8 +165,7 @@ class RewardClient:
             DataError: an image's file cannot be read.
             ScoringError: no scores.
         """
-        body = encode(reward_body(queries, prompts, images, question))
-        return self._retrying(self._post, GET_REWARD, body, RewardResponse)
+        return self._retrying(self._send, reward_call(queries, prompts, images, question))
 
     def stream(
         self, image: Image, pieces: Iterable[str], *, prompt: str = DEFAULT_PROMPT
@@ -165,12 +181,12 @@ class RewardClient:
             ScoringError: no score, or the connection broke.
         """
         first = start(image, prompt)
-        with self._retrying(open_stream, self._service, first) as socket:
-            yield from exchange(socket, self._service, pieces)
+        with self._retrying(open_stream, self._settings, first) as socket:
+            yield from exchange(socket, self._settings, pieces)
 
     def models(self) -> ModelsResponse:
         """Tell which reward models are served."""
-        return self._retrying(self._get, MODELS, ModelsResponse)
+        return self._retrying(self._send, models_call())
 
     def close(self) -> None:
         """Close the connections."""
@@ -182,53 +198,22 @@ class RewardClient:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"RewardClient({self._service.base_url!r})"
-
-    # Trainers with worker processes pickle their reward functions; connections stay behind.
-    def __getstate__(self) -> Service:
-        return self._service
-
-    def __setstate__(self, service: Service) -> None:
-        self._use(service)
-
-    def _use(self, service: Service) -> None:
-        self._service = service
-        self._http = httpx2.Client(**service.http())
+    def _connect(self, settings: ClientSettings) -> httpx2.Client:
+        return httpx2.Client(**settings.http())
 
     def _retrying(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        return Retrying(**self._service.retries())(call, *args, **options)
+        return Retrying(**self._settings.retries())(call, *args, **options)
 
-    def _post(self, path: str, body: bytes, model: type[Model]) -> Model:
-        return self._ask(self._http.build_request("POST", path, content=body, headers=_JSON), model)
-
-    def _get(self, path: str, model: type[Model]) -> Model:
-        return self._ask(self._http.build_request("GET", path), model)
-
-    def _ask(self, request: httpx2.Request, model: type[Model]) -> Model:
+    def _send(self, call: Call[Model]) -> Model:
         try:
-            response = self._http.send(request)
+            response = self._http.request(**call.http())
         except httpx2.HTTPError as error:
-            raise unreached(str(request.url), error, self._service.timeout_s) from None
-        return read(response, model)
+            raise self._unreached(call, error) from None
+        return read(response, call.answer)
 
 
-class AsyncRewardClient:
-    """The service, for asyncio: :class:`RewardClient` with awaited calls, in one event loop."""
-
-    def __init__(
-        self,
-        base_url: str,
-        key: str | None = None,
-        *,
-        timeout_s: float = 60.0,
-        attempts: int = 6,
-        backoff_s: float = 0.5,
-    ) -> None:
-        self._service = make_service(
-            base_url, key, timeout_s=timeout_s, attempts=attempts, backoff_s=backoff_s
-        )
-        self._http = httpx2.AsyncClient(**self._service.http())
+class AsyncRewardClient(_Client):
+    """Client for asyncio: :class:`RewardClient` with awaited calls, used in one event loop."""
 
     async def score(
         self,
@@ -239,16 +224,15 @@ class AsyncRewardClient:
         facts: bool = False,
     ) -> ScoreResponse:
         """See :meth:`RewardClient.score`."""
-        body = encode(ScoreItem(image=image, text=text, prompt=prompt, facts=facts).body())
-        return await self._retrying(self._post, SCORE, body, ScoreResponse)
+        item = ScoreItem(image=image, text=text, prompt=prompt, facts=facts)
+        return await self._retrying(self._send, score_call(item))
 
     async def score_batch(self, items: Sequence[ScoreItem]) -> list[ScoreResponse | ScoringError]:
         """See :meth:`RewardClient.score_batch`."""
-        batch = Batch(items)
-        where = f"{self._service.base_url}{BATCH}"
+        batch = Batch(items, self._settings.base_url)
 
         async def attempt() -> None:
-            batch.take(await self._post(BATCH, batch.body(), BatchResponse), where)
+            batch.take(await self._send(batch.call()))
 
         try:
             await self._retrying(attempt)
@@ -271,21 +255,20 @@ class AsyncRewardClient:
         question: str | None = None,
     ) -> RewardResponse:
         """See :meth:`RewardClient.get_reward`."""
-        body = encode(reward_body(queries, prompts, images, question))
-        return await self._retrying(self._post, GET_REWARD, body, RewardResponse)
+        return await self._retrying(self._send, reward_call(queries, prompts, images, question))
 
     async def stream(
         self, image: Image, pieces: AsyncIterable[str], *, prompt: str = DEFAULT_PROMPT
     ) -> AsyncIterator[Event]:
         """See :meth:`RewardClient.stream`; here scores are yielded as soon as they come."""
         first = start(image, prompt)
-        socket = await self._retrying(open_stream_async, self._service, first)
-        async for event in exchange_async(socket, self._service, pieces):
+        socket = await self._retrying(open_stream_async, self._settings, first)
+        async for event in exchange_async(socket, self._settings, pieces):
             yield event
 
     async def models(self) -> ModelsResponse:
         """See :meth:`RewardClient.models`."""
-        return await self._retrying(self._get, MODELS, ModelsResponse)
+        return await self._retrying(self._send, models_call())
 
     async def close(self) -> None:
         """Close the connections."""
@@ -297,24 +280,17 @@ class AsyncRewardClient:
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         await self.close()
 
-    def __repr__(self) -> str:
-        return f"AsyncRewardClient({self._service.base_url!r})"
+    def _connect(self, settings: ClientSettings) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(**settings.http())
 
     async def _retrying(
         self, call: Callable[P, Awaitable[T]], *args: P.args, **options: P.kwargs
     ) -> T:
-        return await AsyncRetrying(**self._service.retries())(call, *args, **options)
+        return await AsyncRetrying(**self._settings.retries())(call, *args, **options)
 
-    async def _post(self, path: str, body: bytes, model: type[Model]) -> Model:
-        request = self._http.build_request("POST", path, content=body, headers=_JSON)
-        return await self._ask(request, model)
-
-    async def _get(self, path: str, model: type[Model]) -> Model:
-        return await self._ask(self._http.build_request("GET", path), model)
-
-    async def _ask(self, request: httpx2.Request, model: type[Model]) -> Model:
+    async def _send(self, call: Call[Model]) -> Model:
         try:
-            response = await self._http.send(request)
+            response = await self._http.request(**call.http())
         except httpx2.HTTPError as error:
-            raise unreached(str(request.url), error, self._service.timeout_s) from None
-        return read(response, model)
+            raise self._unreached(call, error) from None
+        return read(response, call.answer)

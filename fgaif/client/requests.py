@@ -1,4 +1,4 @@
-"""What both clients share: where the service is, what is sent, and when it is sent again.
+"""What both clients share: the settings of a client, its requests, and when they are sent again.
 
 A score depends on its request alone, so that whatever may have been lost is sent again: refused
 connections and time-outs, 429 and 5xx, after the pause that the service asks for.
@@ -11,21 +11,47 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
+from pydantic import BaseModel
 from tenacity import RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
-from fgaif.chat.secrets import is_loopback
-from fgaif.client.results import KEY_VARIABLE, LONGEST_WAIT_S, ScoringError, failure, told
+from fgaif.chat.secrets import fits_header, is_loopback
+from fgaif.client.answers import KEY_VARIABLE, LONGEST_WAIT_S, ScoringError, answered_error, failure
 from fgaif.errors import ConfigError, DataError
-from fgaif.serving.schema import DEFAULT_PROMPT, BatchResponse, ScoreResponse
+from fgaif.serving.schema import (
+    DEFAULT_PROMPT,
+    BatchResponse,
+    ModelsResponse,
+    RewardResponse,
+    ScoreResponse,
+)
 from fgaif.types import Json
 
 SCORE, BATCH, MODELS = "/v1/score", "/v1/score/batch", "/v1/models"
 GET_REWARD = "/get_reward"
+_JSON = {"Content-Type": "application/json"}
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[Model]):
+    """A request to the service, and what its answer is read as."""
+
+    path: str
+    answer: type[Model]
+    body: bytes | None = None
+    """JSON to post; without it the request is a GET."""
+
+    def http(self) -> dict[str, Any]:
+        """Arguments of an HTTP client's ``request``."""
+        if self.body is None:
+            return {"method": "GET", "url": self.path}
+        return {"method": "POST", "url": self.path, "content": self.body, "headers": _JSON}
 
 
 class Picture(Protocol):
@@ -82,8 +108,8 @@ def encode_image(image: Image) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """An address with its key, and how long and how often it is asked."""
+class ClientSettings:
+    """Where a service is and its key, how long an attempt may take, and how many there are."""
 
     base_url: str
     key: str | None = field(repr=False)
@@ -99,9 +125,7 @@ class Service:
                 f"base_url {shown!r}: give an address such as http://127.0.0.1:8000, without user, "
                 "password and query"
             )
-        if self.key is not None and not (
-            self.key.isascii() and self.key.isprintable() and " " not in self.key
-        ):
+        if self.key is not None and not fits_header(self.key):
             raise ConfigError(
                 f"the key (key= or {KEY_VARIABLE}) holds blanks or control characters"
             )
@@ -155,16 +179,16 @@ class Service:
         }
 
 
-def make_service(
+def client_settings(
     base_url: str, key: str | None, *, timeout_s: float, attempts: int, backoff_s: float
-) -> Service:
-    """The service at ``base_url``; the key's default is the environment variable's.
+) -> ClientSettings:
+    """Settings of a client of ``base_url``; the key's default is the environment variable's.
 
     Raises:
         ConfigError: an address, key or number that cannot be used.
     """
     found = (os.environ.get(KEY_VARIABLE, "") if key is None else key).strip()
-    return Service(
+    return ClientSettings(
         base_url=base_url.rstrip("/"),
         key=found or None,
         timeout_s=timeout_s,
@@ -185,13 +209,23 @@ def encode(body: Json) -> bytes:
         raise DataError("a text holds half of a character (a lone surrogate); remove it") from None
 
 
-def reward_body(
+def score_call(item: ScoreItem) -> Call[ScoreResponse]:
+    """Score one image's texts; raises DataError as :meth:`ScoreItem.body`."""
+    return Call(path=SCORE, answer=ScoreResponse, body=encode(item.body()))
+
+
+def reward_call(
     queries: Sequence[str], prompts: Sequence[str], images: Sequence[Image], question: str | None
-) -> Json:
-    """The JSON of OpenRLHF's request, with images."""
+) -> Call[RewardResponse]:
+    """OpenRLHF's request, with images; raises DataError as :func:`encode_image`."""
     pictures = [encode_image(image) for image in images]
     sent = {"query": list(queries), "prompts": list(prompts), "images": pictures}
-    return sent | {"question": question}
+    return Call(path=GET_REWARD, answer=RewardResponse, body=encode(sent | {"question": question}))
+
+
+def models_call() -> Call[ModelsResponse]:
+    """Ask which models are served."""
+    return Call(path=MODELS, answer=ModelsResponse)
 
 
 def start(image: Image, prompt: str) -> str:
@@ -207,7 +241,8 @@ def delta(piece: str) -> str:
 class Batch:
     """Items that are sent together; those that the service was too busy for are sent again."""
 
-    def __init__(self, items: Sequence[ScoreItem]) -> None:
+    def __init__(self, items: Sequence[ScoreItem], base_url: str) -> None:
+        self._where = f"{base_url}{BATCH}"
         self._bodies = dict(enumerate(item.body() for item in items))
         self._results: dict[int, ScoreResponse | ScoringError] = {}
         self.busy: ScoringError | None = None
@@ -217,12 +252,13 @@ class Batch:
         """A response or an error for each item, in order."""
         return [self._results[index] for index in sorted(self._results)]
 
-    def body(self) -> bytes:
+    def call(self) -> Call[BatchResponse]:
         """The request for the items that have no final answer."""
-        return encode({"items": list(self._bodies.values())})
+        body = encode({"items": list(self._bodies.values())})
+        return Call(path=BATCH, answer=BatchResponse, body=body)
 
-    def take(self, answer: BatchResponse, where: str) -> None:
-        """Keep the answers to ``body()``.
+    def take(self, answer: BatchResponse) -> None:
+        """Keep the answers to ``call()``.
 
         Raises:
             ScoringError: some items have to be sent again; it is ``busy`` from now on.
@@ -230,14 +266,14 @@ class Batch:
         sent = list(self._bodies)
         if len(answer.responses) != len(sent):
             counts = f"{len(answer.responses)} answers to {len(sent)} items"
-            raise failure(f"{where}: {counts}", type="unreadable")
+            raise failure(f"{self._where}: {counts}", type="unreadable")
         self.busy = None
         for index, response in zip(sent, answer.responses, strict=True):
             if isinstance(response, ScoreResponse):
                 self._results[index] = response
                 del self._bodies[index]
                 continue
-            error = told(f"{where}: items.{index}", response.error.model_dump())
+            error = answered_error(f"{self._where}: items.{index}", response.error.model_dump())
             self._results[index] = error
             if error.passing:
                 self.busy = error

@@ -1,4 +1,4 @@
-"""The client's end of a stream: text goes out in pieces, scores of sub-sentences come back."""
+"""The client's side of a WebSocket stream, with and without asyncio."""
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
@@ -10,8 +10,8 @@ from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from fgaif.client.requests import Service, delta
-from fgaif.client.results import Event, ScoringError, denied, read_event, read_ready, unreached
+from fgaif.client.answers import Event, ScoringError, denied, read_event, read_ready, unreached
+from fgaif.client.requests import ClientSettings, delta
 from fgaif.serving.schema import TextResult
 
 _BROKEN = (OSError, WebSocketException)
@@ -19,27 +19,29 @@ _END = '{"end": true}'
 _LARGEST_MESSAGE = 2**26
 
 
-def open_stream(service: Service, first: str) -> ClientConnection:
+def open_stream(settings: ClientSettings, first: str) -> ClientConnection:
     """Connect, send the first message and wait until the service is ready.
 
     Raises:
         ScoringError: refused, out of reach, or too late.
     """
-    url, socket = service.stream_url, None
+    url, socket = settings.stream_url, None
     try:
-        socket = connect(url, **_options(service))
+        socket = connect(url, **_options(settings))
         socket.send(first)
-        read_ready(url, socket.recv(service.timeout_s))
+        read_ready(url, socket.recv(settings.timeout_s))
     except (*_BROKEN, ScoringError) as error:
         if socket is not None:
             socket.close()
-        raise _explained(url, error, service) from None
+        raise _explained(url, error, settings) from None
     return socket
 
 
-def exchange(socket: ClientConnection, service: Service, pieces: Iterable[str]) -> Iterator[Event]:
+def exchange(
+    socket: ClientConnection, settings: ClientSettings, pieces: Iterable[str]
+) -> Iterator[Event]:
     """Send the pieces and yield what comes back, after each piece and at the end."""
-    url = service.stream_url
+    url = settings.stream_url
     event: Event | None = None
     try:
         with suppress(ConnectionClosed):  # the service's last message says why
@@ -49,10 +51,10 @@ def exchange(socket: ClientConnection, service: Service, pieces: Iterable[str]) 
                     yield read_event(url, message)
             socket.send(_END)
         while not isinstance(event, TextResult):
-            event = read_event(url, socket.recv(service.timeout_s))
+            event = read_event(url, socket.recv(settings.timeout_s))
             yield event
     except _BROKEN as error:
-        raise unreached(url, error, service.timeout_s) from None
+        raise unreached(url, error, settings.timeout_s) from None
 
 
 def _waiting(socket: ClientConnection) -> Iterator[str | bytes]:
@@ -62,26 +64,26 @@ def _waiting(socket: ClientConnection) -> Iterator[str | bytes]:
             yield socket.recv(0)
 
 
-async def open_stream_async(service: Service, first: str) -> AsyncConnection:
+async def open_stream_async(settings: ClientSettings, first: str) -> AsyncConnection:
     """See :func:`open_stream`."""
-    url, socket = service.stream_url, None
+    url, socket = settings.stream_url, None
     try:
-        socket = await connect_async(url, **_options(service))
+        socket = await connect_async(url, **_options(settings))
         await socket.send(first)
-        async with asyncio.timeout(service.timeout_s):
+        async with asyncio.timeout(settings.timeout_s):
             read_ready(url, await socket.recv())
     except (*_BROKEN, ScoringError) as error:
         if socket is not None:
             await socket.close()
-        raise _explained(url, error, service) from None
+        raise _explained(url, error, settings) from None
     return socket
 
 
 async def exchange_async(
-    socket: AsyncConnection, service: Service, pieces: AsyncIterable[str]
+    socket: AsyncConnection, settings: ClientSettings, pieces: AsyncIterable[str]
 ) -> AsyncIterator[Event]:
     """Send the pieces and yield what comes back, as soon as it comes."""
-    url = service.stream_url
+    url = settings.stream_url
     broken: list[Exception] = []
     sending = asyncio.create_task(_send(socket, pieces, broken))
     event: Event | None = None
@@ -92,7 +94,7 @@ async def exchange_async(
     except _BROKEN as error:
         if broken:
             raise broken[0] from None
-        raise unreached(url, error, service.timeout_s) from None
+        raise unreached(url, error, settings.timeout_s) from None
     finally:
         sending.cancel()
         await socket.close()
@@ -113,19 +115,19 @@ async def _send(
         await socket.close()  # wakes whoever waits for scores
 
 
-def _options(service: Service) -> dict[str, Any]:
+def _options(settings: ClientSettings) -> dict[str, Any]:
     return {
-        "additional_headers": service.headers,
+        "additional_headers": settings.headers,
         "max_size": _LARGEST_MESSAGE,
-        "open_timeout": service.timeout_s,
-        "close_timeout": service.timeout_s,
-        "proxy": None if service.direct else True,
+        "open_timeout": settings.timeout_s,
+        "close_timeout": settings.timeout_s,
+        "proxy": None if settings.direct else True,
     }
 
 
-def _explained(url: str, error: Exception, service: Service) -> ScoringError:
+def _explained(url: str, error: Exception, settings: ClientSettings) -> ScoringError:
     if isinstance(error, ScoringError):
         return error
     if isinstance(error, InvalidStatus):
         return denied(url, error)
-    return unreached(url, error, service.timeout_s)
+    return unreached(url, error, settings.timeout_s)

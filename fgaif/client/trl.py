@@ -1,13 +1,13 @@
-"""The served reward models as a reward function of other trainers."""
+"""A reward function for TRL's trainers that asks the service."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fgaif.client.answers import ScoringRefused, rewards
 from fgaif.client.client import RewardClient
 from fgaif.client.requests import Image, ScoreItem
-from fgaif.client.results import ScoringRefused, rewards
 from fgaif.errors import DataError
 from fgaif.types import Kind
 

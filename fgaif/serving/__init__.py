@@ -1,1 +1,1 @@
-"""The reward models as a service: messages, web application, page, client. Imports no Ray."""
+"""The reward models as a web service: messages, application, page. Imports no Ray."""

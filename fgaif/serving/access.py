@@ -1,7 +1,6 @@
 """The service's API key, from a file or the environment."""
 
-import os
-
+from fgaif.chat.secrets import find_key, fits_header
 from fgaif.config import ServeConfig
 from fgaif.errors import ConfigError
 
@@ -14,19 +13,10 @@ def read_serve_key(config: ServeConfig) -> str | None:
     Raises:
         ConfigError: unreadable file, or no key for a header, or one that could be guessed.
     """
-    if config.key_file is not None:
-        where = f"serve.key_file = {config.key_file}"
-        try:
-            key = config.key_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "is no text"
-            raise ConfigError(f"{where}: {reason}; name a file that holds the key alone") from None
-    else:
-        where = f"environment variable {config.key_env}"
-        key = os.environ.get(config.key_env, "").strip()
-        if not key:
-            return None
-    if len(key) < _SHORTEST or not (key.isascii() and key.isprintable() and " " not in key):
+    where, key = find_key(config.key_env, config.key_file, "serve.key_file")
+    if not key and config.key_file is None:
+        return None
+    if len(key) < _SHORTEST or not fits_header(key):
         raise ConfigError(
             f"{where}: holds no usable key; give at least {_SHORTEST} printable ASCII characters "
             "without blanks, for example from `openssl rand -hex 32`"

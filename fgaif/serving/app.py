@@ -19,10 +19,9 @@ from starlette.websockets import WebSocket
 from fgaif import __version__
 from fgaif.config import Config
 from fgaif.data.images import ImageBytes
-from fgaif.serving.errors import ApiError, from_validation, invalid
-from fgaif.serving.guard import RELOAD, Gate, Guard
-from fgaif.serving.live import Streams
-from fgaif.serving.metrics import CONTENT_TYPE
+from fgaif.serving.api_errors import ApiError, from_validation, invalid
+from fgaif.serving.middleware import RELOAD, InFlight, RequestLimits
+from fgaif.serving.prometheus import CONTENT_TYPE
 from fgaif.serving.schema import (
     MAX_TEXTS,
     NOT_BLANK,
@@ -41,7 +40,8 @@ from fgaif.serving.schema import (
     ScoreRequest,
     ScoreResponse,
 )
-from fgaif.serving.service import Backend, Service
+from fgaif.serving.service import Backend, ScoringService
+from fgaif.serving.streaming import ScoreStreams
 
 _DESCRIPTION = """Says for each sub-sentence of a text about an image how likely it contains a
 hallucinated object, attribute or relation. `WS /v1/score/stream` scores sub-sentences while the
@@ -87,7 +87,7 @@ def create_app(backend: Backend, config: Config, *, key: str | None) -> FastAPI:
         config: ``config.serve`` limits requests.
         key: the API key; None lets everyone in.
     """
-    service = Service(backend, config)
+    service = ScoringService(backend, config)
 
     app = FastAPI(
         title="FGAIF hallucination scores",
@@ -96,8 +96,10 @@ def create_app(backend: Backend, config: Config, *, key: str | None) -> FastAPI:
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
     )
-    gate = app.state.gate = Gate()
-    app.add_middleware(Guard, config=config.serve, key=key, metrics=service.metrics, gate=gate)
+    in_flight = app.state.in_flight = InFlight()
+    app.add_middleware(
+        RequestLimits, config=config.serve, key=key, metrics=service.metrics, in_flight=in_flight
+    )
     if config.serve.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -106,13 +108,13 @@ def create_app(backend: Backend, config: Config, *, key: str | None) -> FastAPI:
             allow_headers=["Authorization", "Content-Type"],
             expose_headers=["Retry-After"],
         )
-    app.add_exception_handler(ApiError, _tell)
-    app.add_exception_handler(RequestValidationError, _tell)
-    app.add_exception_handler(HTTPException, _tell)
+    app.add_exception_handler(ApiError, _error_response)
+    app.add_exception_handler(RequestValidationError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
     _add_scores(app, service)
     _add_models(app, service)
     _add_page(app)
-    streams = Streams(service, gate, key)
+    streams = ScoreStreams(service, in_flight, key)
 
     @app.websocket("/v1/score/stream")
     async def stream(socket: WebSocket) -> None:
@@ -121,7 +123,7 @@ def create_app(backend: Backend, config: Config, *, key: str | None) -> FastAPI:
     return app
 
 
-def _add_scores(app: FastAPI, service: Service) -> None:
+def _add_scores(app: FastAPI, service: ScoringService) -> None:
     protected: dict[str, Any] = {
         "responses": _FAILURES,
         "dependencies": [Security(HTTPBearer(auto_error=False))],
@@ -148,7 +150,7 @@ def _add_scores(app: FastAPI, service: Service) -> None:
         return await service.generate(request)
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
+def _add_models(app: FastAPI, service: ScoringService) -> None:
     protected: dict[str, Any] = {
         "responses": _FAILURES,
         "dependencies": [Security(HTTPBearer(auto_error=False))],
@@ -202,7 +204,7 @@ def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 async def _score_request(
-    request: Request, service: Service
+    request: Request, service: ScoringService
 ) -> tuple[ScoreRequest, ImageBytes | None]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -226,7 +228,9 @@ async def _form(request: Request) -> FormData:
         raise ApiError(400, "invalid_request", "the form cannot be read") from error
 
 
-async def _from_form(form: FormData, service: Service) -> tuple[ScoreRequest, ImageBytes | None]:
+async def _from_form(
+    form: FormData, service: ScoringService
+) -> tuple[ScoreRequest, ImageBytes | None]:
     fields: dict[str, Any] = {}
     image = None
     for name in form:
@@ -249,7 +253,7 @@ async def _from_form(form: FormData, service: Service) -> tuple[ScoreRequest, Im
         raise from_validation(error) from None
 
 
-async def _tell(_: Request, error: Exception) -> JSONResponse:
+async def _error_response(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         return from_validation(error.errors()).response()
     if isinstance(error, HTTPException):

@@ -1,4 +1,4 @@
-"""Requests that come while others are worked on form the next batch.
+"""Dynamic batching: requests that arrive while a batch is being scored form the next one.
 
 Ray Serve's ``serve.batch`` closes a batch a fixed time after its first request even while the one
 before still runs, so that under load small batches queue up. Here a batch is closed when its turn

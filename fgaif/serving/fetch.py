@@ -1,4 +1,4 @@
-"""Images by URL, never from an address that only this machine or its network can reach.
+"""Fetches images by URL, never from an address that only this machine or its network reaches.
 
 The name is resolved once, every address that it has is checked, and the connection goes to a
 checked address, so that a second answer of the name server cannot lead elsewhere. The certificate
@@ -13,7 +13,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
-from fgaif.serving.errors import ApiError, invalid
+from fgaif.serving.api_errors import ApiError, invalid
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str], Awaitable[list[str]]]

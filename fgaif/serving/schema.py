@@ -48,16 +48,16 @@ _Integer = Annotated[int, BeforeValidator(_integral)]
 _MinWords = Annotated[int, Field(ge=1, le=MAX_MIN_WORDS), BeforeValidator(_integral)]
 
 
-class _Message(BaseModel):
+class _ApiMessage(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
-class _Request(_Message):
+class _ApiRequest(_ApiMessage):
     # Strict: what is accepted is what OpenAPI says.
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class ScoreRequest(_Request):
+class ScoreRequest(_ApiRequest):
     """One image and one or more texts about it."""
 
     text: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
@@ -77,7 +77,7 @@ class ScoreRequest(_Request):
         return [self.text] if isinstance(self.text, str) else self.text
 
 
-class BatchRequest(_Request):
+class BatchRequest(_ApiRequest):
     """Several score requests at once; one that fails does not fail the others."""
 
     items: list[ScoreRequest] = Field(min_length=1, max_length=MAX_ITEMS)
@@ -90,7 +90,7 @@ class BatchRequest(_Request):
         return self
 
 
-class RewardRequest(_Request):
+class RewardRequest(_ApiRequest):
     """OpenRLHF's request to a remote reward model, with images."""
 
     query: list[Annotated[str, Field(max_length=MAX_TEXT_CHARS + MAX_PROMPT_CHARS)]] = Field(
@@ -116,7 +116,7 @@ class RewardRequest(_Request):
         return self
 
 
-class GenerateRequest(_Request):
+class GenerateRequest(_ApiRequest):
     """A question about an image for the served policy."""
 
     image: ImageText
@@ -127,14 +127,14 @@ class GenerateRequest(_Request):
     seed: _Integer = Field(0, ge=0, lt=2**31)
 
 
-class ReloadRequest(_Request):
+class ReloadRequest(_ApiRequest):
     """Ask for the reward models that are now in the served directory."""
 
     version: str | None = Field(None, max_length=64)
     """Refuse if the directory holds another version."""
 
 
-class KindScore(_Message):
+class KindScore(_ApiMessage):
     """One segment and kind: class probabilities (sum 1) and the weighted reward."""
 
     none: float
@@ -143,14 +143,14 @@ class KindScore(_Message):
     reward: float
 
 
-class FactOut(_Message):
+class FactOut(_ApiMessage):
     """An atomic fact that a segment states."""
 
     kind: Kind
     text: str
 
 
-class SegmentOut(_Message):
+class SegmentOut(_ApiMessage):
     """A sub-sentence: ``text[start:end]`` of the scored text, in characters (code points)."""
 
     index: int
@@ -166,7 +166,7 @@ class SegmentOut(_Message):
     """None where they were not asked for or cannot be told."""
 
 
-class TextResult(_Message):
+class TextResult(_ApiMessage):
     """One scored text; its segments cover it from start to end."""
 
     text: str
@@ -179,21 +179,21 @@ class TextResult(_Message):
     """Sum of the segments' rewards."""
 
 
-class ModelRef(_Message):
+class ModelRef(_ApiMessage):
     """Which reward models answered; the version is a digest of their cards and weights."""
 
     name: str
     version: str
 
 
-class Timing(_Message):
+class Timing(_ApiMessage):
     """Milliseconds in the server: all of it, and waiting for and running the models."""
 
     total: float
     score: float
 
 
-class ScoreResponse(_Message):
+class ScoreResponse(_ApiMessage):
     """Results in the order of the texts."""
 
     results: list[TextResult]
@@ -201,7 +201,7 @@ class ScoreResponse(_Message):
     timing_ms: Timing
 
 
-class Error(_Message):
+class Error(_ApiMessage):
     """What went wrong, in words; ``field`` names the part of the request, as ``items.0.image``."""
 
     type: ErrorType
@@ -209,19 +209,19 @@ class Error(_Message):
     field: str | None = None
 
 
-class ErrorResponse(_Message):
+class ErrorResponse(_ApiMessage):
     """The body of every answer that is not a success."""
 
     error: Error
 
 
-class BatchResponse(_Message):
+class BatchResponse(_ApiMessage):
     """An answer or an error for each item, in order."""
 
     responses: list[ScoreResponse | ErrorResponse]
 
 
-class RewardResponse(_Message):
+class RewardResponse(_ApiMessage):
     """OpenRLHF's answer of a remote reward model, one number per query.
 
     ``rewards`` are totals; ``scores``, in [0, 1], the share of segments in which no kind's most
@@ -234,14 +234,14 @@ class RewardResponse(_Message):
     extra_logs: dict[str, list[float]]
 
 
-class GenerateResponse(_Message):
+class GenerateResponse(_ApiMessage):
     """The policy's answer; ``finish`` is ``length`` where it was cut."""
 
     text: str
     finish: Literal["stop", "length"]
 
 
-class CardOut(_Message):
+class CardOut(_ApiMessage):
     """What the card of a reward model says of it."""
 
     head: str
@@ -252,7 +252,7 @@ class CardOut(_Message):
     metrics: dict[str, float]
 
 
-class ModelOut(_Message):
+class ModelOut(_ApiMessage):
     """A served set of reward models."""
 
     name: str
@@ -277,14 +277,14 @@ class ModelOut(_Message):
     hold none; or the service's configuration (``serve.shape``)."""
 
 
-class ModelsResponse(_Message):
+class ModelsResponse(_ApiMessage):
     """The served models; ``generates`` says whether ``/v1/generate`` is there."""
 
     models: list[ModelOut]
     generates: bool = False
 
 
-class ReloadResponse(_Message):
+class ReloadResponse(_ApiMessage):
     """Version before and now, equal where nothing had changed; replicas that swapped."""
 
     previous: str
@@ -292,7 +292,7 @@ class ReloadResponse(_Message):
     replicas: int
 
 
-class HealthResponse(_Message):
+class HealthResponse(_ApiMessage):
     """Liveness and readiness in one: ready means that a probe was scored by the models."""
 
     status: Literal["ok", "unready"]
@@ -300,7 +300,7 @@ class HealthResponse(_Message):
     version: str | None = None
 
 
-class StreamStart(_Request):
+class StreamStart(_ApiRequest):
     """First message of a stream."""
 
     image: ImageText
@@ -311,32 +311,32 @@ class StreamStart(_Request):
     """The API key, for browsers, which cannot set the header of a WebSocket."""
 
 
-class StreamDelta(_Request):
+class StreamDelta(_ApiRequest):
     """A piece of the text, in order."""
 
     delta: str = Field(max_length=MAX_TEXT_CHARS)
 
 
-class StreamEnd(_Request):
+class StreamEnd(_ApiRequest):
     """No more text."""
 
     end: Literal[True]
 
 
-class StreamReady(_Message):
+class StreamReady(_ApiMessage):
     """The server's first message."""
 
     ready: Literal[True] = True
     model: ModelRef
 
 
-class StreamSegment(_Message):
+class StreamSegment(_ApiMessage):
     """A sub-sentence that later text cannot change."""
 
     segment: SegmentOut
 
 
-class StreamResult(_Message):
+class StreamResult(_ApiMessage):
     """The last message: what ``/v1/score`` says of the whole text."""
 
     result: TextResult

@@ -1,4 +1,4 @@
-"""From texts about an image to scored segments, with the code that scores PPO's responses."""
+"""Scores texts about images with PPO's scorers, and makes the API's results of the scores."""
 
 import logging
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from fgaif.reward.dense import (
     segment_rewards,
     uncentered_values,
 )
-from fgaif.serving.errors import ApiError, image_problem, invalid
+from fgaif.serving.api_errors import ApiError, image_problem, invalid
 from fgaif.serving.schema import FactOut, KindScore, SegmentOut, TextResult
 from fgaif.types import (
     Fact,
@@ -36,8 +36,8 @@ _log = logging.getLogger("fgaif.serve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreItem:
-    """Texts about one image, as the scoring deployment gets them.
+class ScoreInput:
+    """One image and texts about it: what a scoring replica gets for a request.
 
     ``min_words`` None means as trained. With ``sampled``, the texts come from a trainer: special
     tokens at their end are taken off, and a text may be empty.
@@ -71,10 +71,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredText:
-    """A text's segments, class probabilities (S, K, C) by kinds, facts (None: not told), malformed
-    segments.
+    """A text with its segments and their class probabilities (S, K, C) by kind.
 
-    ``malformed`` holds indexes of segments, as PPO's penalties take them.
+    ``facts`` are None where they were not asked for or cannot be told; ``malformed`` holds indexes
+    of segments, as PPO's penalties take them.
     """
 
     text: str
@@ -86,8 +86,8 @@ class ScoredText:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredItem:
-    """The texts of an item in order, the version of the models and the shape of their rewards."""
+class ScoreOutput:
+    """The scored texts of an input in order, the models' version and the shape of their rewards."""
 
     texts: tuple[ScoredText, ...]
     version: str
@@ -99,7 +99,7 @@ class SegmentScorer(Protocol):
 
     max_length: int
 
-    def look(self, image: ImageRef) -> None:
+    def check_image(self, image: ImageRef) -> None:
         """Decode an image and keep its pixels; raises DataError if it is broken."""
 
     def length(self, response: Response, segments: Sequence[Segment]) -> int:
@@ -141,28 +141,28 @@ class TextScorer:
         self._min_words = min_words
         self._extractor = extractor
 
-    def score(self, items: Sequence[ScoreItem]) -> list[ScoredItem | Refused]:
+    def score(self, items: Sequence[ScoreInput]) -> list[ScoreOutput | Refused]:
         """Score all texts of all items together; an item that cannot be read is refused alone."""
         prepared = [self._prepare(item) for item in items]
         flat = [pair for texts in prepared if not isinstance(texts, Refused) for pair in texts]
         probs = iter(self._scorer.probs([text for text, _ in flat], [cut for _, cut in flat]))
-        answers: list[ScoredItem | Refused] = []
+        answers: list[ScoreOutput | Refused] = []
         for item, texts in zip(items, prepared, strict=True):
             if isinstance(texts, Refused):
                 answers.append(texts)
                 continue
             scored = tuple(self._scored(item, *pair, next(probs)) for pair in texts)
             if all(np.isfinite(text.probs).all() for text in scored):
-                answers.append(ScoredItem(texts=scored, version=self.version, shape=self._shape))
+                answers.append(ScoreOutput(texts=scored, version=self.version, shape=self._shape))
                 continue
             told = "the models gave probabilities that are not finite"
             _log.error("version %s: %s", self.version, told)
             answers.append(Refused(field="text", message=told, failed=True))
         return answers
 
-    def _prepare(self, item: ScoreItem) -> list[tuple[Response, tuple[Segment, ...]]] | Refused:
+    def _prepare(self, item: ScoreInput) -> list[tuple[Response, tuple[Segment, ...]]] | Refused:
         try:
-            self._scorer.look(item.image)
+            self._scorer.check_image(item.image)
         except DataError as error:
             return Refused(field="image", message=image_problem(error))
         pairs = []
@@ -182,7 +182,7 @@ class TextScorer:
             pairs.append(pair)
         return pairs
 
-    def _read(self, item: ScoreItem, text: str) -> tuple[Response, tuple[Segment, ...]]:
+    def _read(self, item: ScoreInput, text: str) -> tuple[Response, tuple[Segment, ...]]:
         prompt = Prompt(id="request", image=item.image, text=item.prompt)
         response = given_response("the text", prompt, text, self._tokenizer)
         segments = segment_response(response, self._tokenizer, item.min_words or self._min_words)
@@ -196,7 +196,7 @@ class TextScorer:
 
     def _scored(
         self,
-        item: ScoreItem,
+        item: ScoreInput,
         response: Response,
         segments: tuple[Segment, ...],
         probs: FloatArray,
@@ -212,7 +212,7 @@ class TextScorer:
         )
 
 
-def merge_kinds(parts: Sequence[ScoredItem]) -> ScoredItem:
+def merge_kinds(parts: Sequence[ScoreOutput]) -> ScoreOutput:
     """Put together what the scorers of single kinds said of one item, in their order."""
     texts = tuple(
         ScoredText(
@@ -225,7 +225,7 @@ def merge_kinds(parts: Sequence[ScoredItem]) -> ScoredItem:
         )
         for texts in zip(*(part.texts for part in parts), strict=True)
     )
-    return ScoredItem(texts=texts, version=parts[0].version, shape=parts[0].shape)
+    return ScoreOutput(texts=texts, version=parts[0].version, shape=parts[0].shape)
 
 
 def text_result(scored: ScoredText, shape: RewardShapeConfig) -> TextResult:

@@ -1,4 +1,4 @@
-"""What the routes do: requests to items for the models, scored items to answers."""
+"""The work of the routes: requests become inputs of the models, their outputs become answers."""
 
 import asyncio
 import time
@@ -8,9 +8,9 @@ from typing import Protocol
 from fgaif.chat.messages import gather_all
 from fgaif.config import Config
 from fgaif.data.images import ImageBytes
-from fgaif.serving.errors import ApiError, invalid
-from fgaif.serving.inputs import ImageReader
-from fgaif.serving.metrics import Metrics
+from fgaif.serving.api_errors import ApiError, invalid
+from fgaif.serving.prometheus import Metrics
+from fgaif.serving.request_images import ImageReader
 from fgaif.serving.schema import (
     MAX_TEXT_CHARS,
     MAX_TEXTS,
@@ -29,7 +29,7 @@ from fgaif.serving.schema import (
     TextResult,
     Timing,
 )
-from fgaif.serving.scoring import ScoredItem, ScoreItem, text_result
+from fgaif.serving.scoring import ScoreInput, ScoreOutput, text_result
 from fgaif.types import Kind
 
 _AT_ONCE = 8
@@ -42,7 +42,7 @@ _PROBE_LIMIT_S = 10.0
 class Backend(Protocol):
     """The models behind the routes; each method raises ApiError where it cannot answer."""
 
-    async def score(self, item: ScoreItem) -> ScoredItem:
+    async def score(self, item: ScoreInput) -> ScoreOutput:
         """Score an item with one version of all kinds."""
 
     async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:
@@ -58,8 +58,8 @@ class Backend(Protocol):
         """Score a built-in item; return the version."""
 
 
-class Service:
-    """The routes' common state."""
+class ScoringService:
+    """Answers the requests of all routes; holds backend, image reader and metrics."""
 
     def __init__(self, backend: Backend, config: Config) -> None:
         self.backend = backend
@@ -79,7 +79,7 @@ class Service:
         """Answer a score request; ``image`` is the checked file of a form."""
         start = time.perf_counter()
         picture = image or await self.images.read(request.image)
-        item = ScoreItem(
+        item = ScoreInput(
             image=picture,
             prompt=request.prompt,
             texts=tuple(request.texts),
@@ -95,7 +95,7 @@ class Service:
             timing_ms=Timing(total=1e3 * (end - start), score=1e3 * (end - asked)),
         )
 
-    async def results(self, item: ScoreItem) -> tuple[list[TextResult], str]:
+    async def results(self, item: ScoreInput) -> tuple[list[TextResult], str]:
         """Score an item; the results in order and the version."""
         start = time.perf_counter()
         scored = await self.backend.score(item)
@@ -131,7 +131,7 @@ class Service:
         async def one(image: str, prompt: str, indexes: Sequence[int]) -> list[TextResult]:
             async with slots:
                 try:
-                    item = ScoreItem(
+                    item = ScoreInput(
                         image=await self.images.read(image),
                         prompt=prompt,
                         texts=tuple(texts[index] for index in indexes),

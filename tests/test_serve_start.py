@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 
 from cluster.serving.deployments import ServeArgs, deployment_options
-from cluster.serving.run import check_models, may_be_open, print_service, serve_yaml
+from cluster.serving.start import check_models, may_be_open, print_service, serve_yaml
 from fgaif.config import load_config, with_overrides
 from fgaif.errors import CheckpointError, ConfigError
 

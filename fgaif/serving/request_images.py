@@ -1,4 +1,4 @@
-"""Images of requests: data URIs, base64 or URLs to checked content, in a bounded thread pool."""
+"""Reads the images of requests, which are data URIs, base64 or URLs, in a small thread pool."""
 
 import asyncio
 import base64
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fgaif.config import ServeConfig
 from fgaif.data.images import ImageBytes, image_bytes
 from fgaif.errors import DataError
-from fgaif.serving.errors import ApiError, image_problem, invalid
+from fgaif.serving.api_errors import ApiError, image_problem, invalid
 from fgaif.serving.fetch import fetch
 
 MIB = 2**20

@@ -1,4 +1,4 @@
-"""What the service counts, as Prometheus text."""
+"""Metrics of the service in Prometheus' text format."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,9 @@ class Metrics:
         self.working = Gauge(
             "fgaif_requests_in_work", "Requests being served.", registry=self._registry
         )
-        self.streams = Gauge("fgaif_streams", "Streams that are open.", registry=self._registry)
+        self.streams = Gauge(
+            "fgaif_streams", "Streams that are open.", registry=self._registry
+        )
 
     def request(self, scope: Any, status: int, seconds: float) -> None:
         """Count an answer; paths that are no route share one name."""
@@ -47,5 +49,5 @@ class Metrics:
         self._segments.inc(sum(len(result.segments) for result in results))
 
     def text(self) -> bytes:
-        """All of it."""
+        """All metrics in the text format."""
         return generate_latest(self._registry)

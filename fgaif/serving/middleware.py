@@ -1,6 +1,6 @@
-"""The door of the service: who may ask, how much, how long; and what is told when all fails.
+"""ASGI middleware for every HTTP request: key, limits of size, number and time, error answers.
 
-Bodies are read here, up to the limit, before anything looks at them, so that no parser sees more.
+Bodies are read here, up to the limit, before the application sees them: no parser gets more.
 """
 
 import asyncio
@@ -15,9 +15,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 
 from fgaif.config import ServeConfig
-from fgaif.serving.errors import ApiError, overloaded, unauthorized, unavailable
-from fgaif.serving.inputs import MIB
-from fgaif.serving.metrics import Metrics
+from fgaif.serving.api_errors import ApiError, overloaded, unauthorized, unavailable
+from fgaif.serving.prometheus import Metrics
+from fgaif.serving.request_images import MIB
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -54,33 +54,40 @@ def key_accepted(key: str | None, authorization: str | None) -> bool:
 
 
 @dataclass(slots=True)
-class Gate:
-    """What is inside the door: requests in work, open streams; shut while the service stops.
+class InFlight:
+    """Numbers of requests and WebSocket streams that an ingress replica is working on.
 
-    ``unknown`` streams have sent no key yet; they are not among ``streams``.
+    ``streams_without_key`` have sent no key yet and are not among ``streams``; while ``draining``,
+    before the replica stops, new ones are refused.
     """
 
-    working: int = 0
+    requests: int = 0
     streams: int = 0
-    unknown: int = 0
-    shut: bool = False
+    streams_without_key: int = 0
+    draining: bool = False
 
 
-class Guard:
-    """ASGI middleware around the application, for HTTP; streams guard themselves."""
+class RequestLimits:
+    """Checks the key and the limits of HTTP requests; ``ScoreStreams`` does so for WebSockets."""
 
     def __init__(
-        self, app: App, *, config: ServeConfig, key: str | None, metrics: Metrics, gate: Gate
+        self,
+        app: App,
+        *,
+        config: ServeConfig,
+        key: str | None,
+        metrics: Metrics,
+        in_flight: InFlight,
     ) -> None:
         self._app = app
         self._config = config
         self._key = key
         self._metrics = metrics
         self._max_bytes = int(config.max_body_mib * MIB)
-        self._gate = gate
+        self._in_flight = in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request, or refuse it."""
+        """Pass a request on to the application, or answer with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -111,18 +118,18 @@ class Guard:
         if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             await self._app(scope, receive, send)
             return
-        if self._gate.shut:
+        if self._in_flight.draining:
             raise unavailable()
-        if self._gate.working >= self._config.queue:
+        if self._in_flight.requests >= self._config.queue:
             raise overloaded()
-        self._gate.working += 1
-        self._metrics.working.set(self._gate.working)
+        self._in_flight.requests += 1
+        self._metrics.working.set(self._in_flight.requests)
         try:
             body = await self._read(headers, receive)
             await self._app(scope, _replay(body, receive), send)
         finally:
-            self._gate.working -= 1
-            self._metrics.working.set(self._gate.working)
+            self._in_flight.requests -= 1
+            self._metrics.working.set(self._in_flight.requests)
 
     def _authorise(self, headers: Headers) -> None:
         if not key_accepted(self._key, headers.get("authorization")):
@@ -148,7 +155,7 @@ class Guard:
 
 
 class _Reply:
-    """Sends with the security headers, and knows whether an answer has begun."""
+    """Sends an answer with the security headers; ``status`` is 500 until it has begun."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -165,7 +172,7 @@ class _Reply:
         await self._send(message)
 
     async def instead(self, scope: Scope, error: ApiError) -> None:
-        """Answer with an error unless an answer has begun, which then stays cut."""
+        """Answer with an error; an answer that has begun is left as it is."""
         if not self._begun:
             await error.response()(scope, _nothing, self)
 
@@ -177,7 +184,7 @@ def log_failure(error: BaseException) -> None:
 
 
 def foreign(origin: str | None, host: str | None, allowed: Iterable[str]) -> bool:
-    """Whether a browser speaks for a page of another site that is not allowed to."""
+    """Whether a request comes from the page of another site, in a browser, that is not allowed."""
     if origin is None or origin in allowed:
         return False
     return origin.partition("://")[2].lower() != (host or "").lower()

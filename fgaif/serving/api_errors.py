@@ -1,4 +1,4 @@
-"""Failures as the API tells them: a status, a type, the field; never a path or a trace."""
+"""Errors of the HTTP API: status, type, message and field; never a path or a traceback."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ RETRY_AFTER_S = 1
 
 
 class ApiError(FgaifError):
-    """An answer other than success; caught at the door and told as ``ErrorResponse``."""
+    """An answer other than success; the middleware sends it as an ``ErrorResponse``."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ def unavailable() -> ApiError:
 
 
 def from_validation(errors: Sequence[Any] | ValidationError) -> ApiError:
-    """Tell what is wrong with a body, without repeating its content."""
+    """The error of a body that does not validate; it does not repeat the content."""
     found = errors.errors(include_url=False) if isinstance(errors, ValidationError) else errors
     # Of a union every branch complains: the one of the right type says what is wrong.
     told = [item for item in found if item["type"] not in _WRONG_TYPE] or found

@@ -1,4 +1,4 @@
-"""Scores while a text is being written: each sub-sentence once nothing can change it any more.
+"""WebSocket streams: score a text while it is being written, each sub-sentence once it is final.
 
 A sub-sentence counts as finished when the splitting rules give it the same end whatever follows
 (``settled_offsets``): a later sentence has begun with a whole word, or the next piece has begun and
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from fgaif.feedback.segment import settled_offsets
-from fgaif.serving.errors import (
+from fgaif.serving.api_errors import (
     ApiError,
     from_validation,
     invalid,
@@ -24,8 +24,8 @@ from fgaif.serving.errors import (
     unauthorized,
     unavailable,
 )
-from fgaif.serving.guard import Gate, foreign, key_accepted, log_failure
-from fgaif.serving.inputs import MIB
+from fgaif.serving.middleware import InFlight, foreign, key_accepted, log_failure
+from fgaif.serving.request_images import MIB
 from fgaif.serving.schema import (
     MAX_TEXT_CHARS,
     StreamDelta,
@@ -36,23 +36,23 @@ from fgaif.serving.schema import (
     StreamStart,
     TextResult,
 )
-from fgaif.serving.scoring import ScoreItem
-from fgaif.serving.service import Service
+from fgaif.serving.scoring import ScoreInput
+from fgaif.serving.service import ScoringService
 
 _POLICY_VIOLATION = 1008
 _INTERNAL = 1011
 
 
-class Streams:
-    """The streams of one ingress replica."""
+class ScoreStreams:
+    """Handles the WebSocket streams of one ingress replica."""
 
-    def __init__(self, service: Service, gate: Gate, key: str | None) -> None:
+    def __init__(self, service: ScoringService, in_flight: InFlight, key: str | None) -> None:
         self._service = service
-        self._gate = gate
+        self._in_flight = in_flight
         self._key = key
 
     async def serve(self, socket: WebSocket) -> None:
-        """Serve one connection to its end; errors are told before it closes."""
+        """Handle one connection to its end; an error is sent before it is closed."""
         headers = socket.headers
         if foreign(headers.get("origin"), headers.get("host"), self._service.config.cors):
             await socket.close(_POLICY_VIOLATION)
@@ -62,14 +62,14 @@ class Streams:
             await self._admit(socket)
             await socket.close()
         except ApiError as error:
-            await _tell(socket, error)
+            await _send_error(socket, error)
         except TimeoutError:
-            await _tell(socket, ApiError(504, "timeout", "nothing came for too long"))
+            await _send_error(socket, ApiError(504, "timeout", "nothing came for too long"))
         except WebSocketDisconnect:
             pass
         except Exception as error:
             log_failure(error)
-            await _tell(socket, ApiError(500, "internal", "the server failed"), _INTERNAL)
+            await _send_error(socket, ApiError(500, "internal", "the server failed"), _INTERNAL)
 
     async def _admit(self, socket: WebSocket) -> None:
         """Check the key, then follow the stream; without a key it takes no place among the others.
@@ -77,22 +77,22 @@ class Streams:
         Programs send the key as a header. Browsers cannot: theirs comes with the first message, for
         which few streams may wait, and not for long.
         """
-        if self._gate.shut:
+        if self._in_flight.draining:
             raise unavailable()
         header, config = socket.headers.get("authorization"), self._service.config
         start = None
         if header is None and self._key is not None:
-            if self._gate.unknown >= config.streams_without_key:
+            if self._in_flight.streams_without_key >= config.streams_without_key:
                 raise overloaded()
-            self._gate.unknown += 1
+            self._in_flight.streams_without_key += 1
             try:
                 start = await self._receive(socket, StreamStart, limit_s=config.start_timeout_s)
             finally:
-                self._gate.unknown -= 1
+                self._in_flight.streams_without_key -= 1
             header = f"Bearer {start.key or ''}"
         if not key_accepted(self._key, header):
             raise unauthorized()
-        if self._gate.streams >= config.streams:
+        if self._in_flight.streams >= config.streams:
             raise overloaded()
         self._count(1)
         try:
@@ -101,8 +101,8 @@ class Streams:
             self._count(-1)
 
     def _count(self, change: int) -> None:
-        self._gate.streams += change
-        self._service.metrics.streams.set(self._gate.streams)
+        self._in_flight.streams += change
+        self._service.metrics.streams.set(self._in_flight.streams)
 
     async def _stream(self, socket: WebSocket, start: StreamStart | None) -> None:
         if start is None:
@@ -111,7 +111,7 @@ class Streams:
         image = await self._service.images.read(start.image)
         (model,) = (await self._service.backend.models()).models
         await _send(socket, StreamReady(model=self._service.model_ref(model.version)))
-        item = ScoreItem(
+        item = ScoreInput(
             image=image,
             prompt=start.prompt,
             texts=(),
@@ -121,7 +121,7 @@ class Streams:
         trained = next(iter(model.cards.values())).min_words
         await self._follow(socket, item, start.min_words or trained)
 
-    async def _follow(self, socket: WebSocket, item: ScoreItem, min_words: int) -> None:
+    async def _follow(self, socket: WebSocket, item: ScoreInput, min_words: int) -> None:
         text, told = "", 0
         while not isinstance(
             message := await self._receive(socket, StreamDelta, StreamEnd), StreamEnd
@@ -144,8 +144,8 @@ class Streams:
                 await _send(socket, StreamSegment(segment=segment))
         await _send(socket, StreamResult(result=result))
 
-    async def _score(self, item: ScoreItem, text: str) -> TextResult:
-        asked = ScoreItem(
+    async def _score(self, item: ScoreInput, text: str) -> TextResult:
+        asked = ScoreInput(
             image=item.image,
             prompt=item.prompt,
             texts=(text,),
@@ -185,7 +185,7 @@ async def _send(socket: WebSocket, message: BaseModel) -> None:
     await socket.send_text(message.model_dump_json())
 
 
-async def _tell(socket: WebSocket, error: ApiError, code: int = _POLICY_VIOLATION) -> None:
+async def _send_error(socket: WebSocket, error: ApiError, code: int = _POLICY_VIOLATION) -> None:
     try:
         await _send(socket, error.body())
         await socket.close(code)

@@ -1,4 +1,4 @@
-"""What the service's answers mean: typed results, or errors with the service's own words."""
+"""Reads the service's answers: typed results, or exceptions with the service's message."""
 
 import json
 from collections.abc import Mapping
@@ -100,7 +100,7 @@ def failure(
     return error
 
 
-def told(where: str, error: Any, status: int | None = None, **more: Any) -> ScoringError:
+def answered_error(where: str, error: Any, status: int | None = None, **more: Any) -> ScoringError:
     """The error of an answer's ``{"error": {"type", "message", "field"}}``."""
     error = error if isinstance(error, dict) else {"message": str(error)}
     type, name = str(error.get("type", "unreadable")), error.get("field")
@@ -139,7 +139,7 @@ def _refusal(where: str, status: int, body: bytes, headers: Mapping[str, str]) -
         # Not our answer but one of a proxy before it.
         text = body[:200].decode("utf-8", "replace")
         error = {"type": f"HTTP {status}", "message": text}
-    return told(where, error, status, retry_after=_pause(headers))
+    return answered_error(where, error, status, retry_after=_pause(headers))
 
 
 def _no_error(where: str, message: str | bytes) -> str | bytes:
@@ -148,7 +148,7 @@ def _no_error(where: str, message: str | bytes) -> str | bytes:
     except ValueError:
         answer = None
     if isinstance(answer, dict) and "error" in answer:
-        raise told(where, answer["error"])
+        raise answered_error(where, answer["error"])
     return message
 
 
