@@ -342,7 +342,9 @@ def test_folders_that_were_swapped_are_refused(
     with pytest.raises(CheckpointError, match=r"object: holds .* kind 'relation'"):
         load_reward_model(tmp_path / "rewards" / "object", tiny_llava_dir, dtype="float32")
     with pytest.raises(CheckpointError, match=r"object: holds .* kind 'relation'"):
-        load_shared_reward_models(tmp_path / "rewards", tiny_llava_dir, dtype="float32")
+        load_shared_reward_models(
+            tmp_path / "rewards", tiny_llava_dir, DEFAULT_KINDS, dtype="float32"
+        )
 
 
 @pytest.mark.parametrize("name", ["reward_head.safetensors", "adapter_model.safetensors"])
@@ -359,7 +361,9 @@ def test_weights_that_are_not_finite_are_refused(
     with pytest.raises(CheckpointError, match=rf"{name}: {first} holds NaN"):
         load_reward_model(file.parent, tiny_llava_dir, dtype="float32")
     with pytest.raises(CheckpointError, match=rf"{name}: {first} holds NaN"):
-        load_shared_reward_models(tmp_path / "rewards", tiny_llava_dir, dtype="float32")
+        load_shared_reward_models(
+            tmp_path / "rewards", tiny_llava_dir, DEFAULT_KINDS, dtype="float32"
+        )
 
 
 def test_broken_reward_directories_say_what_is_wrong(

@@ -114,6 +114,23 @@ def test_rewards_of_segments_are_those_of_ppo_before_centring(
     assert segment_values(probs, shape, mu) == pytest.approx(ppo.values[0] - share, abs=1e-5)
 
 
+@pytest.mark.parametrize("placement", ["segment", "last"])
+def test_an_order_of_kinds_counts_as_in_ppo(placement: Any) -> None:
+    shape = RewardShapeConfig(order=("relation", "object"), placement=placement)
+    probs = random_probs()
+    response, segments, scores = sampled(probs)
+    ppo = dense_rewards(
+        [response], [segments], [scores], [MALFORMED],
+        shape.model_copy(update={"center": False}), RewardCenters.empty(DEFAULT_KINDS),
+    )  # fmt: skip
+    result = served(probs, shape)
+    found = [[segment.kinds[kind].reward for kind in DEFAULT_KINDS] for segment in result.segments]
+    assert found == ppo.values[0].tolist()
+    assert result.total == pytest.approx(float(ppo.tokens[0].sum()), abs=1e-5)
+    free = [segment.reward for segment in served(probs, RewardShapeConfig()).segments]
+    assert [segment.reward for segment in result.segments] != free
+
+
 def test_a_hard_shape_with_a_dear_hallucination() -> None:
     """The likeliest class of (0, .4, .6) is HALLU, worth -3; the soft default says .4 - .6."""
     hard = RewardShapeConfig(values="hard", value_hallu=-3.0)

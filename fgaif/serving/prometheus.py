@@ -33,9 +33,7 @@ class Metrics:
         self.working = Gauge(
             "fgaif_requests_in_work", "Requests being served.", registry=self._registry
         )
-        self.streams = Gauge(
-            "fgaif_streams", "Streams that are open.", registry=self._registry
-        )
+        self.streams = Gauge("fgaif_streams", "Streams that are open.", registry=self._registry)
 
     def request(self, scope: Any, status: int, seconds: float) -> None:
         """Count an answer; paths that are no route share one name."""
