@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from fgaif.config import RewardShapeConfig
+from fgaif.errors import DataError
 from fgaif.reward.dense import (
     RewardCenters,
+    counts_in_order,
     dense_rewards,
     segment_penalties,
     segment_values,
@@ -216,3 +218,47 @@ def test_a_kind_without_weight_leaves_no_trace() -> None:
         FRESH,
     )
     assert result.tokens[0].tolist() == [0, 1]
+
+
+def test_without_an_order_every_kind_counts() -> None:
+    p = probs([[0, 0, 1], [0, 0, 1], [0, 1, 0]])
+    assert counts_in_order(p, RewardShapeConfig(), DEFAULT_KINDS).tolist() == [[1, 1, 1]]
+
+
+def test_a_later_kind_counts_only_where_the_earlier_ones_are_clean() -> None:
+    """Worked by hand: object first, then relation; attribute is not in the order."""
+    shape = PLAIN.model_copy(update={"order": ("object", "relation")})
+    fine, wrong, none = [0, 1, 0], [0, 0, 1], [1, 0, 0]
+    p = np.stack([
+        np.array([wrong, fine, fine], np.float32),
+        np.array([fine, wrong, wrong], np.float32),
+        np.array([none, fine, fine], np.float32),
+    ])  # fmt: skip
+    assert counts_in_order(p, shape, DEFAULT_KINDS).tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
+    result = dense_rewards(
+        [response(6)], [pieces(2, 4, 6)], [SegmentScores(probs=p)], [()], shape, FRESH
+    )
+    assert result.values[0].tolist() == [[-1, 1, 0], [1, -1, -1], [0, 1, 1]]
+    assert result.tokens[0].tolist() == [0, 0, 0, -1, 0, 2]
+
+
+def test_every_earlier_kind_must_be_clean_whatever_the_columns_order() -> None:
+    shape = RewardShapeConfig(order=("relation", "object", "attribute"))
+    p = probs([[0, 1, 0], [0, 1, 0], [0, 0, 1]])  # only the relation is wrong
+    assert counts_in_order(p, shape, DEFAULT_KINDS).tolist() == [[0, 0, 1]]
+
+
+def test_on_the_last_token_one_wrong_segment_holds_back_the_whole_response() -> None:
+    shape = PLAIN.model_copy(update={"order": ("object", "relation"), "placement": "last"})
+    fine, wrong = [0, 1, 0], [0, 0, 1]
+    p = np.array([[wrong, fine, fine], [fine, fine, fine]], np.float32)
+    assert counts_in_order(p, shape, DEFAULT_KINDS).tolist() == [[1, 1, 0], [1, 1, 0]]
+    result = dense_rewards(
+        [response(4)], [pieces(2, 4)], [SegmentScores(probs=p)], [()], shape, FRESH
+    )
+    assert result.tokens[0].tolist() == [0, 0, 0, 2]
+
+
+def test_centres_without_a_mean_for_each_kind_are_refused() -> None:
+    with pytest.raises(DataError, match="2 means for the kinds object, attribute, relation"):
+        RewardCenters(means=(0.0, 0.0))

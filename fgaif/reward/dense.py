@@ -19,6 +19,7 @@ from typing import Literal, Self
 import numpy as np
 
 from fgaif.config import RewardShapeConfig
+from fgaif.errors import DataError
 from fgaif.types import (
     DEFAULT_KINDS,
     FloatArray,
@@ -40,6 +41,13 @@ class RewardCenters:
 
     means: tuple[float | None, ...]
     kinds: tuple[Kind, ...] = DEFAULT_KINDS
+
+    def __post_init__(self) -> None:
+        if len(self.means) != len(self.kinds):
+            raise DataError(
+                f"centres: {len(self.means)} means for the kinds {', '.join(self.kinds)}; give one "
+                "for each"
+            )
 
     @classmethod
     def empty(cls, kinds: Sequence[Kind] = DEFAULT_KINDS) -> Self:
