@@ -1,6 +1,8 @@
 """From the plan to running actors: the only place where a class is made remote."""
 
 import os
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -39,6 +41,10 @@ from fgaif.own_packages import own_packages_first, shadowed
 from fgaif.types import Kind
 
 _SLICE_S = 1.0
+
+_SOCKET = "session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+"""Where Ray puts the socket with the longest name, under its temporary folder."""
+_SOCKET_LIMIT = 103 if sys.platform == "darwin" else 107
 
 
 class Cluster:
@@ -313,12 +319,27 @@ def _address() -> tuple[str, int]:
     return ray.util.get_node_ip_address(), free_port()
 
 
+def check_socket_path(folder: str) -> None:
+    """Refuse a temporary folder under which the names of Ray's sockets would be too long.
+
+    Raises:
+        ConfigError: the system's limit would be passed; names the variable to set.
+    """
+    length = len(os.fsencode(str(Path(folder) / "ray" / _SOCKET)))
+    if length > _SOCKET_LIMIT:
+        raise ConfigError(
+            f"Ray's sockets would lie {length} bytes deep in {folder}, more than the system's "
+            f"{_SOCKET_LIMIT}: set RAY_TMPDIR to a shorter folder, for example RAY_TMPDIR=/tmp"
+        )
+
+
 def connect(config: Config) -> None:
     """Join the configured or surrounding Ray cluster, else start a local one."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     settings: dict[str, Any] = {}
     if not address:
         settings = {"num_cpus": config.cluster.local_cpus, "include_dashboard": False}
+        check_socket_path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     if shadowed(Path.cwd()):  # workers look there first; only then is a slower start worth it
         hook = f"{own_packages_first.__module__}.{own_packages_first.__name__}"
         settings["runtime_env"] = {"worker_process_setup_hook": hook}

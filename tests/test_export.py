@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engines import photo_prompts, response_to, rollout_actor
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from fgaif.config import LoraConfig
@@ -319,3 +319,17 @@ def test_a_start_token_that_the_template_writes_is_not_doubled(
     with_start = Encoder(load_processor(tmp_path / "model"), image_tokens=4)
     assert with_start.prompt_ids("What?") == plain.prompt_ids("What?")
     assert with_start.text_ids("What?") == plain.text_ids("What?")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("full")])
+def test_a_full_disk_leaves_nothing_that_looks_finished(
+    error: Exception, adapted: tuple[Path, FloatArray], tiny_llava_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fgaif.lvlm.export.save_torch_state_dict", full)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        export_merged(tiny_llava_dir, adapted[0], tmp_path / "out", dtype="float32")
+    assert list(tmp_path.iterdir()) == []

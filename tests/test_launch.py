@@ -14,7 +14,7 @@ from mortal import Mortal
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from cluster.groups.role_groups import JudgeGroup
-from cluster.launch import Cluster
+from cluster.launch import Cluster, check_socket_path
 from cluster.monitoring.heartbeat import heartbeat_stores
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError, DataError
@@ -141,3 +141,9 @@ def until(reached: Any) -> None:
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_named_with_the_variable() -> None:
+    check_socket_path("/tmp")
+    with pytest.raises(ConfigError, match="RAY_TMPDIR"):
+        check_socket_path("/tmp/" + "long/" * 12)

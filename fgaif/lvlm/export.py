@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -124,8 +125,6 @@ def export_merged(
     settings = adapted.peft_config["default"]
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_llava(adapted.merge_and_unload(), processor, partial, dtype=getattr(torch, dtype))
-    _copy_adapter(adapter_dir, partial / "adapter")
     card = _CARD.format(
         name=out_dir.name,
         base=base_dir.name,
@@ -137,10 +136,19 @@ def export_merged(
         share=kept.share,
         weakest=kept.weakest,
     )
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    if out_dir.exists():
-        out_dir.rmdir()
-    partial.rename(out_dir)
+    try:
+        save_llava(adapted.merge_and_unload(), processor, partial, dtype=getattr(torch, dtype))
+        _copy_adapter(adapter_dir, partial / "adapter")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if out_dir.exists():
+            out_dir.rmdir()
+        partial.rename(out_dir)
+    except (OSError, SafetensorError) as error:  # the library's own words for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"export to {out_dir}: cannot be written ({error}); nothing is left there: free some "
+            "space or give another folder"
+        ) from error
     return kept
 
 
