@@ -42,15 +42,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong configuration or data, 130 interrupted (Ctrl-C "
     "or SIGTERM).",
 )
-app.add_typer(labels_app)
-app.add_typer(jobs_app)
-app.command()(submit)
-app.command()(status)
-app.command()(logs)
-app.command()(scale)
-app.command("list")(list_runs)
-app.command()(replay)
-app.add_typer(eval_app)
 out = Console()
 err = Console(stderr=True)
 
@@ -366,6 +357,18 @@ def scenes(
 def version() -> None:
     """Print the version."""
     out.print(__version__)
+
+
+# After the stages, so that --help begins with what a newcomer runs first.
+app.add_typer(labels_app)
+app.add_typer(jobs_app)
+app.command()(submit)
+app.command()(status)
+app.command()(logs)
+app.command()(scale)
+app.command("list")(list_runs)
+app.command()(replay)
+app.add_typer(eval_app)
 
 
 def main() -> None:
