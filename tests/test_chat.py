@@ -88,6 +88,20 @@ def test_replies_come_back_as_they_were_and_failures_are_kept(tmp_path: Path) ->
     assert (second["image"], second["subject"]) == ("a" * 64, "There is a dog.")
 
 
+def test_closing_leaves_all_replies_in_the_one_file(tmp_path: Path) -> None:
+    path, copy = tmp_path / "replies.sqlite", tmp_path / "copy.sqlite"
+    other = ReplyStore(path)  # of a worker that is ended without closing it
+    other.add("m", REQUEST, REPLY)
+    ReplyStore(path).close()
+    copy.write_bytes(path.read_bytes())
+    with ReplyStore(copy) as store:
+        assert store.get(REQUEST.key("m")) == REPLY
+    other.close()
+    assert [item.name for item in tmp_path.iterdir() if item.name.startswith("replies")] == [
+        path.name
+    ]
+
+
 def test_half_characters_are_stored_as_escapes(tmp_path: Path) -> None:
     broken = replace(REQUEST, subject="cut \ud83d", text="cut \ud83d")
     with ReplyStore(tmp_path / "replies.sqlite") as store:

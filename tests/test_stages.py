@@ -18,6 +18,7 @@ import pytest
 from fakes import World, two_segments
 from rich.console import Console
 
+import cluster.pipeline.dry_run as dry_run
 import cluster.pipeline.stages as stages
 from cluster.pipeline.aside import OUTPUTS, move_aside, next_aside
 from cluster.pipeline.dry_run import print_plan
@@ -103,6 +104,7 @@ class Runs:
         patch = monkeypatch.setattr
         patch(stages, "Cluster", lambda *_, **__: self.roles)
         patch(stages, "make_report", lambda config, *_: config.run_dir / "report")
+        patch(dry_run, "_label_damage", lambda _: "")  # the labels here are no labels
         patch(stages.Run, "_segmenter", lambda _, response: two_segments(response))
         patch(stages.Run, "_malformed", lambda *_: ())
         patch(stages.Run, "annotate", lambda run: self._annotate())

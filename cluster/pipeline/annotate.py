@@ -28,14 +28,17 @@ from fgaif.chat.messages import gather_all
 from fgaif.chat.store import ReplyStore
 from fgaif.config import Config
 from fgaif.errors import FgaifError
+from fgaif.feedback.label_order import repair_order
 from fgaif.feedback.models import FeedbackModels
 from fgaif.feedback.segment import segment_responses
-from fgaif.feedback.store import JsonlStore, encode_labeled, response_store
+from fgaif.feedback.store import JsonlStore, encode_labeled, label_store, response_store
 from fgaif.files import write_whole
 from fgaif.types import LabeledResponse, Response
 
 if TYPE_CHECKING:
     from cluster.groups.role_groups import JudgeGroup
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, Usage | None], None]
 """Told rows done, rows in all, and what was asked and paid so far in this run."""
@@ -138,7 +141,8 @@ def annotate_responses(
     """Label the responses of the run that have no label yet, appending to ``labels`` in order.
 
     Ray must be running. A job that is stopped at any moment goes on where it was: rows from the
-    label file, replies from the reply store.
+    label file, replies from the reply store. A label file whose rows are not those of the first
+    responses is kept beside, and what is right of it stays (:func:`repair_order`).
 
     Raises:
         ConfigError: a key, a price or a prompt is missing; nothing was started.
@@ -147,6 +151,9 @@ def annotate_responses(
         ActorError: the worker or a judge died.
     """
     responses = response_store(config.run_dir / "responses" / "responses.jsonl")
+    if repaired := repair_order(labels, responses):
+        log.warning("%s", repaired)
+    label_store(labels.path, config.kind_names)  # refuses labels of other kinds
     start, total = len(labels), len(responses)
     rows = max(_CHUNK_ROWS, -(-(total - start) // _CHUNKS))
     chunks = list(responses.offsets(rows, start))
@@ -178,6 +185,7 @@ def annotate_responses(
         stopped.set()
         watcher.join()
         _show(snapshot, start, total, progress)
+        ReplyStore(folder / "replies.sqlite").close()  # the worker is ended without doing so
 
 
 def _dataset(

@@ -22,6 +22,7 @@ from fgaif.checkpoint import latest_checkpoint, read_state, resume_point
 from fgaif.config import Config
 from fgaif.data.rows import read_rows
 from fgaif.errors import ConfigError, DataError
+from fgaif.feedback.label_order import misplaced
 from fgaif.feedback.plan import measure, plan_feedback
 from fgaif.feedback.store import label_store, response_store
 
@@ -131,6 +132,8 @@ def _plan(
     elif anew or (inputs and status == "done"):
         why = f"{', '.join(anew) or inputs[0].stage} is done again"
     elif status == "done":
+        if stage == "annotate" and (damage := _label_damage(config)):
+            return StagePlan(stage=stage, found="partial", runs=True, goes_on=True, why=damage)
         return StagePlan(stage=stage, found=status, runs=False)
     else:
         return StagePlan(stage=stage, found=status, runs=True, goes_on=True, why=found.why)
@@ -142,6 +145,16 @@ def _plan(
             "ppo.resume to train anew"
         )
     return StagePlan(stage=stage, found=found.status, runs=True, outputs=outputs, why=why)
+
+
+def _label_damage(config: Config) -> str:
+    """What was done to a finished label file: rows lost, doubled or moved; empty if nothing."""
+    responses = response_store(config.run_dir / "responses" / "responses.jsonl")
+    labels = label_store(config.run_dir / "feedback" / "labels.jsonl")
+    if wrong := misplaced(labels, responses):
+        return wrong
+    left = len(responses) - len(labels)
+    return f"{labels.path}: the labels of the last {left} responses are gone" if left else ""
 
 
 def _training(config: Config, found: StageState, force: bool) -> Status:

@@ -39,6 +39,7 @@ from fgaif.eval.run_results import Phase, write_eval
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.feedback.external import read_responses
 from fgaif.feedback.facts import SceneFacts
+from fgaif.feedback.label_order import check_order
 from fgaif.feedback.labels import Oracle
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import label_store, response_store
@@ -201,7 +202,7 @@ class Run:
     def annotate(self) -> None:
         """Step 1b: segments, facts, verdicts, labels."""
         config, folder = self._config, self._dir / "feedback"
-        labels = label_store(folder / "labels.jsonl", config.kind_names)
+        labels = label_store(folder / "labels.jsonl")
         judges, judge_name = None, ""
         if config.feedback.local_verifier is not None:
             judges = self._cluster.judges()
@@ -227,7 +228,9 @@ class Run:
     def train_reward(self) -> None:
         """Step 2: one reward model per kind."""
         kinds = self._config.kind_names
-        labeled = list(label_store(self._dir / "feedback" / "labels.jsonl", kinds))
+        labels = label_store(self._dir / "feedback" / "labels.jsonl", kinds)
+        check_order(labels, response_store(self._dir / "responses" / "responses.jsonl"))
+        labeled = list(labels)
         with progress_bars(self._console, *kinds) as progress:
             train_rewards(
                 self._config,

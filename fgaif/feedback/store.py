@@ -15,11 +15,13 @@ from fgaif.errors import DataError
 from fgaif.kinds import check_kinds
 from fgaif.types import (
     DEFAULT_KINDS,
+    UNKNOWN,
     Answer,
     Fact,
     FactQuery,
     FinishReason,
     ImageRef,
+    IntArray,
     Json,
     Kind,
     LabeledResponse,
@@ -27,11 +29,14 @@ from fgaif.types import (
     Prompt,
     Response,
     Segment,
+    SegmentClass,
     Verdict,
 )
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_LABELS = (UNKNOWN, *map(int, SegmentClass))
 
 
 class JsonlStore(Generic[T]):
@@ -46,23 +51,37 @@ class JsonlStore(Generic[T]):
         path: the file; created with its folder by the first ``append``.
         encode: record to JSON object.
         decode: JSON object to record; KeyError, TypeError and ValueError mean a malformed line.
+        fix: what to do about a malformed line.
 
     Raises:
         DataError: the file cannot be read; when iterated, a malformed line (names ``FILE:LINE``).
     """
 
     def __init__(
-        self, path: Path, encode: Callable[[T], Json], decode: Callable[[Json], T]
+        self,
+        path: Path,
+        encode: Callable[[T], Json],
+        decode: Callable[[Json], T],
+        fix: str = "repair or delete the line",
     ) -> None:
         self.path = path
         self._encode = encode
         self._decode = decode
+        self._fix = fix
+        self._count = self._size = 0
+        self._torn = False
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Look at the file anew, after it was replaced."""
         self._count = self._size = 0
         self._torn = False
         try:
             self._scan()
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; check the file and its rights") from error
+            raise DataError(
+                f"{self.path}: {error.strerror}; check the file and its rights"
+            ) from error
 
     def append(self, items: Iterable[T]) -> None:
         """Write records and wait until they are on the disk.
@@ -130,7 +149,7 @@ class JsonlStore(Generic[T]):
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     number = self._lines_before(position) + index + 1
                     raise DataError(
-                        f"{self.path}:{number}: malformed ({error!r}); repair or delete the line"
+                        f"{self.path}:{number}: malformed ({error!r}); {self._fix}"
                     ) from error
 
     def _lines_before(self, position: int) -> int:
@@ -154,9 +173,17 @@ class JsonlStore(Generic[T]):
                 self._size += len(line)
 
 
+LABELS_FIX = (
+    "run `fgaif annotate` with this configuration: it keeps this file beside and makes what is "
+    "wrong again from the stored replies"
+)
+"""What to do about a label file that holds something else than it should."""
+
+
 def response_store(path: Path) -> JsonlStore[Response]:
     """Open the responses of a run."""
-    return JsonlStore(path, encode_response, decode_response)
+    fix = "run `fgaif sample --force`, which moves the file aside and samples anew"
+    return JsonlStore(path, encode_response, decode_response, fix)
 
 
 def label_store(path: Path, kinds: Sequence[Kind] | None = None) -> JsonlStore[LabeledResponse]:
@@ -165,7 +192,7 @@ def label_store(path: Path, kinds: Sequence[Kind] | None = None) -> JsonlStore[L
     Raises:
         DataError: its labels are of other kinds.
     """
-    store = JsonlStore(path, encode_labeled, decode_labeled)
+    store = JsonlStore(path, encode_labeled, decode_labeled, LABELS_FIX)
     if kinds is not None:
         for item in islice(store, 1):  # every row names them, and one job writes all
             check_kinds(f"{path}:1", item.kinds, kinds)
@@ -229,9 +256,19 @@ def decode_labeled(row: Json) -> LabeledResponse:
             text: _decode_answer(FactQuery(image=image, text=text), answer)
             for text, answer in row["verdicts"].items()
         },
-        labels=np.array(row["labels"], dtype=np.int64).reshape(-1, len(kinds)),
+        labels=_decode_labels(row["labels"], len(row["segments"]), len(kinds)),
         provenance=row["provenance"],
     )
+
+
+def _decode_labels(rows: list[list[int]], segments: int, kinds: int) -> IntArray:
+    """Labels (S, K): a row per segment, a class or UNKNOWN per kind."""
+    if len(rows) != segments:
+        raise ValueError(f"{len(rows)} rows of labels for {segments} segments")
+    for index, row in enumerate(rows):
+        if len(row) != kinds or any(type(x) is not int or x not in _LABELS for x in row):
+            raise ValueError(f"labels[{index}] = {row!r:.60}: expected {kinds} of {_LABELS}")
+    return np.array(rows, dtype=np.int64).reshape(-1, kinds)
 
 
 def _encode_answer(verdict: Verdict) -> Json:
