@@ -377,6 +377,8 @@ def test_rewards_are_one_number_per_text(ask: Ask) -> None:
     items = [ScoreItem(image=png(), text=["A dog.", "One."]), ScoreItem(image=png(), text="A b c.")]
     assert ask("reward", items) == [2.0, 1.0, 3.0]
     assert ask("reward", items, kind="relation") == [-0.5] * 3
+    with pytest.raises(ConfigError, match="the service scores object, attribute, relation"):
+        ask("reward", items, kind="counting")
     with pytest.raises(ScoringRefused, match=r"items\.2"):
         ask("reward", [*items, ScoreItem(image=png(), text="bad")])
 

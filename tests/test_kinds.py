@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import serving_samples
 from chats import Scripted
+from counting_world import ALL, COLOUR, KINDS, CountingWorld
 from rich.console import Console
 from starlette.testclient import TestClient
 
@@ -26,15 +26,12 @@ from cluster.driver import PpoData, PpoDriver
 from cluster.pipeline.feedback_report import write_summary
 from cluster.pipeline.keys import changes, stage_values
 from cluster.pipeline.stage_status import check_resumable
+from cluster.pipeline.stages import run_stages
 from cluster.placement import plan_roles
-from fgaif.chat.messages import ChatRequest
 from fgaif.chat.store import ReplyStore
 from fgaif.checkpoint import read_state
 from fgaif.config import Config, dump_config, parse_config, with_overrides
-from fgaif.data.images import image_ref
-from fgaif.data.scenes.draw import draw_scene
-from fgaif.data.scenes.facts import SCENE_KINDS, oracle, parse_facts
-from fgaif.data.scenes.world import Scene, Thing, scene_at
+from fgaif.data.scenes.world import scene_at
 from fgaif.errors import CheckpointError, ConfigError, DataError
 from fgaif.eval.benchmarks.faithscore import BENCHMARK
 from fgaif.eval.captions import JudgedCaption, caption_metrics, judged_by_scores
@@ -48,7 +45,7 @@ from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.models import FeedbackModels
 from fgaif.feedback.parquet import read_labels, write_labels
 from fgaif.feedback.store import label_store
-from fgaif.lvlm.model import load_processor, resolve_checkpoint
+from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.ppo.rollout_dump import read_dump
 from fgaif.reward.checkpoint import load_shared_reward_models, read_card
 from fgaif.reward.dense import RewardCenters
@@ -57,21 +54,9 @@ from fgaif.tracking import explain
 from fgaif.types import DEFAULT_KINDS, CaptionMetrics, EvalReport, LabeledResponse, SegmentScores
 
 PAGE = Path(fgaif.__path__[0]) / "serving" / "page"
-ALL = (*DEFAULT_KINDS, "counting")
-NUMBERS = {"one": 1, "two": 2, "three": 3}
-COUNTED = re.compile(r"There (?:is|are) (one|two|three) ([a-z]+?)s?\.")
-COLOUR = "#0a7d6b"
 SETTINGS: dict[str, Any] = {
     "name": "counted",
-    "kinds": [
-        *DEFAULT_KINDS,
-        {
-            "name": "counting",
-            "description": 'how many of one shape there are. Write "There are NUMBER NOUNs."',
-            "prompt": "Count, then judge: {fact}",
-            "colour": COLOUR,
-        },
-    ],
+    "kinds": KINDS,
     "segment": {"min_words": 4},
     # The verifier checkpoint states the facts too; a scripted model stands in for it here.
     "feedback": {"extractor": "model"},
@@ -79,56 +64,6 @@ SETTINGS: dict[str, Any] = {
     "ppo": {"steps": 2, "rollout_batch": 4, "minibatch": 2, "checkpoint_every": 1},
     "tracking": {"rollouts": 1},
 }
-
-
-class CountingWorld:
-    """Scenes of the embedded world with one shape drawn again, and a model that counts shapes."""
-
-    def __init__(self, folder: Path, count: int) -> None:
-        self.tokenizer = load_processor(resolve_checkpoint("scenes:policy")).tokenizer
-        self.responses: list[fgaif.Response] = []
-        self.truths: list[bool] = []
-        self._scenes: dict[str, Scene] = {}
-        for index in range(count):
-            scene = _with_a_twin(scene_at("train", index))
-            draw_scene(scene).save(folder / f"{index}.png")
-            noun = scene.things[0].noun
-            claimed = "two" if index % 2 else "three"
-            text = f"There is a {scene.things[0].colour} {noun}. There are {claimed} {noun}s."
-            response = fgaif.make_response(image_ref(folder / f"{index}.png"), text, self.tokenizer)
-            prompt = replace(response.prompt, id=f"{index}")
-            self.responses.append(replace(response, prompt=prompt))
-            self.truths.append(claimed == "two")
-            self._scenes[response.prompt.image.sha256] = scene
-
-    def answer(self, request: ChatRequest) -> str:
-        """What a perfect model replies: facts of numbered segments as JSON, or yes and no."""
-        if request.schema is not None:
-            assert f"- counting: {SETTINGS['kinds'][3]['description']}" in request.text
-            lines = [line.partition(". ")[2] for line in request.subject.splitlines()]
-            return json.dumps({"segments": [_stated(line) for line in lines]})
-        assert request.image is not None
-        scene = self._scenes[request.image.sha256]
-        if counted := COUNTED.fullmatch(request.subject):
-            assert request.text == f"Count, then judge: {request.subject}"
-            there = sum(thing.noun == counted[2] for thing in scene.things)
-            return "yes" if there == NUMBERS[counted[1]] else "no"
-        assert request.text.startswith("Statement: ")
-        return "no" if oracle(scene, request.subject) is False else "yes"
-
-
-def _with_a_twin(scene: Scene) -> Scene:
-    first = scene.things[0]
-    taken = {(thing.row, thing.column) for thing in scene.things}
-    row, column = next((r, c) for r in range(3) for c in range(3) if (r, c) not in taken)
-    twin = Thing(**{**asdict(first), "row": row, "column": column})
-    return Scene(seed=scene.seed, things=(*scene.things, twin))
-
-
-def _stated(text: str) -> dict[str, list[str]]:
-    facts = parse_facts(text)[0] if not COUNTED.fullmatch(text) else []
-    entry = {kind: [fact.text for fact in facts if fact.kind == kind] for kind in SCENE_KINDS}
-    return entry | {"counting": [text] if COUNTED.fullmatch(text) else []}
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +290,7 @@ def test_another_list_of_kinds_makes_labels_anew_another_colour_nothing(config: 
     made = stage_values(config, "annotate")
     three = with_overrides(config, ["kinds=[object,attribute,relation]"])
     assert next(change.key for change in changes(three, "annotate", made)) == "kinds"
-    kinds = [*DEFAULT_KINDS, {**SETTINGS["kinds"][3], "colour": "#000000"}]
+    kinds = [*DEFAULT_KINDS, {**KINDS[3], "colour": "#000000"}]
     painted = parse_config({**SETTINGS, "kinds": kinds})
     assert changes(painted, "annotate", made) == ()
     # What earlier versions stored, without the key, is of the three.
@@ -387,7 +322,7 @@ def test_kinds_that_make_no_sense_are_refused(settings: dict[str, Any], words: s
 
 def test_kinds_are_dumped_as_they_were_written(config: Config) -> None:
     assert parse_config({}).model_dump(mode="json")["kinds"] == list(DEFAULT_KINDS)
-    assert config.model_dump(mode="json")["kinds"] == SETTINGS["kinds"]
+    assert config.model_dump(mode="json")["kinds"] == KINDS
     assert with_overrides(config, []).kinds == config.kinds
 
 
@@ -422,3 +357,16 @@ def test_a_kind_without_words_for_the_prompt_is_refused(tmp_path: Path) -> None:
         load_facts_prompt(kinds, "response", folder=tmp_path)
     (tmp_path / "facts.txt").write_text("Kinds: object, counting.\n{segments}")
     assert load_facts_prompt(kinds, "response", folder=tmp_path).text.startswith("Kinds: object")
+
+
+def test_what_a_kind_lacks_is_said_before_anything_is_sampled(tmp_path: Path) -> None:
+    silent = Console(quiet=True)
+    common = {"name": "x", "dir": str(tmp_path), "kinds": ["object", "counting"]}
+    for feedback, words in (
+        ({"extractor": "scenes"}, r"kinds has counting: set feedback\.extractor"),
+        ({"extractor": "model"}, "description of counting: none is given"),
+    ):
+        config = parse_config({**common, "feedback": feedback})
+        with pytest.raises(ConfigError, match=words):
+            run_stages(config, ("sample", "annotate"), False, silent)
+    assert not (tmp_path / "x" / "config.yaml").exists()

@@ -41,6 +41,7 @@ from fgaif.feedback.external import read_responses
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.label_order import check_order
 from fgaif.feedback.labels import Oracle
+from fgaif.feedback.models import check_prompts
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import label_store, response_store
 from fgaif.files import write_json, write_whole
@@ -74,6 +75,8 @@ def run_stages(
     if not todo:
         return None
     require_upstream(stage_status, config, [plan.stage for plan in todo])
+    if any(plan.stage == "annotate" for plan in todo):
+        check_prompts(config)
     if heavy := [plan for plan in todo if plan.stage != "report"]:
         with driver_lock(config.run_dir):
             if stage_status.entries() != planned_on:

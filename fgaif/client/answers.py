@@ -9,7 +9,7 @@ from pydantic import BaseModel, RootModel, ValidationError
 from websockets.exceptions import InvalidStatus
 
 from fgaif.chat.secrets import redact
-from fgaif.errors import FgaifError
+from fgaif.errors import ConfigError, FgaifError
 from fgaif.serving.schema import (
     ScoreResponse,
     SegmentOut,
@@ -123,6 +123,10 @@ def rewards(answer: ScoreResponse | ScoringError, kind: Kind | None) -> list[flo
     """The reward of each text, total or of one kind; an error is raised."""
     if isinstance(answer, ScoringError):
         raise answer
+    if unknown := kind is not None and [t for t in answer.results if kind not in t.rewards]:
+        raise ConfigError(
+            f"kind {kind!r}: the service scores {', '.join(unknown[0].rewards)}; give one of these"
+        )
     return [text.total if kind is None else text.rewards[kind] for text in answer.results]
 
 

@@ -8,9 +8,27 @@ from fgaif.chat.store import ReplyStore
 from fgaif.config import API, Config
 from fgaif.errors import ConfigError
 from fgaif.feedback.annotate import Annotator
-from fgaif.feedback.extract import ModelFacts
+from fgaif.feedback.extract import ModelFacts, load_facts_prompt
 from fgaif.feedback.facts import FactExtractor, FactVerifier, SceneFacts, WholeSegments
 from fgaif.feedback.verify import VerifierPanel, YesNoVerifier, kind_prompts, load_fact_prompt
+
+
+def check_prompts(config: Config) -> None:
+    """See before anything is sampled that every kind can be asked for.
+
+    Raises:
+        ConfigError: a prompt or a kind's description is missing, or the extractor states no facts
+            of a kind.
+    """
+    feedback = config.feedback
+    if feedback.extractor == "scenes":
+        SceneFacts(config.kind_names)
+    elif feedback.extractor != "segment":
+        load_facts_prompt(
+            config.kinds, feedback.extract_per, folder=feedback.prompts_dir, text_form=True
+        )
+    load_fact_prompt(feedback.prompt)
+    kind_prompts(config.kinds)
 
 
 class FeedbackModels:
