@@ -124,7 +124,7 @@ def list_runs(
         typer.Option(help="A head's dashboard: list the jobs of that cluster instead."),
     ] = None,
 ) -> None:
-    """Runs in a folder with their step and last heartbeat; with --address, the jobs of a cluster."""
+    """Runs in a folder, their step and last heartbeat; with --address, jobs of a cluster."""
     if address or os.environ.get("RAY_API_SERVER_ADDRESS"):
         from cluster.cli.jobs import list_jobs
 
