@@ -192,7 +192,11 @@ def test_a_caption_file_is_scored_and_what_is_left_out_is_counted() -> None:
         images=["1", "2", "3"],
     )
     assert scored.metrics() == {"chair_i": 2 / 4, "chair_s": 1 / 2, "recall": 2 / 3, "length": 3.5}
-    assert scored.counts == {"captions_without_truth": 1, "images_without_caption": 1}
+    assert scored.counts == {
+        "captions_without_truth": 1,
+        "captions_without_objects": 0,
+        "images_without_caption": 1,
+    }
     assert scored.units == ("1", "2")
     assert scored.items[0]["hallucinated"] == ["cat", "cat"]
     assert scored.badness is not None

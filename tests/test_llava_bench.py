@@ -169,7 +169,10 @@ def test_answers_are_joined_by_id_whatever_their_order(tmp_path: Path) -> None:
     [
         ({"answers": [{"question_id": 0}]}, "a.jsonl:1: no key `text`"),
         ({"answers": [{"text": "x"}]}, "a.jsonl:1: no key `question_id`"),
-        ({"answers": [{"question_id": 0, "text": "x"}] * 2}, "a.jsonl:2: .*a.jsonl:1"),
+        (
+            {"answers": [{"question_id": 0, "text": text} for text in ("x", "y")]},
+            "a.jsonl:2: .*a.jsonl:1",
+        ),
         ({"answers": [{"question_id": 7, "text": "x"}]}, "none is that of a question"),
         ({"answers": [{"question_id": 0, "text": "x", "prompt": "Else?"}]}, "key `prompt`"),
         ({"context": {"image": "2.jpg", "caption": "x"}}, "q.jsonl:1: key `image`: '1.jpg'"),

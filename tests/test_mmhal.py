@@ -157,10 +157,15 @@ def test_the_judge_sees_contents_question_standard_answer_and_answer(tmp_path: P
         ("Rating: 2 (not rating: 5)", None),
         ("Rating 4", None),
         ("Rating: 7", None),
+        ("Rating: 3.5", None),
+        ("Rating: 4.0, fine", 4),
+        ("Rating: 3. Good", 3),
+        ("Rating: 10", None),
+        ("Rating: 3.5, so rating: 3", None),
         ("", None),
     ],
 )
-def test_the_official_rule_wants_exactly_one_rating(reply: str, rating: int | None) -> None:
+def test_a_reply_holds_exactly_one_whole_rating(reply: str, rating: int | None) -> None:
     assert read_rating(reply) == rating
 
 

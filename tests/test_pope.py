@@ -267,7 +267,11 @@ def test_answer_files_are_scored_by_both_rules() -> None:
     assert scored.badness is not None
     assert scored.badness.tolist() == [0, 0, 0, 1]
     assert scored.units == ("7", "7", "8", "8")
-    assert scored.counts == {"questions_without_answer": 0, "answers_without_question": 0}
+    assert scored.counts == {
+        "questions_without_answer": 0,
+        "answers_without_question": 0,
+        "rules_disagree": 0,
+    }
     answers = [read_answer(a.text) for a in texts]
     assert {f: metrics[f] for f in official} == pytest.approx(
         asdict(pope_metrics(answers, [row.label for row in ROWS]))
@@ -341,7 +345,7 @@ def test_texts_that_repeat_are_paired_row_by_row_and_verified() -> None:
         ([answer(1, "yes", id="1", question=CAT)], r"a:1: key `question` .*which q:1 asks"),
         ([answer(1, "yes", id="1", image="8")], r"a:1: key `image`: '8', but q:1 asks about"),
         (
-            [answer(n, "yes", image="7", question=DOG) for n in (1, 2)],
+            [answer(n, text, image="7", question=DOG) for n, text in ((1, "yes"), (2, "no"))],
             "a:2: answers the question of a:1 again",
         ),
     ],

@@ -110,7 +110,7 @@ def load_prompt(
         ConfigError: the file cannot be read, or a slot is missing or there twice.
     """
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt {path}: cannot be read ({error}); give a text file") from error
     return prompt_of(text, slots, str(path), path.stem, fixed)

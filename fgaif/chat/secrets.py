@@ -64,7 +64,7 @@ def find_key(variable: str, file: Path | None, setting: str) -> tuple[str, str]:
         return f"environment variable {variable}", os.environ.get(variable, "").strip()
     where = f"{setting} = {file}"
     try:
-        return where, file.read_text(encoding="utf-8").strip()
+        return where, file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is no text"
         raise ConfigError(f"{where}: {reason}; name a file that holds the key alone") from None

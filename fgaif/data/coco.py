@@ -126,7 +126,7 @@ def _load(file: Path) -> Any:
         return {key: row[key] for key in row.keys() & _READ}
 
     try:
-        with file.open(encoding="utf-8") as opened:
+        with file.open(encoding="utf-8-sig") as opened:
             return json.load(opened, object_hook=slim)
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; give an existing COCO file") from error

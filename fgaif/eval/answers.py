@@ -8,13 +8,15 @@ Answers: LLaVA's model_vqa (``question_id``, ``prompt``, ``text``) and POPE's ow
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fgaif.errors import DataError
-from fgaif.eval.rows import Row, read_rows
+from fgaif.eval.rows import Row, read_rows, warn_of_repeats
 
+_IMAGE_FILE = re.compile(r"(.+)\.(?:jpe?g|png|webp|bmp|gif)", re.IGNORECASE)
+_URL_QUERY = re.compile(r"(\.(?:jpe?g|png|webp|bmp|gif))[?#].*", re.IGNORECASE)
 _COCO_FILE = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})(?:\.\w+)?", re.IGNORECASE)
 
 
@@ -45,25 +47,65 @@ class Caption:
 def image_name(value: str | int) -> str:
     """Name an image as all files do: COCO's number, else the file name without folders.
 
-    "val2014/COCO_val2014_000000310196.jpg", "000000310196" and 310196 are all "310196".
+    "val2014/COCO_val2014_000000310196.jpg", "000000310196" and 310196 are all "310196". What a URL
+    has after the file name is cut off.
     """
-    name = str(value).strip().replace("\\", "/").rpartition("/")[2]
+    name = _URL_QUERY.sub(r"\1", str(value).strip()).replace("\\", "/").rpartition("/")[2]
     if match := _COCO_FILE.fullmatch(name):
         name = match[1]
     return str(int(name)) if name.isdecimal() else name
+
+
+def image_finder(known: Iterable[str]) -> Callable[[str], str]:
+    """Make a function from a name (``image_name``) to the one among ``known`` that means the same.
+
+    A name that is there stands for itself. Else the ending and leading zeros do not count, where
+    that leaves one image: "101.jpg" finds "101", and "cat" finds "cat.png". Any other name comes
+    back as it is.
+    """
+    names = set(known)
+    by_stem: dict[str, set[str]] = {}
+    for name in names:
+        by_stem.setdefault(_stem(name), set()).add(name)
+
+    def find(name: str) -> str:
+        if name in names:
+            return name
+        same = by_stem.get(_stem(name), set())
+        return next(iter(same)) if len(same) == 1 else name
+
+    return find
+
+
+def _stem(name: str) -> str:
+    match = _IMAGE_FILE.fullmatch(name)
+    stem = match[1] if match else name
+    return str(int(stem)) if stem.isdecimal() else stem
 
 
 def read_answers(path: Path) -> list[AnswerRow]:
     """Read answers to questions, in the order of the file.
 
     The answer stands under ``text`` or ``answer``, the question under ``question`` or ``prompt``,
-    an id under ``question_id``, an image under ``image``; all but the answer may be missing.
+    an id under ``question_id``, an image under ``image``; all but the answer may be missing. Of
+    equal answers under one id the first counts, and how many there were is warned about.
 
     Raises:
         DataError: the file or a row cannot be used (names row and key), or an id comes twice.
     """
-    answers = [_answer(row) for row in read_rows(path)]
+    answers: list[AnswerRow] = []
+    first: dict[str, AnswerRow] = {}
+    repeated = 0
+    for row in read_rows(path):
+        answer = _answer(row)
+        if answer.id is not None:
+            other = first.setdefault(answer.id, answer)
+            if other is not answer and replace(answer, where=other.where) == other:
+                repeated += 1
+                continue
+        answers.append(answer)
     check_ids((answer.where, answer.id) for answer in answers if answer.id is not None)
+    warn_of_repeats(str(path), repeated)
     return answers
 
 
@@ -75,8 +117,15 @@ def _answer(row: Row) -> AnswerRow:
         text=row.text("text", "answer", empty=True),
         id=row.identity("question_id") if "question_id" in data else None,
         image=image_name(row.identity("image")) if data.get("image") is not None else None,
-        question=row.text(question) if data.get(question) is not None else None,
+        question=_question(row, question),
     )
+
+
+def _question(row: Row, key: str) -> str | None:
+    value = row.data.get(key)
+    if value is None:
+        return None
+    return "\n".join(row.texts(key)) if isinstance(value, list) else row.text(key)
 
 
 def check_ids(ids: Iterable[tuple[str, str]]) -> None:
@@ -101,7 +150,8 @@ def read_captions(
     caption_key: str | None = None,
     images: Mapping[str, str] | None = None,
 ) -> list[Caption]:
-    """Read captions, in the order of the file.
+    """Read captions, in the order of the file; one that says the same of the same image again
+    counts once, and how many did is warned about.
 
     Args:
         image_key: where the image's number or file name stands; by default ``image_id`` or
@@ -117,19 +167,28 @@ def read_captions(
     caption_keys = (caption_key,) if caption_key else ("caption", "text", "answer")
     captions = []
     repeats: Counter[str] = Counter()
+    seen: set[tuple[str, str, str]] = set()
+    repeated = 0
     for row in _original_rows(path) or read_rows(path):
         has_image = images is None or any(key in row.data for key in image_keys)
         image = image_name(row.identity(*image_keys) if has_image else _image_of(row, images or {}))
+        text = row.text(*caption_keys, empty=True)
+        question = row.shown("prompt")
+        if (image, text, question) in seen:
+            repeated += 1
+            continue
+        seen.add((image, text, question))
         repeats[image] += 1
         captions.append(
             Caption(
                 where=row.where,
                 id=image if repeats[image] == 1 else f"{image}#{repeats[image]}",
                 image=image,
-                text=row.text(*caption_keys, empty=True),
-                question=row.text("prompt") if row.data.get("prompt") else "",
+                text=text,
+                question=question,
             )
         )
+    warn_of_repeats(str(path), repeated)
     return captions
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from fgaif.chat.messages import load_prompt
 from fgaif.errors import DataError
 from fgaif.eval.judge import PROMPTS
-from fgaif.eval.rows import Row, read_rows
+from fgaif.eval.rows import Row, read_rows, warn_of_repeats
 
 CATEGORIES = ("conv", "detail", "complex")
 IN_THE_WILD = "llava_bench_"
@@ -110,7 +110,7 @@ def load_rules(path: Path | None, in_the_wild: bool) -> dict[str, Rule]:
         own = {name: load_prompt(PROMPTS / f"{IN_THE_WILD}{name}.txt", ()) for name in CATEGORIES}
         return {name: Rule(version=file.version, prompt=file.text) for name, file in own.items()}
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: no readable rule file ({error}); give a JSON object") from error
     return {name: _rule(path, tree, f"{IN_THE_WILD * in_the_wild}{name}") for name in CATEGORIES}
@@ -127,18 +127,22 @@ def _rule(path: Path, tree: object, key: str) -> Rule:
 
 
 def rows_by_key(path: Path, key: str) -> dict[str, Row]:
-    """Read rows by the id under ``key``.
+    """Read rows by the id under ``key``; equal rows count once, with a warning.
 
     Raises:
         DataError: the file or a row cannot be used, or an id is there twice.
     """
     rows: dict[str, Row] = {}
+    repeated = 0
     for row in read_rows(path):
         first = rows.setdefault(row.identity(key), row)
-        if first is not row:
+        if first is not row and row.repeats(first):
+            repeated += 1
+        elif first is not row:
             raise DataError(
                 f"{row.where}: key `{key}`: {row.data[key]!r} was there at {first.where}; keep one"
             )
+    warn_of_repeats(str(path), repeated)
     return rows
 
 

@@ -1,12 +1,15 @@
 """Rows of benchmark files, JSON Lines or one JSON list, each with its place for messages."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fgaif.errors import DataError
 from fgaif.types import Json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +34,29 @@ class Row:
     def identity(self, *keys: str) -> str:
         """Return the number or text under the first of ``keys`` that is there, as text.
 
+        A whole number written as 1.0, as tables of numbers are saved, is "1".
+
         Raises:
             DataError: none is there, or it is neither.
         """
         key, value = self._first(keys)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, int | str) and not isinstance(value, bool) and str(value).strip():
             return str(value)
         raise self.wrong(key, value, "a number or a text that is not empty")
+
+    def shown(self, *keys: str) -> str:
+        """Return the text under the first of ``keys`` that holds any, texts of a list in lines.
+
+        For what people only look at: anything else is "", never an error.
+        """
+        for key in keys:
+            value = self.data.get(key)
+            lines = value if isinstance(value, list) else [value]
+            if text := "\n".join(line for line in lines if isinstance(line, str)):
+                return text
+        return ""
 
     def texts(self, key: str) -> list[str]:
         """Return a list of texts; one text stands for a list of one.
@@ -51,6 +70,11 @@ class Row:
             return values
         raise self.wrong(key, value, "a list of texts")
 
+    def repeats(self, other: "Row") -> bool:
+        """Whether the row says what another one says; the id of the answer itself may differ."""
+        own, theirs = ({**row.data, "answer_id": None} for row in (self, other))
+        return own == theirs
+
     def wrong(self, key: str, value: object, wanted: str) -> DataError:
         """Return the error for a value that cannot be used."""
         return DataError(f"{self.where}: key `{key}`: {value!r:.80}: expected {wanted}")
@@ -62,6 +86,12 @@ class Row:
         names = " or ".join(f"`{key}`" for key in keys)
         found = ", ".join(self.data) or "no keys"
         raise DataError(f"{self.where}: no key {names}, only {found}; rename or add it")
+
+
+def warn_of_repeats(source: str, count: int) -> None:
+    """Say that ``count`` rows of a file were there before and counted once; nothing if none was."""
+    if count:
+        log.warning("%s: %d rows repeat an earlier one: counted once", source, count)
 
 
 def read_rows(path: Path) -> list[Row]:

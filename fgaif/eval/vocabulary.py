@@ -132,7 +132,7 @@ def coco_vocabulary(synonyms: Path | None = None) -> Vocabulary:
     """
     data = files("fgaif.eval")
     try:
-        text = (synonyms or data / "coco_words.txt").read_text(encoding="utf-8")
+        text = (synonyms or data / "coco_words.txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{synonyms}: cannot be read ({error}); give a text file, one object per line"

@@ -1,14 +1,21 @@
 """Yes/no questions about images: answers found and read, and the figures of a two-way choice."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fgaif.errors import DataError
-from fgaif.eval.answers import AnswerRow, image_name
+from fgaif.eval.answers import AnswerRow, image_finder, image_name
+from fgaif.eval.rows import warn_of_repeats
 from fgaif.eval.scored import Stats
+
+_PLACEHOLDER = re.compile(r"<image>|</?Img>|<ImageHere>|<\|image\|>", re.IGNORECASE)
+_SPEAKER = re.compile(r"\s*(?:#+\s*)?(?:USER|Human|Question|Q)\s*:\s*", re.IGNORECASE)
+_ANSWERER = re.compile(r"\s*(?:#+\s*)?(?:ASSISTANT|GPT|Answer|A)\s*:", re.IGNORECASE)
+_INSTRUCTION = re.compile(r"\s*(?:please\s+)?answer\b[^.:\n]*\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,42 +45,109 @@ def pair_answers(
 
     By id where the answers have ids. Otherwise by image and question text, or by the text alone,
     if that tells all questions apart; else the rows must be as many as the questions, with the same
-    text row by row. What an answer says of its image and question must be true.
+    text row by row. A prompt may hold more than the question. What an answer says of its image and
+    question must be true. An equal answer to the same question counts once, with a warning.
 
     Raises:
         DataError: an answer is to another question than its place says, or cannot be placed.
     """
     if not answers:
         return {}, 0
+    answers = _as_questions_name_them(questions, answers)
     key = _pairing_key(questions, answers)
     if key is None:
         for question, answer in zip(questions, answers, strict=True):
             _check_pair(question, answer)
         return {q.id: answer for q, answer in zip(questions, answers, strict=True)}, 0
+    asked = {question.text for question in questions}
     by_key: dict[tuple[str | None, ...], AnswerRow] = {}
+    repeated = 0
     for answer in answers:
-        first = by_key.setdefault(_name(answer, key), answer)
-        if first is not answer:
+        first = by_key.setdefault(_name(answer, key, asked), answer)
+        if first is answer:
+            continue
+        if first.text != answer.text:
             raise DataError(
                 f"{answer.where}: answers the question of {first.where} again; keep one"
             )
+        repeated += 1
+    warn_of_repeats(answers[0].where.rpartition(":")[0], repeated)
     paired: dict[str, AnswerRow] = {}
     for question in questions:
-        found = by_key.get(_name(question, key))
+        found = by_key.get(_name(question, key, asked))
         if found is not None:
             _check_pair(question, found)
             paired[question.id] = found
-    return paired, len(answers) - len(paired)
+    return paired, len(by_key) - len(paired)
 
 
-def _name(row: YesNoQuestion | AnswerRow, key: tuple[str, ...]) -> tuple[str | None, ...]:
+def _as_questions_name_them(
+    questions: Sequence[YesNoQuestion], answers: Sequence[AnswerRow]
+) -> list[AnswerRow]:
+    """Give answers the images' names and the ids as the questions have them: "101.jpg" for "101",
+    and "1" for "0001" where only leading zeros tell them apart."""
+    find = image_finder(image_name(question.image) for question in questions)
+    ids = _same_number([question.id for question in questions])
+    return [
+        replace(
+            answer,
+            image=find(answer.image) if answer.image is not None else None,
+            id=ids(answer.id) if answer.id is not None else None,
+        )
+        for answer in answers
+    ]
+
+
+def _same_number(known: Sequence[str]) -> Callable[[str], str]:
+    names = set(known)
+    counts = Counter(name.lstrip("0") for name in names if name.isdecimal())
+    numbers = {name.lstrip("0"): name for name in names if name.isdecimal()}
+
+    def find(name: str) -> str:
+        number = name.lstrip("0")
+        if name in names or not name.isdecimal() or counts[number] != 1:
+            return name
+        return numbers[number]
+
+    return find
+
+
+def question_in(prompt: str, asked: Iterable[str]) -> str:
+    """Return the one of the questions ``asked`` that a prompt puts; else its first line.
+
+    Before the question may stand a placeholder of the image, the speaker's name or a system prompt
+    (with examples: the last question counts), after it an instruction.
+    """
+    # The official shell script writes the line break as a backslash and an n.
+    text = _PLACEHOLDER.sub("", prompt).strip().replace("\\n", "\n")
+    lines = [_SPEAKER.sub("", line, count=1).strip() for line in text.split("\n")]
+    known = asked if isinstance(asked, set) else set(asked)
+    for line in reversed(lines):
+        if line in known:
+            return line
+    # The one that ends last; of two that end there the longer.
+    inside = [(text.rfind(one) + len(one), len(one), one) for one in known if one in text]
+    return max(inside)[2] if inside else next(filter(None, lines), "")
+
+
+def without_echo(text: str, question: str) -> str:
+    """Return what an answer says after repeating the question, its instruction and the speakers'
+    names; the whole answer where it does not begin so."""
+    rest = _SPEAKER.sub("", _PLACEHOLDER.sub("", text), count=1).lstrip()
+    if not rest.startswith(question):
+        return text
+    rest = _INSTRUCTION.sub("", rest[len(question) :], count=1)
+    return _ANSWERER.sub("", rest, count=1)
+
+
+def _name(
+    row: YesNoQuestion | AnswerRow, key: tuple[str, ...], asked: set[str]
+) -> tuple[str | None, ...]:
     parts: dict[str, str | None]
     if isinstance(row, YesNoQuestion):
         parts = {"id": row.id, "image": image_name(row.image), "question": row.text}
     else:
-        # A prompt ends with an instruction on a line of its own; the official shell script writes
-        # the line break as a backslash and an n.
-        question = re.split(r"\n|\\n", row.question or "")[0].strip()
+        question = question_in(row.question, asked) if row.question and "question" in key else None
         parts = {"id": row.id, "image": row.image, "question": question}
     return tuple(parts[part] for part in key)
 
@@ -94,7 +168,7 @@ def _pairing_key(
     if all(answer.image is not None for answer in answers):
         keys.insert(0, ("image", "question"))
     for key in keys:
-        if len({_name(question, key) for question in questions}) == len(questions):
+        if len({_name(question, key, set()) for question in questions}) == len(questions):
             return key
     if len(answers) != len(questions):
         raise DataError(

@@ -201,7 +201,7 @@ def _picture(ref: ImageRef) -> Json:
 
 def _read_json(path: Path, remedy: str) -> Json:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; {remedy}") from error
     except (ValueError, RecursionError) as error:

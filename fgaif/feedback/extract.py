@@ -173,7 +173,7 @@ def _description(kind: KindConfig, *, needed: bool = True) -> str:
         return given
     path = Path(given) if given is not None else PROMPTS / "kinds" / f"{kind.name}.txt"
     if path.is_file():
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     if not needed:
         return ""
     raise ConfigError(

@@ -211,12 +211,12 @@ def _reference_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix not in (".json", ".jsonl"):
         raise DataError(f"{path}: unknown kind of file; give a .json or .jsonl file")
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             is_list = path.suffix == ".json" and file.read(1024).lstrip().startswith("[")
         if not is_list:
             yield from read_lines(path, parse_literal)
             return
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give an existing file") from error
     except (ValueError, RecursionError) as error:

@@ -4,10 +4,11 @@ One and the same for COCO's annotations, which the command reads, and for the em
 scenes say what an image shows: ``chair_scores`` scores what captions name against what images show.
 """
 
+import logging
 import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ import typer
 
 from fgaif.data.coco import CocoImage, read_coco
 from fgaif.errors import ConfigError, DataError
-from fgaif.eval.answers import Caption, image_name, read_captions
+from fgaif.eval.answers import Caption, image_finder, image_name, read_captions
 from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
 from fgaif.eval.figures import Figure
 from fgaif.eval.judge import Progress
@@ -25,7 +26,11 @@ from fgaif.eval.scored import Scored, Stats
 from fgaif.eval.vocabulary import Vocabulary, coco_vocabulary
 from fgaif.types import Json
 
+log = logging.getLogger(__name__)
+
 DESCRIBE = "Describe this image in detail."
+OUR_TABLE = "fgaif's own table, not CHAIR's: figures differ from published ones (--synonyms)"
+_MANY_SILENT = 0.1
 COLUMNS = ("captions", "hallucinating", "mentions", "hallucinated", "shown", "covered", "words")
 FIGURES = (
     Figure(
@@ -130,11 +135,14 @@ def score_chair(
     Figures: ``chair_i``, ``chair_s``, ``recall``, ``length`` (mean number of words between blanks).
     A caption of an image that ``truth`` does not know is left out and counted
     (``captions_without_truth``), as is an image of ``images`` that has no caption
-    (``images_without_caption``).
+    (``images_without_caption``). Captions that name no object hallucinate none, however bad they
+    are: they are counted (``captions_without_objects``), and warned about from a tenth on.
 
     Raises:
         DataError: no caption is of a known image.
     """
+    find = image_finder(truth)
+    captions = [replace(caption, image=find(caption.image)) for caption in captions]
     known = [caption for caption in captions if caption.image in truth]
     if not known:
         example = f"{captions[0].where}: image {captions[0].image!r}" if captions else "no captions"
@@ -149,6 +157,15 @@ def score_chair(
         rows.append(caption_stats(mentions, shown, len(caption.text.split())))
         items.append(_item(caption, mentions, shown))
     stats = np.array(rows, np.float64)
+    silent = int((stats[:, COLUMNS.index("mentions")] == 0).sum())
+    if silent >= _MANY_SILENT * len(known):
+        log.warning(
+            "CHAIR: %d of %d captions name no object of the synonym table; they count as free of "
+            "hallucination, so that chair_s and chair_i look better than they are: see the "
+            "captions, and that the table (--synonyms) is for their language and objects",
+            silent,
+            len(known),
+        )
     return Scored(
         benchmark="chair",
         ids=tuple(caption.id for caption in known),
@@ -159,6 +176,7 @@ def score_chair(
         badness=stats[:, COLUMNS.index("hallucinated")],
         counts={
             "captions_without_truth": len(captions) - len(known),
+            "captions_without_objects": silent,
             "images_without_caption": len(set(images) - {caption.image for caption in captions}),
         },
     )
@@ -188,7 +206,8 @@ class ChairOptions:
         Path | None, typer.Option("--captions", "--answers", help="Captions that exist.")
     ] = None
     synonyms: Annotated[
-        Path | None, typer.Option(help="Table of objects in CHAIR's form; default: ours of COCO.")
+        Path | None,
+        typer.Option(help="CHAIR's own synonyms.txt, or a table like it; default: ours of COCO."),
     ] = None
     count: Annotated[int, typer.Option(min=1, help="Annotated images drawn for --model.")] = 500
     prompt: Annotated[str, typer.Option(help="What --model is asked.")] = DESCRIBE
@@ -218,7 +237,10 @@ def prepare_chair(options: ChairOptions, context: EvalContext) -> PreparedBenchm
 
     async def score(judges: Judges, progress: Progress) -> Scored:
         vocabulary = coco_vocabulary(options.synonyms)
-        return score_chair(read_captions(file), coco_truth(images, vocabulary), vocabulary)
+        scored = score_chair(read_captions(file), coco_truth(images, vocabulary), vocabulary)
+        if options.synonyms is None:
+            scored = replace(scored, provenance=scored.provenance | {"synonyms": OUR_TABLE})
+        return scored
 
     return PreparedBenchmark(
         benchmark="chair",

@@ -23,7 +23,7 @@ from fgaif.eval.figures import OF_KIND, Figure
 from fgaif.eval.images import ImageFolder
 from fgaif.eval.judge import CONCURRENCY, READS, Progress, in_parallel, judge
 from fgaif.eval.questions import QuestionSet
-from fgaif.eval.rows import Row, read_rows
+from fgaif.eval.rows import Row, read_rows, warn_of_repeats
 from fgaif.eval.scored import FigureFunction, Scored, Stats, ratio
 from fgaif.eval.subsentences import (
     PROMPT,
@@ -108,7 +108,8 @@ def read_lines(path: Path, image_root: Path) -> list[AnsweredImage]:
     """Read lines ``{"answer", "image"}``; ``text`` may stand for ``answer`` (as model_vqa has it).
 
     ``id`` or ``question_id`` names an answer, else its image does, with "#2" and so on where a file
-    has several of one; ``question`` or ``prompt`` is shown to people.
+    has several of one; ``question`` or ``prompt`` is shown to people. An equal row counts once,
+    with a warning.
 
     Args:
         image_root: folder that the images lie in, found by path or name.
@@ -121,24 +122,33 @@ def read_lines(path: Path, image_root: Path) -> list[AnsweredImage]:
     images: dict[str, ImageRef] = {}
     folder = ImageFolder(image_root)
     repeats: Counter[str] = Counter()
+    seen: dict[tuple[str, ...], str] = {}
+    repeated = 0
     for row in read_rows(path):
         image = row.text("image")
         if image not in images:
             images[image] = _image(row, image, folder)
+        answer = row.text("answer", "text", empty=True)
+        question = row.shown("question", "prompt")
+        name = next((key for key in ("id", "question_id") if key in row.data), None)
+        given = row.identity(name) if name else ""
+        first = seen.setdefault((given, image, answer, question), row.where)
+        if first != row.where:
+            repeated += 1
+            continue
         repeats[image] += 1
         own = image if repeats[image] == 1 else f"{image}#{repeats[image]}"
-        name = next((key for key in ("id", "question_id") if key in row.data), None)
-        identity = row.identity(name) if name else own
+        identity = given or own
         if identity in answers:
             raise DataError(f"{row.where}: key `{name}`: {identity!r} is there twice; ids differ")
-        prompt = next((key for key in ("question", "prompt") if row.data.get(key)), None)
         answers[identity] = AnsweredImage(
             id=identity,
             image=image,
             ref=images[image],
-            answer=row.text("answer", "text", empty=True),
-            question=row.text(prompt) if prompt else "",
+            answer=answer,
+            question=question,
         )
+    warn_of_repeats(str(path), repeated)
     return list(answers.values())
 
 

@@ -8,6 +8,8 @@ and ``official_hallucination_rate`` are what its rule gives, with 0 for such ite
 """
 
 import logging
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +26,7 @@ from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchma
 from fgaif.eval.figures import Figure
 from fgaif.eval.judge import CONCURRENCY, PROMPTS, READS, Judgement, Progress, failures, judge_all
 from fgaif.eval.questions import QuestionSet
-from fgaif.eval.rows import Row, read_rows
+from fgaif.eval.rows import Row, read_rows, warn_of_repeats
 from fgaif.eval.scored import FigureFunction, Scored, Stats, ratio
 from fgaif.types import Json
 
@@ -55,6 +57,7 @@ FIGURES = (
     ),
 )
 _MAX_TOKENS = 1024
+_RATING = re.compile(r"rating: ([0-9]+(?:\.[0-9]+)?)")
 _PER_TYPE = 3
 
 
@@ -121,8 +124,8 @@ def with_answers(bench: MmhalItems, path: Path) -> MmhalItems:
 
     A row names its item by ``question_id`` (the item's place in the response file, from 0, or its
     ``image_id``), else by ``image_id`` and, if there, ``question``. Its answer is ``text`` (as
-    ``model_vqa`` writes it) or ``model_answer``. Items without an answer are left out; counts:
-    ``items_unanswered``, ``answers_unmatched``.
+    ``model_vqa`` writes it) or ``model_answer``; the same answer again counts once. Items without
+    an answer are left out; counts: ``items_unanswered``, ``answers_unmatched``.
 
     Raises:
         DataError: names row and key; an item is answered twice, the row's ``prompt`` or
@@ -132,7 +135,7 @@ def with_answers(bench: MmhalItems, path: Path) -> MmhalItems:
     _check_numbering(path, rows, len(bench.items))
     named = _names(bench.items)
     answers: dict[str, tuple[str, Row]] = {}
-    unmatched = 0
+    unmatched = repeated = 0
     for row in rows:
         item = named.get(_name(row))
         if item is None:
@@ -140,9 +143,15 @@ def with_answers(bench: MmhalItems, path: Path) -> MmhalItems:
             continue
         _check_question(item, row)
         if item.id in answers:
-            first = answers[item.id][1].where
-            raise DataError(f"{row.where}: answers the same item as {first}; keep one of the two")
+            text, first = answers[item.id]
+            if text == row.text("text", "model_answer", empty=True):
+                repeated += 1
+                continue
+            raise DataError(
+                f"{row.where}: answers the same item as {first.where}; keep one of the two"
+            )
         answers[item.id] = row.text("text", "model_answer", empty=True), row
+    warn_of_repeats(str(path), repeated)
     if not answers:
         raise DataError(f"{path}: no row matches an item; give `question_id` or `image_id`")
     items = tuple(replace(i, answer=answers[i.id][0]) for i in bench.items if i.id in answers)
@@ -156,11 +165,14 @@ def with_answers(bench: MmhalItems, path: Path) -> MmhalItems:
 
 
 def read_rating(reply: str) -> int | None:
-    """Read a reply by the official rule: of "rating: 0" to "rating: 6", in any case, exactly one
-    occurs in it; else None."""
-    lower = reply.lower()
-    found = [score for score in range(7) if f"rating: {score}" in lower]
-    return found[0] if len(found) == 1 else None
+    """Read a reply in which exactly one of "rating: 0" to "rating: 6" occurs, in any case.
+
+    None for any other. The official script reads the first digit alone, "rating: 3.5" as 3 and
+    "rating: 10" as 1; here both are no rating.
+    """
+    found = {float(number) for number in _RATING.findall(reply.lower().replace(",", "."))}
+    rating = found.pop() if len(found) == 1 else math.nan
+    return int(rating) if rating in range(7) else None
 
 
 def load_judge_prompt(path: Path = PROMPT) -> PromptFile:

@@ -5,6 +5,7 @@ policy gives a probability of yes: ``pope_figures`` computes both from the same 
 are drawn in ``fgaif.eval.pope_questions``.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,11 +22,20 @@ from fgaif.eval.judge import Progress
 from fgaif.eval.pope_questions import STRATEGIES, read_questions
 from fgaif.eval.questions import QuestionSet
 from fgaif.eval.scored import Scored, Stats
-from fgaif.eval.yes_no import YesNoQuestion, pair_answers, read_strictly, yes_no_figures
+from fgaif.eval.yes_no import (
+    YesNoQuestion,
+    pair_answers,
+    read_strictly,
+    without_echo,
+    yes_no_figures,
+)
 from fgaif.types import Json, PopeMetrics
+
+log = logging.getLogger(__name__)
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 """What the official evaluation adds to each question."""
+_MANY_UNREAD = 0.1
 COLUMNS = (
     "questions", "true", "correct", "said_yes", "hits",
     "strict_correct", "strict_said_yes", "strict_hits", "strict_unreadable",
@@ -62,12 +72,14 @@ def score_pope(
     """Score answers, both given by split.
 
     Figures: ``accuracy``, ``precision``, ``recall``, ``f1`` and ``yes_ratio`` by the official rule,
-    the same with ``strict_`` by the first word, and ``strict_unreadable``, the share of answers
-    that begin with neither yes nor no (wrong by the strict rule, and not a yes); of each split as
+    the same with ``strict_`` by the first word (after the question, where an answer repeats that),
+    and ``strict_unreadable``, the share of answers that begin with neither yes nor no (wrong by the
+    strict rule, and not a yes); of each split as
     ``SPLIT/accuracy`` and so on, and as ``accuracy`` the plain mean over the splits. Precision,
     recall and F1 are 0 where nothing is to divide by.
 
     Questions without an answer are left out and counted, as are answers without a question.
+    Answers that the two rules read differently are counted (``rules_disagree``) and warned about.
 
     Raises:
         DataError: the splits differ, or answers fit no question.
@@ -80,6 +92,7 @@ def score_pope(
     splits, width = tuple(questions), len(COLUMNS)
     rows, items = [], []
     unanswered = unasked = 0
+    disagree: list[AnswerRow] = []
     for index, split in enumerate(splits):
         paired, left_over = pair_answers(questions[split], answers[split])
         if not paired:
@@ -88,10 +101,16 @@ def score_pope(
         for question in questions[split]:
             if question.id in paired:
                 row = np.zeros((len(splits), width))
-                row[index] = _answer_stats(paired[question.id].text, question.label)
+                found = paired[question.id]
+                strict = read_strictly(without_echo(found.text, question.text))
+                official = read_answer(found.text)
+                if strict is not None and strict != official:
+                    disagree.append(found)
+                row[index] = _answer_stats(official, strict, question.label)
                 rows.append(row.ravel())
-                items.append(_item(split, question, paired[question.id]))
+                items.append(_item(split, question, found))
     stats = np.array(rows)
+    _warn_of_readings(disagree, stats.reshape(-1, width))
     return Scored(
         benchmark="pope",
         ids=tuple(item["id"] for item in items),
@@ -101,7 +120,11 @@ def score_pope(
         groups=splits,
         items=tuple(items),
         badness=1 - stats.reshape(-1, len(splits), width).sum(1)[:, COLUMNS.index("correct")],
-        counts={"questions_without_answer": unanswered, "answers_without_question": unasked},
+        counts={
+            "questions_without_answer": unanswered,
+            "answers_without_question": unasked,
+            "rules_disagree": len(disagree),
+        },
     )
 
 
@@ -115,8 +138,33 @@ def _item(split: str, question: YesNoQuestion, answer: AnswerRow) -> Json:
     }
 
 
-def _answer_stats(text: str, label: bool) -> Stats:
-    yes, strict = read_answer(text), read_strictly(text)
+def _warn_of_readings(disagree: Sequence[AnswerRow], stats: Stats) -> None:
+    """Say where the headline figures may not be what the answers say."""
+    sums = stats.sum(axis=0)
+    total, unread = (int(sums[COLUMNS.index(name)]) for name in ("questions", "strict_unreadable"))
+    if disagree:
+        example = disagree[0]
+        log.warning(
+            "POPE: official and strict rule disagree on %d of %d answers, as %s: %.80r, which the "
+            "official rule reads as %s; accuracy, precision, recall and F1 follow the official "
+            "rule: see strict_accuracy and so on, or take stop marks and what follows the answer "
+            "out of the file",
+            len(disagree),
+            total,
+            example.where,
+            example.text,
+            "yes" if read_answer(example.text) else "no",
+        )
+    if unread >= _MANY_UNREAD * total:
+        log.warning(
+            "POPE: %d of %d answers begin with neither yes nor no; the official rule takes them "
+            "for yes unless it finds a no, the strict rule counts them as wrong",
+            unread,
+            total,
+        )
+
+
+def _answer_stats(yes: bool, strict: bool | None, label: bool) -> Stats:
     said = strict is True
     official = (1, label, yes == label, yes, yes and label)
     return np.array([*official, strict == label, said, said and label, strict is None], np.float64)
