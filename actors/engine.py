@@ -165,12 +165,14 @@ class LoraEngine:
         return {"ranks": self._world, "zero_stage": self._stage}
 
     def _check_layout(self, path: Path, facts: Mapping[str, int]) -> None:
-        for key, now in self._layout().items():
-            if facts.get(key) != now:
-                raise CheckpointError(
-                    f"{path}: saved with {key} = {facts.get(key)}, this run has {now}; resume "
-                    "with the saved value"
-                )
+        now = self._layout()
+        saved = {key: facts.get(key) for key in now}
+        if saved != now:
+            keys = "cluster.learner.replicas={ranks} ppo.zero_stage={zero_stage}"
+            raise CheckpointError(
+                f"{path}: saved with {keys.format(**saved)}, this run has {keys.format(**now)}; "
+                f"to resume, set {keys.format(**saved)}"
+            )
 
     def _rank_file(self, path: Path) -> Path:
         return path / f"optimizer-rank{self._rank}.safetensors"

@@ -176,7 +176,11 @@ def test_resumed_run_equals_the_straight_run_bitwise(tiny_llava_dir, tmp_path, s
 
     there = 1 if stage != 1 else 2
     other = one_rank(tiny_config(tiny_llava_dir, tmp_path, zero_stage=there))
-    with pytest.raises(CheckpointError, match=f"zero_stage = {stage}, this run has {there}"):
+    refused = (
+        f"saved with cluster.learner.replicas=1 ppo.zero_stage={stage}, this run has "
+        f"cluster.learner.replicas=1 ppo.zero_stage={there}; to resume, set cluster.learner.repl"
+    )
+    with pytest.raises(CheckpointError, match=refused):
         other.restore(tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="cannot read"):
         resumed.restore(tmp_path)
@@ -268,19 +272,25 @@ def test_micro_batching_does_not_change_the_update(tiny_llava_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
-def test_two_ranks_equal_one(tiny_llava_dir, tmp_path, stage):
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_equal_one(tiny_llava_dir, tmp_path, dtype):
     """Five responses, so the ranks' shares differ in size; published weights agree.
 
-    One response is what a sync scores: under ZeRO-3 every forward pass is a collective, so both
-    ranks must make it. Their feature caches then miss different images.
+    In bfloat16 other micro-batches round otherwise, and Adam gives the smallest gradients whole
+    steps. The updates of one rank with other micro-batches are .05 to .16 of their length apart;
+    with the gradients of one rank lost it would be .64.
     """
     import ray
 
-    config = tiny_config(tiny_llava_dir, tmp_path, minibatch=5, anchor=ANCHOR, zero_stage=stage)
+    exact = dtype == "float32"
+    config = tiny_config(tiny_llava_dir, tmp_path, minibatch=5, anchor=ANCHOR,
+                         lr=1e-2 if exact else 1e-3)  # fmt: skip
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"dtype": dtype})})
     responses = make_responses(tmp_path, 5)
     asked = questions(responses)
     alone = one_rank(config)
+    start = alone.publish(0).tensors
     old = alone.logprobs(responses)
     batch = make_train_batch(responses, old)
     reports = [alone.update(batch, asked), alone.update(batch, asked)]
@@ -295,11 +305,10 @@ def test_two_ranks_equal_one(tiny_llava_dir, tmp_path, stage):
             remote.options(runtime_env=environment).remote(config, rank, 2, "127.0.0.1", port)
             for rank in range(2)
         ]
-        for asked_for in (responses[:1], responses):
-            shares = ray.get([r.logprobs.remote(asked_for) for r in ranks])
-            for number, rows in enumerate(zip(*shares, strict=True)):
-                (row,) = (row for row in rows if row is not None)  # one rank answers for each
-                np.testing.assert_allclose(row, old[number], atol=1e-5)
+        shares = ray.get([r.logprobs.remote(responses) for r in ranks])
+        for number, rows in enumerate(zip(*shares, strict=True)):
+            (row,) = (row for row in rows if row is not None)  # one rank answers for each
+            np.testing.assert_allclose(row, old[number], atol=1e-5 if exact else 0.05)
         first = ray.get([r.update.remote(batch, asked) for r in ranks])
         ray.get([r.save.remote(tmp_path / "two") for r in ranks])
         ray.get([r.update.remote(batch, asked) for r in ranks])
@@ -308,9 +317,18 @@ def test_two_ranks_equal_one(tiny_llava_dir, tmp_path, stage):
         tensors = ray.get([r.publish.remote(1) for r in ranks])
     finally:
         ray.shutdown()
+    with pytest.raises(CheckpointError, match=r"replicas=2 .*, this run has \S+replicas=1 "):
+        alone.restore(tmp_path / "two")
     assert tensors[0].digest == tensors[1].digest
-    for name, value in expected.items():
-        np.testing.assert_allclose(tensors[0].tensors[name], value, atol=2e-5, err_msg=name)
+    found = tensors[0].tensors
+    for name, value in expected.items() if exact else ():
+        np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
+    apart, moved = (
+        sum(float(np.square(expected[name] - other[name]).sum()) for name in expected)
+        for other in (found, start)
+    )
+    assert apart < 0.35**2 * moved
     for two, one in zip((first[0], second[1]), reports, strict=True):
         for key in ("policy/loss", "policy/anchor_kl", "policy/entropy", "policy/grad_norm"):
-            assert two.metrics[key] == pytest.approx(one.metrics[key], rel=1e-3, abs=1e-5), key
+            rel, atol = (1e-3, 1e-5) if exact else (0.1, 5e-3)
+            assert two.metrics[key] == pytest.approx(one.metrics[key], rel=rel, abs=atol), key

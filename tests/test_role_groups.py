@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from doomed import DoomedLearner, DoomedReference, doom
 from ppo_world import make_responses, make_train_batch, questions, tiny_config
+from safetensors.torch import load_file
 
+from actors.deepspeed_setup import free_port
+from actors.learner import LearnerActor
 from cluster.groups.actor_group import ActorGroup, RestartLimits
 from cluster.groups.placed_actor import PlacedActor
 from cluster.groups.role_groups import LearnerGroup, ReferenceGroup
@@ -141,3 +144,40 @@ def test_two_ranks_start_again_when_one_is_killed(tiny_llava_dir: Path, tmp_path
     assert [len(row) for row in old] == [len(response.token_ids) for response in responses[:3]]
     assert len(learner.actor_group.recoveries) == 1
     learner.stop()
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero_3_equal_one(wide_llava_dir: Path, tmp_path: Path) -> None:
+    """Sync, update, checkpoint and resume of a policy whose weights no rank holds alone.
+
+    Every forward pass is a collective, so both ranks must make it: also for the one response that
+    a sync scores, and though their feature caches miss different images.
+    """
+    config = config_of(wide_llava_dir, tmp_path, zero_stage=3, minibatch=5, lr=1e-3)
+    responses = make_responses(tmp_path, 5)
+    asked, (batch, *_) = questions(responses), batches(responses, 1)
+    alone = LearnerActor(config, 0, 1, "127.0.0.1", free_port())
+    scored = alone.logprobs(responses)
+    reports = [alone.update(batch, asked), alone.update(batch, asked)]
+    expected = alone.publish(2).tensors
+
+    learner = learners(config, 2)
+    for some in (responses[:1], responses):
+        rows = learner.logprobs(some).result()
+        for row, wanted in zip(rows, scored[: len(some)], strict=True):
+            np.testing.assert_allclose(row, wanted, atol=1e-4)
+    first = learner.update(batch, asked).result()
+    learner.save(tmp_path / "saved").result()
+    learner.update(batch, asked).result()
+    learner.restore(tmp_path / "saved").result()
+    second = learner.update(batch, asked).result()
+    published = learner.publish(2).result().tensors
+    learner.save_adapter(tmp_path / "adapter").result()
+    learner.stop()
+    for two, one in zip((first, second), reports, strict=True):
+        for key in ("policy/loss", "policy/anchor_kl", "policy/entropy", "policy/grad_norm"):
+            assert two.metrics[key] == pytest.approx(one.metrics[key], rel=1e-3, abs=1e-5), key
+    for name, value in expected.items():
+        np.testing.assert_allclose(published[name], value, atol=2e-5, err_msg=name)
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == len(expected)
