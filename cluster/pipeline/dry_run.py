@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.pipeline.aside import existing_outputs, next_aside
+from cluster.pipeline.inputs import refuse_inputs, wrong_inputs
 from cluster.pipeline.keys import AFTER, ORDER, Stage
 from cluster.pipeline.run_lock import require_own
 from cluster.pipeline.stage_status import (
@@ -53,6 +54,7 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
 
     Raises:
         ConfigError: the training cannot go on as asked; see :func:`plan_stages`.
+        DataError: an input of a stage cannot be used; all that are so are named.
     """
     if bundles := plan_roles(config, stage_roles(config, stages)):
         console.print(plan_table(bundles))
@@ -68,8 +70,11 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
             console.print(plan.moving(config.run_dir), markup=False, soft_wrap=True)
         elif plan.goes_on and plan.why:
             console.print(f"{plan.stage}: {plan.why}", markup=False, soft_wrap=True)
-    if any(plan.stage == "annotate" and plan.runs for plan in plans):
+    running = [plan.stage for plan in plans if plan.runs]
+    wrong = wrong_inputs(config, running)
+    if "annotate" in running and "data.responses" not in wrong:
         console.print(feedback_table(config))
+    refuse_inputs(wrong)
 
 
 def _would(plan: StagePlan) -> str:

@@ -18,6 +18,7 @@ from cluster.pipeline.aside import move_aside
 from cluster.pipeline.contents import Hashes
 from cluster.pipeline.dry_run import StagePlan, plan_stages, require_upstream, stage_roles
 from cluster.pipeline.feedback_report import write_summary
+from cluster.pipeline.inputs import refuse_inputs, wrong_inputs
 from cluster.pipeline.keys import ORDER, Stage, stage_values
 from cluster.pipeline.run_lock import driver_lock, require_own
 from cluster.pipeline.sample import sample_all
@@ -41,7 +42,6 @@ from fgaif.feedback.external import read_responses
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.label_order import check_order
 from fgaif.feedback.labels import Oracle
-from fgaif.feedback.models import check_prompts
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import label_store, response_store
 from fgaif.files import write_json, write_whole
@@ -75,8 +75,7 @@ def run_stages(
     if not todo:
         return None
     require_upstream(stage_status, config, [plan.stage for plan in todo])
-    if any(plan.stage == "annotate" for plan in todo):
-        check_prompts(config)
+    refuse_inputs(wrong_inputs(config, [plan.stage for plan in todo]))
     if heavy := [plan for plan in todo if plan.stage != "report"]:
         with driver_lock(config.run_dir):
             if stage_status.entries() != planned_on:

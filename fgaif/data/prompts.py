@@ -24,6 +24,8 @@ from fgaif.types import ImageRef, Prompt
 SCENES = "scenes:"
 COCO = "coco:"
 _CHUNK = 512
+FIRST_ROWS = 64
+"""Rows that are looked at before a run starts."""
 
 CheckImage = Callable[[str, Path | None, int], ImageRef]
 """From path, root and most pixels, as :func:`check_image`."""
@@ -137,6 +139,42 @@ def load_prompts(
     return loaded
 
 
+def look_at_prompts(source: str, *, root: Path | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    """Look at the first rows of a source, their columns and images, as :func:`load_prompts` would.
+
+    Of COCO and the embedded world only that the files, or the split, exist.
+
+    Raises:
+        DataError: unreadable file, bad row, id used twice, no row, or no usable image among them.
+    """
+    if source.startswith(SCENES):
+        _split(source)
+    elif source.startswith(COCO):
+        find_coco(Path(source.removeprefix(COCO)), root)
+    else:
+        path = Path(source)
+        first = islice(read_rows(path, _COLUMNS), FIRST_ROWS)
+        rows = _distinct(_parse_row(path, n, row) for n, row in first)
+        require_image(path, [row.image for row in rows], root, max_pixels)
+
+
+def require_image(path: Path, images: Sequence[str], root: Path | None, max_pixels: int) -> None:
+    """See that one of the images that a file names can be used.
+
+    Raises:
+        DataError: none can, or there are none.
+    """
+    if not images:
+        raise DataError(f"{path}: no rows; add some")
+    for image in images:
+        found = _check(check_image, root or path.parent, max_pixels, image)
+        if isinstance(found, ImageRef):
+            return
+    raise DataError(
+        f"{path}: none of the first {len(images)} images can be used, the last: {found}"
+    )
+
+
 def _check(check: CheckImage, root: Path, max_pixels: int, image: str) -> ImageRef | str:
     try:
         return check(image, root, max_pixels)
@@ -145,12 +183,17 @@ def _check(check: CheckImage, root: Path, max_pixels: int, image: str) -> ImageR
 
 
 def _write_scenes(source: str, limit: int | None, cache: Path | None) -> Path:
+    split = _split(source)
+    if limit is None or cache is None:
+        raise ValueError(f"{source} needs a limit and a cache folder")
+    return write_split(cache / f"{split}-{limit}", split, limit)
+
+
+def _split(source: str) -> Split:
     split = source.removeprefix(SCENES)
     if split not in get_args(Split):
         raise DataError(f"{source}: no such split; known: {', '.join(get_args(Split))}")
-    if limit is None or cache is None:
-        raise ValueError(f"{source} needs a limit and a cache folder")
-    return write_split(cache / f"{split}-{limit}", cast(Split, split), limit)
+    return cast(Split, split)
 
 
 def _coco_rows(path: Path) -> Iterator[_Row]:

@@ -70,12 +70,21 @@ def open_anchors(config: Config, train: Source, prompts: Sequence[Prompt]) -> li
         return []
     if anchor.prompts != QUESTIONS:
         return list(open_source(anchor.prompts, config, config.data.ppo_prompts).prompts.prompts)
-    if train.scenes is None:
+    require_questions(config.data.train)
+    return [_question_about(prompt, train.scene_of) for prompt in prompts]
+
+
+def require_questions(train: str) -> None:
+    """See that questions can be drawn about the prompts of step 3.
+
+    Raises:
+        ConfigError: they are not of the embedded world.
+    """
+    if not train.startswith(SCENES):
         raise ConfigError(
             f"ppo.anchor.prompts = {QUESTIONS!r} needs the embedded world: name a file of "
             "questions about your images, or set ppo.anchor.weight=0"
         )
-    return [_question_about(prompt, train.scene_of) for prompt in prompts]
 
 
 def _question_about(prompt: Prompt, scene_of: Callable[[Prompt], Scene]) -> Prompt:

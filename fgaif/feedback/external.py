@@ -1,13 +1,14 @@
 """Responses that our policy did not sample: tokenised with its tokenizer, so that they fit in."""
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fgaif.data.images import MAX_PIXELS, Picture, as_image, check_image
-from fgaif.data.prompts import Skipped, skipped_warning
+from fgaif.data.prompts import FIRST_ROWS, Skipped, require_image, skipped_warning
 from fgaif.data.rows import read_rows, row_id, text_of
 from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import DataError
@@ -136,16 +137,7 @@ def read_responses(
     responses: list[Response] = []
     for number, row in read_rows(path, _COLUMNS):
         where = f"{path}:{number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: {row!r:.80}: a row must be an object")
-        column = "text" if row.get("response") is None and "text" in row else "response"
-        response = maker.make(
-            where,
-            id=row_id(where, row, f"{path.stem}-{number}"),
-            image=text_of(where, row, "image"),
-            prompt=text_of(where, row, "prompt"),
-            text=text_of(where, row, column),
-        )
+        response = maker.make(where, **_columns(where, row, f"{path.stem}-{number}"))
         if response is not None:
             responses.append(response)
     given = GivenResponses(
@@ -154,6 +146,32 @@ def read_responses(
     if not responses:
         raise DataError(given.warning() or f"{path}: no rows; add some")
     return given
+
+
+def look_at_responses(
+    path: Path, *, root: Path | None = None, max_pixels: int = MAX_PIXELS
+) -> None:
+    """Look at the first rows of a file, their columns and images, as :func:`read_responses` would.
+
+    Raises:
+        DataError: unreadable file, bad row, no row, or no usable image among them.
+    """
+    first = islice(read_rows(path, _COLUMNS), FIRST_ROWS)
+    rows = [_columns(f"{path}:{number}", row, "") for number, row in first]
+    require_image(path, [row["image"] for row in rows], root, max_pixels)
+
+
+def _columns(where: str, row: Any, name: str) -> dict[str, str]:
+    """Id (by default ``name``), image, prompt and text of a row."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {row!r:.80}: a row must be an object")
+    column = "text" if row.get("response") is None and "text" in row else "response"
+    return {
+        "id": row_id(where, row, name),
+        "image": text_of(where, row, "image"),
+        "prompt": text_of(where, row, "prompt"),
+        "text": text_of(where, row, column),
+    }
 
 
 def _differ(text: str, written: str) -> str:
