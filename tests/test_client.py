@@ -272,7 +272,7 @@ def test_the_pause_is_the_one_asked_for_or_doubles(stub: Stub, pauses: list[floa
         assert doubled <= pause <= doubled + 1.0  # backoff_s of jitter
 
 
-def test_attempts_are_counted_and_the_last_failure_is_told(ask: Ask, stub: Stub) -> None:
+def test_attempts_are_counted_and_the_last_error_is_raised(ask: Ask, stub: Stub) -> None:
     stub.replies = [fails(503, error("overloaded", "draining")) for _ in range(3)]
     with pytest.raises(ScoringError, match="503 overloaded: draining") as caught:
         ask("score", png(), "A dog.", settings={"attempts": 3})
@@ -311,7 +311,7 @@ def test_no_answer_in_time_and_no_service_at_all(ask: Ask, stub: Stub) -> None:
         client.score(png(), "A dog.")
 
 
-def test_foreign_answers_are_told_shortly(ask: Ask, stub: Stub) -> None:
+def test_answers_that_are_not_the_services_are_cut_short(ask: Ask, stub: Stub) -> None:
     stub.replies = [fails(500, "Traceback:\n" + "x" * 5000)]
     with pytest.raises(ScoringError, match="500 HTTP 500: Traceback: x") as caught:
         ask("score", png(), "A dog.", settings={"attempts": 1})
@@ -439,7 +439,7 @@ def test_streams_that_fail_say_why(stub: Stub, sort: type) -> None:
         stream(sort("http://127.0.0.1:9", attempts=2, backoff_s=0.001), *PIECES)
 
 
-def test_scores_come_before_the_text_ends(stub: Stub) -> None:
+def test_scores_arrive_before_the_text_ends(stub: Stub) -> None:
     """The second piece is written only after the first one's score is there."""
 
     async def run() -> list[str]:
@@ -460,7 +460,7 @@ def test_scores_come_before_the_text_ends(stub: Stub) -> None:
     assert asyncio.run(run()) == ["SegmentOut", "second piece", "TextResult"]
 
 
-def test_an_error_of_the_texts_source_comes_out(stub: Stub) -> None:
+def test_an_error_of_the_texts_source_is_raised(stub: Stub) -> None:
     async def broken() -> AsyncIterator[str]:
         yield "A dog. "
         raise LookupError("the model died")
@@ -542,7 +542,7 @@ def test_trl_rows_need_one_image_and_failures_are_raised(stub: Stub) -> None:
             trl_call(reward, ["?"], ["A."], image=[png()])
 
 
-def test_a_reward_function_travels_to_another_process(stub: Stub) -> None:
+def test_a_reward_function_can_be_pickled(stub: Stub) -> None:
     with RewardClient(stub.url, key=KEY) as client:
         copy = pickle.loads(pickle.dumps(trl_reward(client, "object")))
     assert trl_call(copy, ["?"], ["A dog."], image=[png()]) == [2.0]

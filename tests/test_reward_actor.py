@@ -15,11 +15,12 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from actors.reward import RewardActor, SharedRewardActor
 from cluster.pipeline.train_rewards import explain_failure, train_rewards
-from fgaif.config import Config
+from fgaif.config import Config, with_overrides
 from fgaif.errors import ActorError, CheckpointError, DataError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm
 from fgaif.reward import local
+from fgaif.reward.checkpoint import read_card
 from fgaif.reward.dataset import read_data
 from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.local import PlainEngine
@@ -75,13 +76,14 @@ on_ray = pytest.mark.parametrize("trained", ["ray"], indirect=True)
 
 
 def test_all_kinds_are_trained_and_reported(
-    trained: tuple[Path, dict[Kind, dict[str, float]], Told],
+    config: Config, trained: tuple[Path, dict[Kind, dict[str, float]], Told]
 ) -> None:
     folder, metrics, told = trained
     assert sorted(path.name for path in folder.iterdir()) == sorted(DEFAULT_KINDS)  # and no scratch
     assert set(metrics) == set(DEFAULT_KINDS)
     assert metrics["relation"]["f1_hallu"] > 0.9
     for kind in DEFAULT_KINDS:
+        assert read_card(folder / kind).shape == config.ppo.shape
         steps = [(done, planned) for name, done, planned, _ in told if name == kind]
         assert steps == sorted(steps)
         assert steps[-1][0] == steps[-1][1]
@@ -101,6 +103,11 @@ def test_equal_inputs_are_not_trained_again(
     assert train_rewards(config, rows, folder, lambda *event: told.append(event)) == metrics
     assert [event[:3] for event in told] == [(kind, 1, 1) for kind in DEFAULT_KINDS]
     assert (folder / "object" / "reward.json").stat().st_mtime_ns == before
+    # Another shape of the rewards is no reason to train again, but stands in the cards.
+    other = with_overrides(config, ["ppo.shape.values=hard"])
+    assert train_rewards(other, rows, folder, lambda *event: None) == metrics
+    assert [read_card(folder / kind).shape for kind in DEFAULT_KINDS] == [other.ppo.shape] * 3
+    train_rewards(config, rows, folder, lambda *event: None)
 
 
 def test_actor_scores_alike_in_any_batch(

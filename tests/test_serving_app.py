@@ -107,7 +107,7 @@ def test_errors_name_the_field(body: Any, field: str, words: str) -> None:
     assert "0x" not in told["message"]  # no address of an object
 
 
-def test_what_is_no_request_at_all_is_refused() -> None:
+def test_bodies_that_are_no_json_and_unknown_routes_are_refused() -> None:
     service = client()
     assert service.post("/v1/score", content=b"{", headers=JSON).status_code == 400
     assert (
@@ -217,7 +217,7 @@ class Broken(StubBackend):
         raise RuntimeError(item.texts[0])
 
 
-def test_failures_tell_nothing_and_logs_hold_no_text(caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_to_failures_hold_no_details_and_logs_no_text(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     service = client(backend=Broken())
     answer = service.post("/v1/score", json={"text": "a secret dog", "image": URI})

@@ -164,7 +164,8 @@ function ruleOf(shape) {
     `${each} per sub-sentence and kind, ${shape.values === "hard" ? "of the likeliest class" : "by probability"}`,
     `times ${Object.entries(shape.weights).map(([kind, weight]) => `${weight} (${kind})`).join(", ")}`,
   ];
-  if (shape.repeat_penalty) parts.push(`${number(-shape.repeat_penalty)} where a sub-sentence repeats an earlier one or cannot be read`);
+  if (shape.repeat_penalty) parts.push(`${number(-shape.repeat_penalty)} for a repeated or unreadable one`);
+  if (shape.order?.length) parts.push(`in the order ${shape.order.join(", ")}`);
   return `${parts.join(", ")}; without what PPO adds of a whole run and response`;
 }
 
