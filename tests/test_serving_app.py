@@ -217,7 +217,9 @@ class Broken(StubBackend):
         raise RuntimeError(item.texts[0])
 
 
-def test_answers_to_failures_hold_no_details_and_logs_no_text(caplog: pytest.LogCaptureFixture) -> None:
+def test_answers_to_failures_hold_no_details(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.INFO)
     service = client(backend=Broken())
     answer = service.post("/v1/score", json={"text": "a secret dog", "image": URI})
