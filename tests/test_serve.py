@@ -226,7 +226,8 @@ def test_a_reload_under_load_drops_no_request(served: Served, tmp_path: Path) ->
         stop = asyncio.Event()
         async with httpx2.AsyncClient(headers=AUTH, timeout=60) as client:
             users = [asyncio.create_task(load(client, stop)) for _ in range(4)]
-            await asyncio.sleep(0.5)
+            while not seen:
+                await asyncio.sleep(0.01)
             for kind in DEFAULT_KINDS:
                 shutil.rmtree(served.rewards / kind)
                 shutil.copytree(fresh / kind, served.rewards / kind)
@@ -234,7 +235,9 @@ def test_a_reload_under_load_drops_no_request(served: Served, tmp_path: Path) ->
                 f"{served.url}/v1/models/reload", json={"version": "0123456789abcdef"}
             )
             answer = await client.post(f"{served.url}/v1/models/reload", json={})
-            await asyncio.sleep(0.5)
+            before = len(seen)
+            while len(seen) <= before + len(users):  # more than were on their way
+                await asyncio.sleep(0.01)
             stop.set()
             await asyncio.gather(*users)
         return wrong, answer.json()
