@@ -77,6 +77,7 @@ class Judge:
         return [2 * item for item in items]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_what_another_process_started_in_a_judge_s_place_goes_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
