@@ -31,7 +31,7 @@ def run(
         FgaifError: what stopped a stage; finished ones stay finished.
     """
     if not isinstance(config, Config):
-        config = load_config(Path(config), overrides)
+        config = load_config(config, overrides)
     elif overrides:
         config = with_overrides(config, overrides)
     # Like ``python -m fgaif``: the method itself imports nothing of the cluster.

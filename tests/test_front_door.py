@@ -164,6 +164,13 @@ def test_label_response_labels_segments_by_their_facts(tmp_path: Path) -> None:
     assert labelled.labels[:, 0].tolist() == [SegmentClass.OK, SegmentClass.HALLU]
 
 
+def test_a_configuration_is_loaded_by_its_path_in_either_form() -> None:
+    file = ROOT / "configs" / "scenes.yaml"
+    assert fgaif.load_config(str(file)) == fgaif.load_config(file)
+    with pytest.raises(ConfigError, match=r"--config missing\.yaml"):
+        fgaif.load_config("missing.yaml")
+
+
 def test_run_passes_on_what_the_command_line_would(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

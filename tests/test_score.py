@@ -191,6 +191,15 @@ def test_a_folder_that_lacks_a_model_or_its_backbone_is_refused(
         load_rewards(folder, backbone="scenes:policy")
 
 
+def test_numbers_that_are_not_finite_are_no_scores(
+    rewards: Rewards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = np.full((1, len(DEFAULT_KINDS), 3), np.nan, np.float32)
+    monkeypatch.setattr("fgaif.serving.rewards.segment_probs", lambda *_, **__: [lost])
+    with pytest.raises(CheckpointError, match="not finite"):
+        rewards.score(serving_samples.png(), "There is a dog.")
+
+
 def load_card_backbone(card: str) -> str:
     return RewardCard.model_validate_json(card).backbone
 

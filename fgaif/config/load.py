@@ -15,7 +15,7 @@ from fgaif.config.yaml_text import read_yaml
 from fgaif.errors import ConfigError
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (or the defaults) and apply overrides such as ``ppo.lr=1e-5``.
 
     Raises:
@@ -24,7 +24,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            content = path.read_bytes()
+            content = Path(path).read_bytes()
         except OSError as error:
             raise ConfigError(
                 f"--config {path}: {error.strerror}; give an existing file"

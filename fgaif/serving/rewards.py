@@ -229,6 +229,7 @@ class Rewards:
         Raises:
             DataError: the image cannot be read, or a text is too long or holds what the tokenizer
                 cannot write, such as special tokens.
+            CheckpointError: the models give numbers that are not finite.
         """
         texts = [text] if isinstance(text, str) else text
         seen = as_image(image)
@@ -236,11 +237,15 @@ class Rewards:
         responses = [make_response(seen, each, self._tokenizer, prompt=asked) for each in texts]
         segments = segment_responses(responses, self._tokenizer, self._min_words)
         self._check_lengths(responses, segments)
+        found = self._probs(responses, segments)
+        if not all(np.isfinite(probs).all() for probs in found):
+            raise CheckpointError(
+                f"reward models {self.version}: their probabilities are not finite; train them "
+                "again, or load them in float32"
+            )
         scores = [
             self._scores(response, pieces, probs, centers)
-            for response, pieces, probs in zip(
-                responses, segments, self._probs(responses, segments), strict=True
-            )
+            for response, pieces, probs in zip(responses, segments, found, strict=True)
         ]
         return scores[0] if isinstance(text, str) else scores
 
