@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,33 @@ def test_bad_rows_are_named(folder: Path, change: dict[str, Any], message: str) 
         import_reference(folder / "rows.jsonl", TOKENIZERS["byte"])
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"sub": ["A</s>", "B."], "labels": [[0, 0, 0]] * 2},
+        {"sub": ["A."], "labels": [[0, 0, 2.0]]},
+        {"sub": ["A."], "labels": [[0, 0, 0.5]]},
+        [1],
+    ],
+)
+def test_a_bad_row_among_good_ones_is_skipped_and_counted(folder: Path, bad: Any) -> None:
+    good = {"image": "red.png", "sub": ["A dog.", "A cat."], "labels": [[0.0, 1.0, -1.0]] * 2}
+    if isinstance(bad, dict):
+        bad = {"image": "red.png"} | bad
+    (folder / "rows.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, (good, bad, good))))
+    found = import_reference(folder / "rows.jsonl", TOKENIZERS["byte"])
+    assert [item.labels.tolist() for item in found.labeled] == [[[1, 2, 0]] * 2] * 2
+    assert found.labeled[0].labels.dtype == np.int64
+    assert re.search(r"skipped 1 of 3 rows\n  .*rows\.jsonl:2: ", found.warning())
+
+
+def test_a_list_with_a_byte_order_mark_is_read(folder: Path) -> None:
+    rows = [{"image": "red.png", "sub": ["A dog."], "labels": [[0, 0, -1]], "id": 7.0}]
+    (folder / "rows.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    (item,) = import_reference(folder / "rows.json", TOKENIZERS["byte"]).labeled
+    assert (item.response.prompt.id, item.labels.tolist()) == ("7", [[1, 1, 0]])
+
+
 def test_a_cut_in_which_no_token_begins_is_refused(folder: Path) -> None:
     response = respond(folder, "There is a dog.")
     assert len(segment_at(response, TOKENIZERS["byte"], [6, 15])) == 2
@@ -365,12 +393,15 @@ def test_given_responses_are_tokenised_with_the_policys_tokenizer(folder: Path, 
         ({"response": "cut \ud83d"}, "column `response`: half a character .* at place 4"),
     ],
 )
-def test_a_bad_given_row_is_named(folder: Path, row: dict[str, object], message: str) -> None:
+def test_a_bad_given_row_is_skipped_and_named(
+    folder: Path, row: dict[str, object], message: str
+) -> None:
     first = {"id": "x", "image": "red.png", "prompt": "What?", "text": "A dog."}
     second = {"image": "red.png", "prompt": "What?"} | row
     (folder / "given.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}")
-    with pytest.raises(DataError, match=rf"given\.jsonl:2: .*({message})"):
-        read_responses(folder / "given.jsonl", TOKENIZERS["byte"])
+    given = read_responses(folder / "given.jsonl", TOKENIZERS["byte"])
+    assert [response.text for response in given.responses] == ["A dog."]
+    assert re.search(rf"skipped 1 of 2 rows\n  .*given\.jsonl:2: .*({message})", given.warning())
 
 
 def test_given_rows_without_a_usable_image_are_an_error_with_the_reason(folder: Path) -> None:

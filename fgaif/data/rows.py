@@ -105,7 +105,8 @@ def whole_text(where: str, column: str, text: str) -> str:
 
 
 def row_id(where: str, row: Json, default: str) -> str:
-    """Return the column `id`, a text or an integer, or the default where there is none.
+    """Return the column `id`, a text or a whole number (1.0 is 1), or the default where there is
+    none.
 
     Raises:
         DataError: it holds something else.
@@ -113,4 +114,6 @@ def row_id(where: str, row: Json, default: str) -> str:
     value = row.get("id")
     if value is None:
         return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value) if isinstance(value, int) else text_of(where, row, "id")

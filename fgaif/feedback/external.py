@@ -1,5 +1,7 @@
 """Responses that our policy did not sample: tokenised with its tokenizer, so that they fit in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,14 +14,14 @@ from fgaif.data.prompts import FIRST_ROWS, Skipped, require_image, skipped_warni
 from fgaif.data.rows import read_rows, row_id, text_of
 from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import DataError
-from fgaif.types import ImageRef, Prompt, Response
+from fgaif.types import ImageRef, Json, Prompt, Response
 
 _COLUMNS = ("id", "image", "prompt", "response", "text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenResponses:
-    """Responses of a file in order, and the rows left out because of their image."""
+    """Responses of a file in order, and the rows left out, by what is wrong with them."""
 
     source: str
     responses: tuple[Response, ...]
@@ -33,8 +35,8 @@ class GivenResponses:
 class ResponseMaker:
     """Makes responses of the rows of one file; images must lie in ``root`` and are checked once.
 
-    Rows with the same id are samples 0, 1, ... of one prompt. ``skipped`` collects the rows whose
-    image cannot be used.
+    Rows with the same id are samples 0, 1, ... of one prompt. ``skipped`` collects the rows that
+    cannot be used.
     """
 
     def __init__(self, root: Path, tokenizer: Any, max_pixels: int = MAX_PIXELS) -> None:
@@ -63,6 +65,15 @@ class ResponseMaker:
         response = given_response(where, asked, text, self.tokenizer)
         sample = self._samples[id] = self._samples.get(id, -1) + 1
         return replace(response, sample=sample)
+
+    @contextmanager
+    def skipping(self, where: str) -> Iterator[None]:
+        """Skip the row that is worked on if it turns out to be bad (DataError)."""
+        try:
+            yield
+        except DataError as error:
+            reason = str(error).removeprefix(f"{where}: ")
+            self.skipped.append(Skipped(row=where, reason=reason))
 
     def _image(self, image: str) -> ImageRef | str:
         if image not in self._images:
@@ -125,21 +136,25 @@ def read_responses(
 ) -> GivenResponses:
     """Read rows {"image", "prompt", "response" (or "text"), "id"?} of a .jsonl or .parquet file.
 
+    A row that cannot be used (its image, a column, a text that the tokenizer cannot write) is
+    skipped and returned as such.
+
     Args:
         tokenizer: the policy's, a ``PreTrainedTokenizerFast``.
         root: folder that image paths start from and must lie in; default: the file's folder.
         max_pixels: larger images count as broken.
 
     Raises:
-        DataError: unreadable file, bad row or text (names ``FILE:ROW``), or no usable row.
+        DataError: unreadable file (names ``FILE:ROW``), or no usable row.
     """
     maker = ResponseMaker(root or path.parent, tokenizer, max_pixels)
     responses: list[Response] = []
     for number, row in read_rows(path, _COLUMNS):
         where = f"{path}:{number}"
-        response = maker.make(where, **_columns(where, row, f"{path.stem}-{number}"))
-        if response is not None:
-            responses.append(response)
+        with maker.skipping(where):
+            columns = _columns(where, row, f"{path.stem}-{number}")
+            response = maker.make(where, **columns)
+            responses += [response] if response is not None else []
     given = GivenResponses(
         source=str(path), responses=tuple(responses), skipped=tuple(maker.skipped)
     )
@@ -154,17 +169,23 @@ def look_at_responses(
     """Look at the first rows of a file, their columns and images, as :func:`read_responses` would.
 
     Raises:
-        DataError: unreadable file, bad row, no row, or no usable image among them.
+        DataError: unreadable file, no row, bad rows only, or no usable image among them.
     """
-    first = islice(read_rows(path, _COLUMNS), FIRST_ROWS)
-    rows = [_columns(f"{path}:{number}", row, "") for number, row in first]
+    rows: list[dict[str, str]] = []
+    bad: DataError | None = None
+    for number, row in islice(read_rows(path, _COLUMNS), FIRST_ROWS):
+        try:
+            rows.append(_columns(f"{path}:{number}", row, ""))
+        except DataError as error:
+            bad = bad or error
+    if bad is not None and not rows:
+        raise bad
     require_image(path, [row["image"] for row in rows], root, max_pixels)
 
 
 def _columns(where: str, row: Any, name: str) -> dict[str, str]:
     """Id (by default ``name``), image, prompt and text of a row."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: {row!r:.80}: a row must be an object")
+    row = object_row(where, row)
     column = "text" if row.get("response") is None and "text" in row else "response"
     return {
         "id": row_id(where, row, name),
@@ -172,6 +193,13 @@ def _columns(where: str, row: Any, name: str) -> dict[str, str]:
         "prompt": text_of(where, row, "prompt"),
         "text": text_of(where, row, column),
     }
+
+
+def object_row(where: str, row: Any) -> Json:
+    """Return a row that must be an object; raises DataError otherwise."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {row!r:.80}: a row must be an object")
+    return row
 
 
 def _differ(text: str, written: str) -> str:

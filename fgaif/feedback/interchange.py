@@ -94,7 +94,8 @@ def import_reference(
     """Read the reference's rows: a .json file with one list, or lines, JSON or Python literals.
 
     The pieces become the segments; where two meet without white space, a space is put between
-    them. Literals are parsed, never evaluated.
+    them. Literals are parsed, never evaluated. A row that cannot be used, for instance because the
+    tokenizer cannot write its text, is skipped and returned as such.
 
     Args:
         tokenizer: the policy's, a ``PreTrainedTokenizerFast``.
@@ -103,7 +104,7 @@ def import_reference(
         max_pixels: larger images count as broken.
 
     Raises:
-        DataError: a bad row, or one whose text the tokenizer cannot write (names ``FILE:ROW``).
+        DataError: the file cannot be read (names ``FILE:ROW``), or no row can be used.
     """
     maker = ResponseMaker(root or path.parent, tokenizer, max_pixels)
 
@@ -225,9 +226,11 @@ def _reference_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _codes(where: str, index: int, codes: list[Any], kinds: Sequence[Kind]) -> list[int]:
-    if len(codes) != len(kinds) or any(type(c) is not int or c not in (-1, 0, 1) for c in codes):
+    # Arrays of numbers are often saved as 0.0 and -1.0; a truth value is no code.
+    numbers = all(type(code) in (int, float) for code in codes)
+    if len(codes) != len(kinds) or not numbers or not {-1, 0, 1}.issuperset(codes):
         raise DataError(
             f"{where}: labels[{index}] = {codes!r:.60}: expected {len(kinds)} codes of -1, 0 or 1,"
             f" for {', '.join(kinds)}"
         )
-    return [code + SegmentClass.OK for code in codes]
+    return [int(code) + SegmentClass.OK for code in codes]

@@ -13,7 +13,7 @@ import pyarrow as pa
 from fgaif.data.prompts import Skipped, skipped_warning
 from fgaif.data.rows import row_id, text_of, whole_text
 from fgaif.errors import DataError
-from fgaif.feedback.external import ResponseMaker
+from fgaif.feedback.external import ResponseMaker, object_row
 from fgaif.feedback.parquet import write_parquet
 from fgaif.feedback.segment import segment_at
 from fgaif.types import Json, Kind, LabeledResponse
@@ -42,7 +42,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """Labelled responses in order, without facts, and the rows left out because of their image."""
+    """Labelled responses in order, without facts, and the rows left out, by what is wrong."""
 
     source: str
     labeled: tuple[LabeledResponse, ...]
@@ -59,18 +59,17 @@ def import_rows(
     convert: Callable[[str, int, Json], LabeledResponse | None],
     maker: ResponseMaker,
 ) -> Imported:
-    """Convert the rows (where, number, row); ``maker`` knows which were skipped.
+    """Convert the rows (where, number, row); bad ones are skipped, and collected in ``maker``.
 
     Raises:
-        DataError: a row that is no object, or no usable row.
+        DataError: no usable row.
     """
     labeled: list[LabeledResponse] = []
     for number, row in rows:
         where = f"{path}:{number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: {row!r:.80}: a row must be an object")
-        item = convert(where, number, row)
-        labeled += [item] if item else []
+        with maker.skipping(where):
+            item = convert(where, number, object_row(where, row))
+            labeled += [item] if item else []
     result = Imported(source=str(path), labeled=tuple(labeled), skipped=tuple(maker.skipped))
     if not labeled:
         raise DataError(result.warning() or f"{path}: no rows; add some")
