@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 from rich.console import Console
+from transformers import LlavaConfig
 
+from actors.vllm_engine import context_length
 from cluster.console import StepDisplay, progress_bars
 from cluster.driver import PpoData, PpoDriver
 from cluster.launch import Cluster
@@ -29,6 +31,7 @@ from fgaif.chat.limits import Usage
 from fgaif.checkpoint import checkpoint_names
 from fgaif.config import Config, dump_config, with_overrides
 from fgaif.data.order import request_seed
+from fgaif.data.prompts import PromptSet, skipped_warning, split_by_length
 from fgaif.data.scenes.facts import SCENE_KINDS, oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.errors import DataError
@@ -36,7 +39,7 @@ from fgaif.eval.captions import JudgedCaption, judged_by_scores
 from fgaif.eval.policy import Captions, Judge, evaluate_policy
 from fgaif.eval.pope_questions import PopeQuestion
 from fgaif.eval.report import build_report, console_table
-from fgaif.eval.run_results import Phase, write_eval
+from fgaif.eval.run_results import Phase, note_too_long, write_eval
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.feedback.external import read_responses
 from fgaif.feedback.facts import SceneFacts
@@ -45,12 +48,13 @@ from fgaif.feedback.labels import Oracle
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import label_store, response_store
 from fgaif.files import write_json, write_whole
+from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import calibration_bins, reward_metrics
 from fgaif.tracking import Tracker
-from fgaif.types import GenerationRequest, Json, Response, Segment
+from fgaif.types import GenerationRequest, Json, Prompt, Response, Segment
 from fgaif.versions import untested_engine
 
 
@@ -130,7 +134,10 @@ class Run:
         self._dir = config.run_dir
         self._policy_path = resolve_checkpoint(config.policy.model)
         self._resume = False
-        self._tokenizer = load_processor(self._policy_path).tokenizer
+        processor = load_processor(self._policy_path)
+        self._tokenizer = processor.tokenizer
+        model = LlavaConfig.from_pretrained(self._policy_path, local_files_only=True)
+        self._encoder = Encoder(processor, image_tokens=image_token_count(model))
 
     def prepare(self, plan: StagePlan, stage_status: StageStatus) -> None:
         """Go on with what is there, or move it aside; nothing that was finished is removed."""
@@ -177,6 +184,7 @@ class Run:
             store.append(response for response in given if response.id not in known)
             return
         prompts, _ = split_prompts(self.train_source, config)
+        prompts = self._fitting("sample", prompts)
         requests = [
             GenerationRequest(
                 prompt=prompt,
@@ -254,12 +262,14 @@ class Run:
             version = self._config.ppo.steps
             rollouts.load_weights(manifest_from_adapter(adapter, version=version)).result()
         source = self.held_out
+        stage: Stage = "eval-before" if phase == "before" else "eval-after"
+        prompts = self._fitting(stage, source.prompts.prompts)
         report, captions = evaluate_policy(
             lambda requests: sample_all(
                 self._cluster, requests, f"captions {phase}", self._console
             ),
             lambda asked: rollouts.p_yes(asked).result(),
-            source.prompts.prompts,
+            prompts,
             judge=self._caption_judge(source),
             questions=self._pope_questions(source),
             config=self._config,
@@ -280,7 +290,12 @@ class Run:
             rewards=self._cluster.rewards(rewards),
         )
         source = self.train_source
-        _, prompts = split_prompts(source, config)
+        _, wanted = split_prompts(source, config)
+        prompts = self._fitting("train", wanted)
+        # Prompts are numbered for the batches: other ones that fit make another training.
+        used = source.prompts
+        if len(prompts) < len(wanted):
+            used = PromptSet(source=used.source, prompts=tuple(prompts))
         if len(prompts) < (size := config.ppo.rollout_batch):
             self._say(
                 f"warning: PPO has {len(prompts)} prompts for batches of ppo.rollout_batch = "
@@ -290,7 +305,7 @@ class Run:
         data = PpoData(
             prompts=prompts,
             anchors=open_anchors(config, source, prompts),
-            digest=source.prompts.digest,
+            digest=used.digest,
             settings=stage_values(config, "train"),
             check_resumable=partial(check_resumable, config),
         )
@@ -305,6 +320,32 @@ class Run:
                 if self._cluster.live:
                     self._cluster.live.step(report)
         self._save_adapter(roles, folder / "adapter")
+
+    def _fitting(self, stage: Stage, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """Prompts that the engine has room for; others are left out, said, and counted.
+
+        Raises:
+            DataError: there is room for none.
+        """
+        new = self._config.policy.max_new_tokens
+        context = context_length(self._policy_path, self._config)
+        fitting, skipped = split_by_length(
+            prompts, lambda text: len(self._encoder.prompt_ids(text)), context - new
+        )
+        note_too_long(self._dir, stage, len(skipped))
+        if not skipped:
+            return fitting
+        warning = skipped_warning(f"{stage}: prompts too long", len(fitting), skipped)
+        said = (
+            f"{warning}\n  a prompt with its image and policy.max_new_tokens = {new} must fit into "
+            f"{context} tokens: shorten these prompts, lower policy.max_new_tokens, or raise "
+            "cluster.engine.max_model_len as far as the model goes, and use --force to do the "
+            "stage again"
+        )
+        if not fitting:
+            raise DataError(said)
+        self._say(said)
+        return fitting
 
     def _save_adapter(self, roles: Roles, path: Path) -> None:
         """Write the adapter beside its place, then rename; that of fewer steps is moved aside."""

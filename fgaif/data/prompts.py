@@ -59,6 +59,25 @@ class PromptSet:
         return skipped_warning(self.source, len(self.prompts), self.skipped, examples)
 
 
+def split_by_length(
+    prompts: Sequence[Prompt], length: Callable[[str], int], longest: int
+) -> tuple[list[Prompt], list[Skipped]]:
+    """Part those that fit from those that are too long, each in order.
+
+    Args:
+        length: tokens of a prompt's text as the engine reads it, with the image.
+        longest: most tokens of a prompt.
+    """
+    fitting: list[Prompt] = []
+    skipped: list[Skipped] = []
+    for prompt in prompts:
+        if (tokens := length(prompt.text)) <= longest:
+            fitting.append(prompt)
+        else:
+            skipped.append(Skipped(row=f"prompt {prompt.id}", reason=f"{tokens} tokens"))
+    return fitting, skipped
+
+
 def skipped_warning(source: str, used: int, skipped: Sequence[Skipped], examples: int = 3) -> str:
     """Say how many rows of a source were skipped and why; empty if none was."""
     if not skipped:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from fgaif.errors import DataError
-from fgaif.eval.run_results import PHASES, Phase, read_eval, report_json
+from fgaif.eval.run_results import PHASES, Phase, read_eval, report_json, too_long
 from fgaif.kinds import KindConfig, check_kinds, kind_colours, own_colours
 from fgaif.tracking import read_metrics
 from fgaif.types import DEFAULT_KINDS, EvalReport, Json, Kind, StepReport
@@ -78,6 +78,9 @@ def read_run(run_dir: Path) -> RunOutcome:
         raise DataError(f"{run_dir}: no such run folder; check name and dir, or run `fgaif run`")
     missing: list[str] = []
     summary = _read_json(run_dir / "feedback" / "summary.json", missing, "fgaif annotate") or {}
+    long = {
+        f"prompts too long: {stage}": count for stage, count in too_long(run_dir).items() if count
+    }
     stages = _read_json(run_dir / "stages.json", missing, "fgaif run") or {}
     config = _config_of(stages) or _read_config(run_dir, missing)
     colours = _kind_colours(config)
@@ -97,7 +100,7 @@ def read_run(run_dir: Path) -> RunOutcome:
         evals=evals,
         captions=captions,
         steps=_read_steps(run_dir / "policy" / "metrics.jsonl", missing),
-        provenance=_provenance(run_dir, config, stages, summary.get("skipped") or {}),
+        provenance=_provenance(run_dir, config, stages, (summary.get("skipped") or {}) | long),
         missing=tuple(missing),
     )
 

@@ -10,7 +10,7 @@ from fgaif.errors import DataError
 from fgaif.eval.captions import JudgedCaption, repeated_segments, token_length
 from fgaif.eval.policy import MODES, Captions, Mode
 from fgaif.eval.pope_questions import STRATEGIES
-from fgaif.files import write_whole
+from fgaif.files import write_json, write_whole
 from fgaif.types import (
     DEFAULT_KINDS,
     UNKNOWN,
@@ -23,7 +23,24 @@ from fgaif.types import (
 )
 
 Phase = Literal["before", "after"]
+_TOO_LONG = "data/too_long.json"
 PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+def note_too_long(run_dir: Path, stage: str, count: int) -> None:
+    """Keep how many prompts a stage left out because the engine has no room for them."""
+    known = too_long(run_dir)
+    if count != known.get(stage, 0):
+        write_json(run_dir / _TOO_LONG, known | {stage: count})
+
+
+def too_long(run_dir: Path) -> dict[str, int]:
+    """Prompts that were left out by stage, as :func:`note_too_long` kept them."""
+    file = run_dir / _TOO_LONG
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}: not what fgaif writes ({error}); delete it") from error
 
 
 def report_json(report: EvalReport) -> Json:
