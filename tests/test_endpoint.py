@@ -390,6 +390,72 @@ def test_an_endpoint_without_json_formats_and_log_probs_and_with_new_names_still
     assert len([r for r in caplog.records if r.name == "fgaif.chat.endpoint"]) == 7
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Logprobs is not supported for the current model.",
+        "LOGPROBS are unavailable",
+        "Log probabilities cannot be returned by this model",
+    ],
+)
+def test_log_probs_are_given_up_however_the_refusal_is_worded(message: str) -> None:
+    def answer(body: dict[str, Any]) -> Answer | Http:
+        return error(400, message) if "logprobs" in body else Answer(text="Yes")
+
+    with FaultServer(answer, keep=True) as server:
+        replies = ask_in_turn(endpoint(server), [request(str(i), yes_no=True) for i in range(2)])
+    assert [reply.text for reply in replies] == ["Yes"] * 2  # type: ignore[union-attr]
+    assert ["logprobs" in body for body in server.bodies] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["seed", "temperature"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unrecognized request argument supplied: {}",
+        "Unsupported parameter {} for this model",
+        "this model does not accept it: {} is not supported",
+        "Extra inputs are not permitted: '{}'",
+    ],
+)
+def test_parameters_are_given_up_however_the_refusal_is_worded(name: str, message: str) -> None:
+    def answer(body: dict[str, Any]) -> str | Http:
+        return error(400, message.format(name)) if name in body else "fine"
+
+    with FaultServer(answer, keep=True) as server:
+        (reply,) = ask(endpoint(server), request(attempt=1))
+    assert reply.text == "fine"  # type: ignore[union-attr]
+    assert [name in body for body in server.bodies] == [True, False]
+
+
+def test_refusals_in_a_row_stop_the_job_with_the_settings_to_change() -> None:
+    with FaultServer(lambda body: error(400, "this is not to be had here")) as server:
+        model = endpoint(server, concurrency=1, breaker=2)
+        replies = ask_in_turn(model, [request(str(i)) for i in range(3)])
+    assert isinstance(replies[-1], ServiceError)
+    assert "endpoints.api.logprobs=false" in str(replies[-1])
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "said"),
+    [
+        ("<think>Is there a dog? I see one.</think>\n\nYes", "Yes", False),
+        ("I see one.</think>No", "No", False),
+        ("<think>Is there a", "<think>Is there a", True),
+        ("", "", True),
+        ("Yes", "Yes", False),
+    ],
+)
+def test_reasoning_is_left_out_and_said_once_where_it_takes_all(
+    content: str, text: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FaultServer(lambda body: Answer(text=content, finish="length")) as server:
+        replies = ask_in_turn(endpoint(server), [request(str(i), yes_no=True) for i in range(3)])
+    assert [reply.text for reply in replies] == [text] * 3  # type: ignore[union-attr]
+    warned = [r for r in caplog.records if "holds reasoning or nothing" in r.getMessage()]
+    assert len(warned) == said
+
+
 def test_the_json_format_falls_back_one_step_at_a_time() -> None:
     def answer(body: dict[str, Any]) -> str | Http:
         if body["response_format"]["type"] == "json_schema":

@@ -18,6 +18,9 @@ _SIMPLER: dict[str, Literal["json_object", "text"]] = {
     "json_object": "text",
 }
 _FORMAT = re.compile(r"response_format|json[_ ]?schema|json_object|structured.?output", re.I)
+_LOGPROBS = re.compile(r"log[ _-]?prob", re.I)
+_THOUGHT = re.compile(r"<think(?:ing)?>", re.I)
+_THOUGHT_END = re.compile(r".*</think(?:ing)?>\s*", re.I | re.S)
 _UNSUPPORTED = re.compile(r"not support|unsupported", re.I)
 
 
@@ -46,7 +49,7 @@ class Dialect:
         """
         if "response_format" in sent and _FORMAT.search(refused):
             return replace(self, structured=_SIMPLER[self.structured])
-        if "logprobs" in sent and "logprobs" in refused:
+        if "logprobs" in sent and _LOGPROBS.search(refused):
             return replace(self, top_logprobs=5 if self.top_logprobs > 5 else 0)
         # A text that is too long is refused with words about max_tokens as well.
         newer = "max_completion_tokens" in refused and _UNSUPPORTED.search(refused)
@@ -115,7 +118,8 @@ def read_reply(data: Json, request: ChatRequest, input_tokens: int) -> Reply:
 
     ``input_tokens`` is the estimate that stands in where the endpoint does not count. A message
     without content (a refusal, a filter, nothing but reasoning) is an empty reply if the choice
-    says that it has ended.
+    says that it has ended. What a reasoning model thinks aloud before its answer, up to
+    ``</think>``, is left out.
 
     Raises:
         Unreadable: no choice, no message, no text.
@@ -133,12 +137,23 @@ def read_reply(data: Json, request: ChatRequest, input_tokens: int) -> Reply:
         raise Unreadable("the reply's message holds no text")
     used = read_usage(data) or (input_tokens, len(text.encode("utf-8", "replace")) // 4 + 1)
     return Reply(
-        text=text,
+        text=_THOUGHT_END.sub("", text, count=1),
         cut=finish == "length",
         first_token=_first_token(choice) if request.yes_no else (),
         input_tokens=used[0],
         output_tokens=used[1],
     )
+
+
+def only_reasoning(data: Json, reply: Reply) -> bool:
+    """Whether the model thought and did not come to its answer, for instance within the limit.
+
+    ``data`` is the completion that the reply was read from.
+    """
+    message = data["choices"][0]["message"]
+    text = reply.text.strip()
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    return bool(_THOUGHT.match(text)) or (not text and bool(reply.cut or thought))
 
 
 def _first_token(choice: Json) -> tuple[tuple[str, float], ...]:
@@ -162,10 +177,15 @@ def _response_format(schema: Json, structured: str) -> Json:
 
 
 def _names(refused: str, parameter: str) -> bool:
-    """Whether a complaint names a parameter: as the first word, or in quotes.
+    """Whether a complaint names a parameter: as the first word, in quotes, after a word such as
+    "argument", or as what is not supported.
 
     An ordinary word such as "temperature" may also be part of the text that was sent.
     """
-    return refused.startswith(f"{parameter} ") or bool(
-        re.search(rf"['\"`]{parameter}['\"`]", refused)
+    named = (
+        rf"{parameter} |.*['\"`]{parameter}['\"`]"
+        rf"|.*\b(?:argument|parameter|field|keyword|property)s?\b[^:;.]{{0,40}}[: ] ?{parameter}\b"
+        rf"|.*\b{parameter}\b[^:;.]{{0,40}}\b(?:unsupported|unknown|unrecogni[sz]ed"
+        r"|not\b.{0,12}\b(?:support|supported|permitted|allowed|accepted|available))\b"
     )
+    return bool(re.match(named, refused, re.I | re.S))

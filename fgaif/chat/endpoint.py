@@ -14,7 +14,15 @@ import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
-from fgaif.chat.dialect import Dialect, Unreadable, arguments, decode, read_reply, read_usage
+from fgaif.chat.dialect import (
+    Dialect,
+    Unreadable,
+    arguments,
+    decode,
+    only_reasoning,
+    read_reply,
+    read_usage,
+)
 from fgaif.chat.failures import Failure, classify, one_line
 from fgaif.chat.images import DataUris
 from fgaif.chat.limits import Budget, Clock, Gate, Sleep, Spend, estimate, price
@@ -61,7 +69,8 @@ class Endpoint:
         settings = f"{config.structured},side={config.max_image_side},logprobs={config.logprobs}"
         self.name = f"{config.model}@{urlsplit(config.base_url).hostname}[{settings}]"
         self.config = config
-        self._where = f"endpoints.{entry} ({config.model} at {config.base_url})"
+        self._entry = f"endpoints.{entry}"
+        self._where = f"{self._entry} ({config.model} at {config.base_url})"
         self._budget = budget
         self._gate = Gate(config, sleep, clock)
         self._sleep = sleep
@@ -79,6 +88,7 @@ class Endpoint:
         self._breaker = max(config.breaker, config.concurrency + 1)
         self._failures = 0
         self._stopped: str | None = None
+        self._said_reasoning = False
         redact_logs()
 
     async def ask(self, request: ChatRequest) -> Reply:
@@ -161,6 +171,16 @@ class Endpoint:
         finally:
             self._budget.charge(used)
         self._budget.count(replies=1)
+        if only_reasoning(data, reply) and not self._said_reasoning:
+            self._said_reasoning = True
+            log.warning(
+                "%s: a reply of %d tokens holds reasoning or nothing, and no answer (the limit of "
+                "such a request is %d): it counts as unreadable and is paid for; turn the model's "
+                "thinking off at its server, or name a model that answers at once",
+                self._where,
+                reply.output_tokens,
+                request.max_tokens,
+            )
         return reply
 
     def _failed(self, failure: Failure, sent_at: float) -> Exception:
@@ -170,9 +190,15 @@ class Endpoint:
         if not (failure.action == "pause" and self._gate.paused_since(sent_at)):
             self._failures += 1
         if self._failures >= self._breaker:
+            cure = "see that the server works"
+            if failure.refused:
+                cure = (
+                    f"if that is about log-probs set {self._entry}.logprobs=false, if about the "
+                    f"format of replies {self._entry}.structured=text"
+                )
             return self._stop(
                 f"{self._where}: {self._failures} failures in a row, the last: {failure.reason}; "
-                "see that the server works, then resume; the replies so far are kept"
+                f"{cure}, then resume; the replies so far are kept"
             )
         return _Failed(failure)
 
