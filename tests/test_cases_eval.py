@@ -1,7 +1,9 @@
 """Files as other tools write them: what can be read is read, what parts from the rule is said."""
 
+import asyncio
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,12 @@ from fgaif.eval.answers import (
     read_answers,
     read_captions,
 )
+from fgaif.eval.benchmark import EvalContext, Judges
 from fgaif.eval.benchmarks.chair import score_chair
-from fgaif.eval.benchmarks.pope import score_pope
+from fgaif.eval.benchmarks.pope import PopeOptions, prepare_pope, score_pope
 from fgaif.eval.llava_bench_files import load_rules
+from fgaif.eval.pope_questions import write_questions
+from fgaif.eval.pope_splits import read_question_list, split_answers
 from fgaif.eval.vocabulary import Vocabulary, coco_vocabulary
 from fgaif.eval.yes_no import YesNoQuestion, pair_answers, question_in, without_echo
 
@@ -208,3 +213,125 @@ def test_captions_without_objects_are_counted_and_many_are_said(
     scored = score_chair(captions, {"1": {"dog"}}, Vocabulary.from_nouns(["dog"]))
     assert scored.counts["captions_without_objects"] == silent
     assert (f"{silent} of 20 captions name no object" in caplog.text) == warned
+
+
+def three_splits() -> dict[str, list[YesNoQuestion]]:
+    """Two questions a split, the first the same everywhere, ids from 1 in each."""
+    absent = {"random": "kite", "popular": "person", "adversarial": "fork"}
+    return {
+        split: [
+            YesNoQuestion(where=f"{split}:1", id="1", image=IMAGES[0], text=DOG, label=True),
+            YesNoQuestion(
+                where=f"{split}:2",
+                id="2",
+                image=IMAGES[0],
+                text=f"Is there a {noun} in the image?",
+                label=False,
+            ),
+        ]
+        for split, noun in absent.items()
+    }
+
+
+ORDER = ("adversarial", "popular", "random")  # as LLaVA numbers them
+
+
+def one_file(prompts: bool = True) -> list[AnswerRow]:
+    """Right answers to the three splits, numbered through; the last one is wrong."""
+    splits = three_splits()
+    asked = [question for split in ORDER for question in splits[split]]
+    texts = ["Yes", "No", "Yes", "No", "Yes", "Yes"]
+    return [
+        AnswerRow(
+            where=f"a:{n}", id=str(n), text=text, question=f"{q.text}\nAnswer." if prompts else None
+        )
+        for n, (q, text) in enumerate(zip(asked, texts, strict=True), start=1)
+    ]
+
+
+def test_one_file_of_answers_to_three_splits_is_cut_by_its_questions(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    splits = three_splits()
+    scored = score_pope(splits, split_answers(splits, one_file()[::-1]))
+    metrics = scored.metrics()
+    assert [metrics[f"{split}/accuracy"] for split in ORDER] == [1, 1, 0.5]
+    assert "taken in the order adversarial, popular, random" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (one_file(prompts=False), "a: .* in no order of the splits; add LLaVA's list"),
+        (one_file()[:-1], "5 answers to 3 splits of 6 questions; add LLaVA's list"),
+    ],
+)
+def test_a_file_that_cannot_be_cut_is_refused_with_a_way(
+    answers: list[AnswerRow], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        split_answers(three_splits(), answers)
+
+
+def test_splits_in_several_orders_are_refused() -> None:
+    part = three_splits()["random"]
+    answers = [replace(a, id=str(n + 2 * k)) for k in (0, 1) for n, a in enumerate(one_file()[4:])]
+    with pytest.raises(DataError, match="in several orders"):
+        split_answers({"random": part, "popular": part}, answers)
+
+
+def list_rows() -> list[dict[str, object]]:
+    splits = three_splits()
+    asked = [(split, question) for split in ORDER for question in splits[split]]
+    return [
+        {"question_id": n, "image": q.image, "text": f"{q.text}\nAnswer.", "category": split}
+        for n, (split, q) in enumerate(asked, start=1)
+    ]
+
+
+def test_the_list_of_questions_says_which_split_an_id_is_of(tmp_path: Path) -> None:
+    rows = list_rows()
+    rows[1]["text"] = str(rows[1]["text"]).replace("image", "imange")
+    listed = read_question_list(write(tmp_path / "list.jsonl", *rows))
+    splits = three_splits()
+    for answers, accuracy in ((one_file(prompts=False), 0.5), (one_file(prompts=False)[:-1], 1)):
+        metrics = score_pope(splits, split_answers(splits, answers, listed)).metrics()
+        assert [metrics[f"{split}/accuracy"] for split in ORDER] == [1, 1, accuracy]
+    one = {"popular": splits["popular"]}
+    assert [a.where for a in split_answers(one, one_file()[2:], listed)["popular"]] == [
+        "a:3",
+        "a:4",
+    ]
+    with pytest.raises(DataError, match="a:7: key `question_id`: '7' is not in the list"):
+        split_answers(splits, [AnswerRow(where="a:7", id="7", text="Yes")], listed)
+    with pytest.raises(DataError, match="a:3: key `prompt`: .* is not the question of"):
+        split_answers(splits, [AnswerRow(where="a:3", id="3", text="Yes", question=CAT)], listed)
+    with pytest.raises(DataError, match="has the categories adversarial, popular, random"):
+        split_answers({"q": splits["random"]}, one_file(), listed)
+
+
+def test_files_of_the_three_splits_go_through_the_command(tmp_path: Path) -> None:
+    files = []
+    for split, part in three_splits().items():
+        path = tmp_path / f"coco_pope_{split}.jsonl"
+        write_questions(path, part)
+        files.append(str(path))
+    rows = [{"question_id": a.id, "text": a.text} for a in one_file()]
+    answers = [str(write(tmp_path / "answers.jsonl", *rows))]
+    whole = str(write(tmp_path / "llava_pope_test.jsonl", *list_rows()))
+    context = EvalContext()
+    ready = prepare_pope(PopeOptions(questions=[*files, whole], answers=answers), context)
+    scored = asyncio.run(ready.score(Judges(), lambda done, total: None))
+    assert scored.metrics()["accuracy"] == pytest.approx(5 / 6)
+    assert ready.files["question list"] == Path(whole)
+    with pytest.raises(DataError, match="add LLaVA's list"):
+        lacking = prepare_pope(PopeOptions(questions=files, answers=answers), context)
+        asyncio.run(lacking.score(Judges(), lambda done, total: None))
+    with pytest.raises(DataError, match="holds no labels; give the questions of each split"):
+        prepare_pope(PopeOptions(questions=[whole], answers=answers), context)
+
+
+def test_ids_that_may_count_over_splits_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    splits = three_splits()
+    score_pope({"random": splits["random"]}, {"random": one_file(prompts=False)})
+    assert "4 of 6 answers fit no question" in caplog.text

@@ -20,6 +20,7 @@ from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchma
 from fgaif.eval.figures import Figure
 from fgaif.eval.judge import Progress
 from fgaif.eval.pope_questions import STRATEGIES, read_questions
+from fgaif.eval.pope_splits import is_question_list, read_question_list, split_answers
 from fgaif.eval.questions import QuestionSet
 from fgaif.eval.scored import Scored, Stats
 from fgaif.eval.yes_no import (
@@ -97,6 +98,15 @@ def score_pope(
         paired, left_over = pair_answers(questions[split], answers[split])
         if not paired:
             raise DataError(f"POPE: {split}: no answer fits a question; check ids and files")
+        if left_over and all(a.question is None and a.image is None for a in answers[split]):
+            log.warning(
+                "POPE: %s: %d of %d answers fit no question, and none says what it answers: if "
+                "their ids count over several splits, they may answer other questions than these; "
+                "give the questions of all splits",
+                split,
+                left_over,
+                len(answers[split]),
+            )
         unanswered, unasked = unanswered + len(questions[split]) - len(paired), unasked + left_over
         for question in questions[split]:
             if question.id in paired:
@@ -251,7 +261,8 @@ class PopeOptions:
 
 
 def prepare_pope(options: PopeOptions, context: EvalContext) -> PreparedBenchmark:
-    """Make POPE ready over one or more splits, each with a questions and an answers file.
+    """Make POPE ready over one or more splits, each with a questions and an answers file, or with
+    one file of answers to all of them (see ``fgaif.eval.pope_splits``).
 
     Raises:
         ConfigError, DataError: an option or a file cannot be used; the message names it.
@@ -260,7 +271,22 @@ def prepare_pope(options: PopeOptions, context: EvalContext) -> PreparedBenchmar
         raise ConfigError("fgaif eval pope needs --questions; `fgaif eval build-pope` makes some")
     builder = context.builder_unless(options.answers)
     question_files = named_splits(options.questions, "--questions")
-    answer_files = {} if builder else paired_splits(options.questions, options.answers or [])
+    lists = [split for split, path in question_files.items() if is_question_list(path)]
+    list_files = {split: question_files.pop(split) for split in lists}
+    if list_files and (builder or not question_files or len(list_files) > 1):
+        raise DataError(
+            f"{next(iter(list_files.values()))}: holds no labels; give the questions of each split "
+            "with their labels (coco_pope_SPLIT.jsonl) as --questions, and beside them at most one "
+            "list of questions for answers to all splits"
+        )
+    answer_files = {} if builder else named_splits(options.answers or [], "--answers")
+    whole_list = next(iter(list_files.values()), None)
+    listed = read_question_list(whole_list) if whole_list else None
+    whole = len(answer_files) == 1 and (
+        listed is not None or (len(question_files) > 1 and not question_files.keys() & answer_files)
+    )
+    if builder is None and not whole:
+        answer_files = paired_splits(question_files, answer_files)
     rows = {split: read_questions(path) for split, path in question_files.items()}
     questions: tuple[QuestionSet, ...] = ()
     if builder is not None:
@@ -276,7 +302,10 @@ def prepare_pope(options: PopeOptions, context: EvalContext) -> PreparedBenchmar
         answer_files = {split: made.file for split, made in zip(rows, questions, strict=True)}
 
     async def score(judges: Judges, progress: Progress) -> Scored:
-        return score_pope(rows, {split: read_answers(path) for split, path in answer_files.items()})
+        answers = {split: read_answers(path) for split, path in answer_files.items()}
+        if whole:
+            answers = split_answers(rows, next(iter(answers.values())), listed)
+        return score_pope(rows, answers)
 
     return PreparedBenchmark(
         benchmark="pope",
@@ -284,6 +313,7 @@ def prepare_pope(options: PopeOptions, context: EvalContext) -> PreparedBenchmar
         questions=questions,
         files={
             **{f"questions {split}": path for split, path in question_files.items()},
+            **({"question list": whole_list} if whole_list else {}),
             **{f"answers {split}": path for split, path in answer_files.items()},
         },
         items=sum(len(part) for part in rows.values()),
@@ -311,13 +341,12 @@ def named_splits(values: Sequence[str], option: str) -> dict[str, Path]:
     return found
 
 
-def paired_splits(questions: Sequence[str], answers: Sequence[str]) -> dict[str, Path]:
+def paired_splits(asked: Mapping[str, Path], answered: Mapping[str, Path]) -> dict[str, Path]:
     """Answers by the splits of the questions: by name, or one file for one.
 
     Raises:
         ConfigError: a split without its other file.
     """
-    asked, answered = named_splits(questions, "--questions"), named_splits(answers, "--answers")
     if len(asked) == len(answered) == 1:
         return dict(zip(asked, answered.values(), strict=True))
     if asked.keys() != answered.keys():
