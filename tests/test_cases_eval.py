@@ -273,7 +273,10 @@ def test_a_file_that_cannot_be_cut_is_refused_with_a_way(
         split_answers(three_splits(), answers)
 
 
-def test_splits_in_several_orders_are_refused() -> None:
+def test_splits_in_several_orders_are_in_llavas_or_refused() -> None:
+    alike = dict.fromkeys(ORDER[::-1], three_splits()["random"])
+    rows = [replace(a, question=alike["random"][n % 2].text) for n, a in enumerate(one_file())]
+    assert [row.where for row in split_answers(alike, rows)["adversarial"]] == ["a:1", "a:2"]
     part = three_splits()["random"]
     answers = [replace(a, id=str(n + 2 * k)) for k in (0, 1) for n, a in enumerate(one_file()[4:])]
     with pytest.raises(DataError, match="in several orders"):
@@ -304,7 +307,7 @@ def test_the_list_of_questions_says_which_split_an_id_is_of(tmp_path: Path) -> N
     ]
     with pytest.raises(DataError, match="a:7: key `question_id`: '7' is not in the list"):
         split_answers(splits, [AnswerRow(where="a:7", id="7", text="Yes")], listed)
-    with pytest.raises(DataError, match="a:3: key `prompt`: .* is not the question of"):
+    with pytest.raises(DataError, match=r"a:3: key `prompt`: .* is not the question of"):
         split_answers(splits, [AnswerRow(where="a:3", id="3", text="Yes", question=CAT)], listed)
     with pytest.raises(DataError, match="has the categories adversarial, popular, random"):
         split_answers({"q": splits["random"]}, one_file(), listed)
@@ -324,8 +327,8 @@ def test_files_of_the_three_splits_go_through_the_command(tmp_path: Path) -> Non
     scored = asyncio.run(ready.score(Judges(), lambda done, total: None))
     assert scored.metrics()["accuracy"] == pytest.approx(5 / 6)
     assert ready.files["question list"] == Path(whole)
+    lacking = prepare_pope(PopeOptions(questions=files, answers=answers), context)
     with pytest.raises(DataError, match="add LLaVA's list"):
-        lacking = prepare_pope(PopeOptions(questions=files, answers=answers), context)
         asyncio.run(lacking.score(Judges(), lambda done, total: None))
     with pytest.raises(DataError, match="holds no labels; give the questions of each split"):
         prepare_pope(PopeOptions(questions=[whole], answers=answers), context)

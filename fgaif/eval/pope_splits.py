@@ -22,6 +22,8 @@ REMEDY = (
     "add LLaVA's list of questions, llava_pope_test.jsonl, as one more --questions (it says which "
     "split an id is of), or cut the file into one per split and name them --answers SPLIT=FILE"
 )
+LLAVA_ORDER = ("adversarial", "popular", "random")
+"""Taken where it fits, whether or not another order of the splits does as well."""
 _MOST_SPLITS = 4  # all orders of the splits are tried
 
 
@@ -91,6 +93,8 @@ def split_answers(
             f"questions; {REMEDY}"
         )
     fitting = [order for order in permutations(questions) if _fits(rows, order, questions)]
+    if LLAVA_ORDER in fitting:
+        fitting = [LLAVA_ORDER]
     if len(fitting) != 1:
         how = "in no order of the splits" if not fitting else "in several orders of the splits"
         raise DataError(f"{where}: its answers repeat the questions {how}; {REMEDY}")
@@ -132,7 +136,8 @@ def _by_list(
     if not categories & questions.keys():
         raise DataError(
             f"the list of questions has the categories {', '.join(sorted(categories))}, "
-            f"--questions the splits {', '.join(questions)}; name them with --questions CATEGORY=FILE"
+            f"--questions the splits {', '.join(questions)}; name them with "
+            "--questions CATEGORY=FILE"
         )
     found: dict[str, list[AnswerRow]] = {split: [] for split in questions}
     for answer in answers:
