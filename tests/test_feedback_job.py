@@ -180,6 +180,8 @@ def test_labels_are_the_truth_and_each_question_is_put_once(
     again = server.requests.total()
     run(config)  # nothing to do: no request, no row
     assert server.requests.total() == again
+    folder = config.run_dir / "feedback"
+    assert sum(log.stat().st_size for log in folder.glob("replies.sqlite-wal")) == 0
 
 
 @pytest.mark.long
