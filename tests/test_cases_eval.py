@@ -187,8 +187,8 @@ def test_a_prompt_that_is_only_shown_refuses_no_caption(tmp_path: Path) -> None:
 def test_byte_order_marks_are_no_content(tmp_path: Path) -> None:
     tree = {
         "images": [{"id": 1, "file_name": "a.png"}],
-        "categories": [{"id": 1, "name": "dog"}],
-        "annotations": [{"image_id": 1, "category_id": 1}],
+        "categories": [{"id": 1.0, "name": "dog"}],
+        "annotations": [{"image_id": 1.0, "category_id": 1}],
     }
     instances = tmp_path / "instances.json"
     instances.write_text(BOM + json.dumps(tree), encoding="utf-8")

@@ -16,7 +16,7 @@ from tiny import byte_level_tokenizer, llama_tokenizer
 
 from fgaif.data.images import image_ref
 from fgaif.errors import DataError
-from fgaif.feedback.external import read_responses
+from fgaif.feedback.external import look_at_responses, read_responses
 from fgaif.feedback.interchange import (
     MAX_LITERAL,
     export_reference,
@@ -401,6 +401,7 @@ def test_a_bad_given_row_is_skipped_and_named(
     (folder / "given.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}")
     given = read_responses(folder / "given.jsonl", TOKENIZERS["byte"])
     assert [response.text for response in given.responses] == ["A dog."]
+    look_at_responses(folder / "given.jsonl")
     assert re.search(rf"skipped 1 of 2 rows\n  .*given\.jsonl:2: .*({message})", given.warning())
 
 

@@ -157,6 +157,8 @@ def _categories(file: Path, tree: Any) -> Iterator[tuple[int, str]]:
 
 def _get(where: str, row: dict[str, Any], key: str, kind: type[T]) -> T:
     value = row.get(key)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # as tables of numbers are saved
     if not isinstance(value, kind) or isinstance(value, bool):
         found = f"{value!r:.60}" if key in row else "missing"
         raise DataError(f"{where}.{key}: {found}; expected {kind.__name__}")
