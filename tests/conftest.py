@@ -1,6 +1,7 @@
 """Fixtures shared by all tests, and the environment that every test process starts from."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _exact_small_numbers() -> None:
     """vLLM's CPU engine leaves its thread rounding tiny numbers to zero, which hypothesis minds."""
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_process_group() -> Iterator[None]:
+    """Take back what a file leaves in torch. DeepSpeed keeps the group that it has seen first, also
+    when a vLLM engine of the next file has made and closed others, and ZeRO-3 puts its own function
+    in the place of ``linear``."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        from deepspeed import comm
+        from deepspeed.utils import groups
+
+        comm.comm.cdb = None
+        for name in [name for name in vars(groups) if name.startswith("_") and name.isupper()]:
+            if name.endswith("_GROUP"):
+                setattr(groups, name, None)
 
 
 @pytest.fixture(scope="session")

@@ -311,8 +311,8 @@ def test_a_budget_stops_the_job_and_a_larger_one_goes_on(
         paid = server.replies.total()
         assert paid <= 20.0 / 0.11
         with pytest.raises(ServiceError, match="max-cost"):
-            run(low)  # what was spent before counts
-        assert server.replies.total() - paid <= 1
+            run(low)  # what was spent before counts; what was only reserved may be spent now
+        assert paid <= server.replies.total() <= 20.0 / 0.11
 
 
 if __name__ == "__main__":  # the job of the test above, in a process of its own

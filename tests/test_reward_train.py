@@ -238,7 +238,7 @@ def test_training_stops_early_and_keeps_the_best_state(
 def test_a_diverging_run_says_so(tiny_llava_dir: Path, rows: list[LabeledResponse]) -> None:
     data = prepare_data("object", rows[:20], val_fraction=0.2, seed=0)
     with pytest.raises(DataError, match=r"lower reward\.lr"):
-        train(tiny_llava_dir, data, lr=float("inf"), epochs=1, evals=1)
+        train(tiny_llava_dir, data, lr=1e30, epochs=1, evals=1)
 
 
 def test_batches_must_divide_among_workers(tiny_llava_dir: Path) -> None:
