@@ -18,57 +18,50 @@ from fgaif.config import (
 from fgaif.types import Kind
 
 
-class EngineSettings(Protocol):
+class ModelSettings(Protocol):
+    """What every role needs that runs a model."""
+
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def policy(self) -> PolicyConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
+
+
+class EngineSettings(ModelSettings, Protocol):
     """A vLLM engine of the policy or of the verifier."""
 
     @property
     def seed(self) -> int: ...
     @property
-    def data(self) -> DataConfig: ...
-    @property
-    def policy(self) -> PolicyConfig: ...
-    @property
-    def cluster(self) -> ClusterConfig: ...
-    @property
     def merges_adapters(self) -> bool: ...
 
 
-class LearnerSettings(Protocol):
+class LearnerSettings(ModelSettings, Protocol):
     """A rank of the learner."""
 
     @property
     def seed(self) -> int: ...
     @property
-    def data(self) -> DataConfig: ...
-    @property
-    def policy(self) -> PolicyConfig: ...
-    @property
     def ppo(self) -> PpoConfig: ...
+
+
+class BackboneSettings(ModelSettings, Protocol):
+    """A role that may load the reward models' backbone."""
+
     @property
-    def cluster(self) -> ClusterConfig: ...
+    def reward(self) -> RewardConfig: ...
+    @property
+    def reward_backbone(self) -> str: ...
 
 
-class ReferenceSettings(LearnerSettings, Protocol):
+class ReferenceSettings(LearnerSettings, BackboneSettings, Protocol):
     """The reference and value model, which may start from a reward model."""
 
-    @property
-    def reward(self) -> RewardConfig: ...
-    @property
-    def reward_backbone(self) -> str: ...
 
-
-class RewardSettings(Protocol):
+class RewardSettings(BackboneSettings, Protocol):
     """A scorer of one kind or of all."""
 
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def policy(self) -> PolicyConfig: ...
-    @property
-    def reward(self) -> RewardConfig: ...
-    @property
-    def cluster(self) -> ClusterConfig: ...
-    @property
-    def reward_backbone(self) -> str: ...
     @property
     def kind_names(self) -> tuple[Kind, ...]: ...

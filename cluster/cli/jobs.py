@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fgaif.config import dump_config, load_config
+from cluster.cli.options import ConfigFile, Overrides
+from fgaif.config import SCENES_CONFIG, dump_config, load_config
 
 Address = Annotated[
     str | None,
@@ -27,10 +28,8 @@ _LISTED = 100
 
 def submit(
     command: Annotated[str, typer.Argument(help="run, or one stage: annotate, train, ...")] = "run",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file.")] = None,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
     address: Address = None,
     working_dir: Annotated[
         Path | None,
@@ -47,19 +46,17 @@ def submit(
     The same by hand: ray job submit --working-dir FOLDER -- python -m fgaif run --config FILE
     """
     from cluster.monitoring.ray_jobs import Jobs, job_request, temporary_folder
-    from cluster.monitoring.upload import choose
 
-    default = Path(__file__).parents[2] / "configs" / "scenes.yaml"
     if "=" in command:  # overrides alone: everything is run
         overrides, command = [command, *(overrides or [])], "run"
-    settings = load_config(config or default, overrides or [])
+    settings = load_config(config or SCENES_CONFIG, overrides or [])
     folder = temporary_folder()
     try:
         request = job_request(settings, command, folder=folder, working_dir=working_dir)
         if dry_run:
             out.print(dump_config(settings), highlight=False)
         out.print(request.entrypoint, markup=False, highlight=False)
-        for line in _uploaded(folder, choose(working_dir).left_out if working_dir else {}):
+        for line in _uploaded(folder, request.left_out):
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         if dry_run:
             return
@@ -76,7 +73,7 @@ def submit(
         raise typer.Exit(0 if details.status == "SUCCEEDED" else 1)
 
 
-def _uploaded(folder: Path, left_out: dict[Path, str]) -> Iterator[str]:
+def _uploaded(folder: Path, left_out: Mapping[Path, str]) -> Iterator[str]:
     """Lines that name what is uploaded, and what of the working folder is not."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)

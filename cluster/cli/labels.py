@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from fgaif.config import Config, load_config
+from cluster.cli.options import ConfigFile, Overrides
+from fgaif.config import SCENES_CONFIG, Config, load_config
 from fgaif.errors import ConfigError, DataError
 from fgaif.types import Kind
 
@@ -26,13 +27,6 @@ labels_app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="YAML file; see configs/. Default: configs/scenes.yaml."),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
-]
 FormOption = Annotated[Form, typer.Option("--form", help="Form of the file.")]
 KindOption = Annotated[
     str, typer.Option("--kind", help="For stepwise: one of the configured kinds, or any.")
@@ -55,7 +49,7 @@ def export_labels(
     from fgaif.feedback.interchange import export_reference, export_stepwise
     from fgaif.feedback.parquet import write_labels
 
-    settings = load_config(_default(config), overrides or [])
+    settings = load_config(config or SCENES_CONFIG, overrides or [])
     labels = open_labels(settings)
     if form == "parquet":
         out.print(f"wrote {write_labels(labels, file)} responses to {file}", markup=False)
@@ -84,7 +78,7 @@ def import_labels(
     ] = None,
 ) -> None:
     """Make a run's labels from files, so that `fgaif train-reward` can start from them."""
-    settings = load_config(_default(config), [name for name in files if "=" in name])
+    settings = load_config(config or SCENES_CONFIG, [name for name in files if "=" in name])
     paths = [name for name in files if "=" not in name]
     _import(settings, form, paths, images or settings.data.image_root)
 
@@ -94,7 +88,7 @@ def dump_replies(overrides: Overrides = None, config: ConfigFile = None) -> None
     """Print every stored request and reply of a run as JSON lines, failures included."""
     from fgaif.chat.store import ReplyStore
 
-    settings = load_config(_default(config), overrides or [])
+    settings = load_config(config or SCENES_CONFIG, overrides or [])
     path = settings.run_dir / "feedback" / "replies.sqlite"
     if not path.is_file():
         raise DataError(f"{path}: does not exist; run `fgaif annotate` first")
@@ -157,7 +151,3 @@ def _kind_and_path(name: str, kinds: Sequence[Kind]) -> tuple[Kind, Path]:
             f"{name}: for --form stepwise write KIND:FILE, KIND of {', '.join(kinds)}"
         )
     return kind, Path(path)
-
-
-def _default(config: Path | None) -> Path:
-    return config or Path(__file__).parents[2] / "configs" / "scenes.yaml"

@@ -12,17 +12,16 @@ from rich.text import Text
 from cluster.cli.jobs import jobs_app, submit
 from cluster.cli.labels import labels_app
 from cluster.cli.logs import logs
+from cluster.cli.options import ConfigFile, Overrides
 from cluster.cli.replay import replay
 from cluster.cli.runs import list_runs, scale, status
 from cluster.evaluation.cli import eval_app
 from cluster.pipeline.keys import ORDER, Stage
 from fgaif import __version__
-from fgaif.config import Config, dump_config, load_config
+from fgaif.config import SCENES_CONFIG, Config, dump_config, load_config
 from fgaif.data.scenes.world import Split
 from fgaif.errors import CheckpointError, ConfigError, DataError, FgaifError
 from fgaif.interrupts import interrupt_on_sigterm
-
-_SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 
 # Typer may carry its own copy of click: the parent of its BadParameter is that click's usage error.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -45,14 +44,6 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="YAML file; see configs/. Default: configs/scenes.yaml."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides, e.g. ppo.lr=1e-5."),
-]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print configuration, plan and stages; start nothing.")
 ]
@@ -397,7 +388,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> Config:
-    return load_config(config or _SCENES_CONFIG, overrides or [])
+    return load_config(config or SCENES_CONFIG, overrides or [])
 
 
 def _run(

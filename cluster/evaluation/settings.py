@@ -12,7 +12,7 @@ from fgaif.chat.cached import CachedChat
 from fgaif.chat.limits import Budget, Spend, estimate, price
 from fgaif.chat.messages import ChatModel, ChatRequest, Reply, RequestFailed
 from fgaif.chat.store import ReplyStore
-from fgaif.config import Config, EndpointConfig, load_config
+from fgaif.config import SCENES_CONFIG, Config, EndpointConfig, load_config
 from fgaif.errors import ConfigError
 from fgaif.eval.benchmark import EvalContext
 from fgaif.eval.corrupt import Corruption
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from cluster.evaluation.generate import ModelSpec
     from cluster.launch import Cluster
 
-_SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
 _REPLIES = Path("runs") / "judge.sqlite"
 JUDGE_ENTRY = "judge"
 """Name of the endpoint that ``--judge-model`` and its companions describe."""
@@ -66,7 +65,7 @@ def make_settings(
         entry = JUDGE_ENTRY
         overrides += _endpoint_overrides(judge)
     checkpoint = verifier.verifier if verifier is not None else None
-    base = _SCENES_CONFIG if (common.model or "").startswith("scenes:") or checkpoint else None
+    base = SCENES_CONFIG if (common.model or "").startswith("scenes:") or checkpoint else None
     return Settings(
         config=load_config(common.config or base, overrides),
         out=common.out,

@@ -3,7 +3,7 @@
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ _CONFIG = "fgaif.yaml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequest:
-    """A job as Ray takes it."""
+    """A job as Ray takes it; ``left_out`` says what of the working folder is not uploaded."""
 
     entrypoint: str
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
+    left_out: Mapping[Path, str]
 
 
 def job_request(
@@ -55,8 +56,11 @@ def job_request(
             f"dir = {config.dir}: a job runs in a folder that is deleted after it; give an "
             "absolute path on storage that all nodes share, e.g. dir=/shared/runs"
         )
+    left_out: Mapping[Path, str] = {}
     if working_dir is not None:
-        copy(choose(working_dir), working_dir, folder)
+        upload = choose(working_dir)
+        copy(upload, working_dir, folder)
+        left_out = upload.left_out
     tree = config.model_dump(mode="json")
     tree["cluster"]["address"] = None  # a job joins the cluster that it runs on
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +69,7 @@ def job_request(
         entrypoint=shlex.join(["python", "-m", "fgaif", command, "--config", _CONFIG, *flags]),
         runtime_env={"working_dir": str(folder)},
         metadata={"fgaif": command, "run": config.name, "dir": str(config.run_dir)},
+        left_out=left_out,
     )
 
 

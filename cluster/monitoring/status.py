@@ -267,11 +267,15 @@ def driver_is_alive(live: RunAddress) -> bool | None:
     """Whether the run's driver is still there; None where it was on another machine."""
     if live.host != socket.gethostname():
         return None
+    return process_lives(live.pid, live.started_at.timestamp())
+
+
+def process_lives(pid: int, since: float) -> bool:
+    """Whether the process that had this number at a time (seconds since the epoch) still runs."""
     try:
-        driver = psutil.Process(live.pid)
-        # The number of a driver that is gone may be that of a younger process by now.
-        ours = driver.create_time() <= live.started_at.timestamp()
-        return ours and driver.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        # The number of a process that is gone may be that of a younger one by now.
+        return process.create_time() <= since and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-
+from cluster.monitoring.status import process_lives
 from fgaif.errors import ActorError, DataError
 
 log = logging.getLogger(__name__)
@@ -162,13 +161,8 @@ def _take_over(last: Holder, path: Path, locks: bool) -> None:
 
 
 def _lives(holder: Holder) -> bool:
-    try:
-        process = psutil.Process(holder.pid)
-        # The number of a process that is gone may be that of a younger one by now.
-        since = datetime.fromisoformat(holder.since).timestamp()
-        return process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    whole_seconds = datetime.fromisoformat(holder.since).timestamp()
+    return process_lives(holder.pid, whole_seconds + 1)
 
 
 def _this_process() -> Holder:

@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.serving.backend import ServeBackend
 from fgaif.chat.messages import gather_all
-from fgaif.config import Config, load_config
+from fgaif.config import SCENES_CONFIG, Config, load_config
 from fgaif.data.images import ImageBytes
 from fgaif.errors import ActorError, ConfigError, DataError
 from fgaif.serving.access import read_serve_key
@@ -210,12 +210,7 @@ def app(args: ServeArgs) -> Application:
     Raises:
         ConfigError: unknown keys or values, with the nearest name.
     """
-    return deploy(load_config(args.config or default_config(), args.set), args)
-
-
-def default_config() -> Path:
-    """The embedded world's configuration file."""
-    return Path(__file__).parents[2] / "configs" / "scenes.yaml"
+    return deploy(load_config(args.config or SCENES_CONFIG, args.set), args)
 
 
 def deploy(config: Config, args: ServeArgs) -> Application:

@@ -13,7 +13,7 @@ from fgaif.config.cluster import (
 )
 from fgaif.config.data import DataConfig
 from fgaif.config.feedback import API, EndpointConfig, FeedbackConfig
-from fgaif.config.load import dump_config, load_config, parse_config, with_overrides
+from fgaif.config.load import SCENES_CONFIG, dump_config, load_config, parse_config, with_overrides
 from fgaif.config.policy import LoraConfig, PolicyConfig, SegmentConfig
 from fgaif.config.ppo import AnchorConfig, KlConfig, PpoConfig
 from fgaif.config.reward import NoiseConfig, RewardConfig, RewardShapeConfig
@@ -22,6 +22,7 @@ from fgaif.config.serve import ServeBatchConfig, ServeConfig, ServeReplicasConfi
 
 __all__ = [
     "API",
+    "SCENES_CONFIG",
     "AnchorConfig",
     "AutoscaleConfig",
     "ClusterConfig",

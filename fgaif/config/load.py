@@ -14,6 +14,9 @@ from fgaif.config.run import Config
 from fgaif.config.yaml_text import read_yaml
 from fgaif.errors import ConfigError
 
+SCENES_CONFIG = Path(__file__).parents[2] / "configs" / "scenes.yaml"
+"""The embedded world's configuration, which the command line takes where none is given."""
+
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (or the defaults) and apply overrides such as ``ppo.lr=1e-5``.
