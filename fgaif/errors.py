@@ -49,3 +49,9 @@ class ActorError(FgaifError, RuntimeError):
 
 class ServiceError(FgaifError, RuntimeError):
     """A model's API cannot be used: key, quota, budget, address; replies so far are kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type's name where it has no text."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

@@ -25,6 +25,19 @@ PALETTE = (
 _TAKEN = frozenset(
     {"all", "any", "policy", "none", "unknown", "segment", "task", "total"}
     | {"accuracy", "facts", "faithscore", "faithscore_s"}
+    # keys of result files and of the service's answers
+    | {
+        "benchmark",
+        "counts",
+        "groups",
+        "intervals",
+        "items",
+        "level",
+        "provenance",
+        "seed",
+        "units",
+    }
+    | {"penalty", "segments"}
     | {field.name for field in dataclasses.fields(CaptionMetrics)}
 )
 """Words that stand beside the kinds in options, metrics, figures and prompts."""

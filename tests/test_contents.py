@@ -32,7 +32,9 @@ class Data:
         self.write_prompts([f"What is in picture {index}?" for index in range(6)])
         shutil.copy(self.prompts, root / "held_out.jsonl")
         shutil.copy(self.prompts, root / "questions.jsonl")
-        (root / "check.txt").write_text("Is this so? {fact}")
+        for name in ("check.txt", "count.txt"):
+            (root / name).write_text("Is this so? {fact}")
+        (root / "counting.txt").write_text("How many there are in a picture.")
         shutil.copytree(contents.PROMPTS, root / "templates")
         self.labels = root / "run" / "feedback" / "labels.jsonl"
         self.labels.parent.mkdir(parents=True)
@@ -54,7 +56,10 @@ class Data:
                 "data.ppo_prompts=2", "data.eval_prompts=2", "ppo.anchor.weight=1",
                 f"ppo.anchor.prompts={self.root}/questions.jsonl",
                 f"feedback.prompt={self.root}/check.txt", "feedback.extractor=model",
-                f"feedback.prompts_dir={self.root}/templates", *overrides,
+                f"feedback.prompts_dir={self.root}/templates",
+                f"kinds=[object, {{name: counting, prompt: {self.root}/count.txt, "
+                f"description: {self.root}/counting.txt}}]",
+                *overrides,
             ],
         )  # fmt: skip
 
@@ -109,6 +114,14 @@ def edit_template(data: Data) -> None:
     file.write_text(file.read_text() + "Be brief.\n")
 
 
+def edit_kind_prompt(data: Data) -> None:
+    edit(data.root / "count.txt")
+
+
+def edit_description(data: Data) -> None:
+    edit(data.root / "counting.txt")
+
+
 def edit_label(data: Data) -> None:
     data.labels.write_text('{"other": 1}\n')
 
@@ -126,6 +139,8 @@ LABELS_ON = ("train-reward", "eval-before", "train", "eval-after")
         (edit_question, ("train", "eval-after"), r"ppo\.anchor\.prompts = "),
         (edit_check, ("annotate", *LABELS_ON), r"feedback\.prompt = .*check\.txt were edited"),
         (edit_template, ("annotate", *LABELS_ON), r"feedback\.prompts_dir = "),
+        (edit_kind_prompt, ("annotate", *LABELS_ON), r"kinds\.counting\.prompt = .*count\.txt"),
+        (edit_description, ("annotate", *LABELS_ON), r"kinds\.counting\.description = "),
         (edit_label, LABELS_ON, r"feedback/labels\.jsonl = "),
     ],
 )

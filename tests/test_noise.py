@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.pipeline.reward_worker import _noise_card
 from cluster.pipeline.train_rewards import input_digest
 from fgaif.config import Config, NoiseConfig, parse_config
 from fgaif.errors import ConfigError
-from fgaif.reward.checkpoint import RewardCard
+from fgaif.reward.checkpoint import RewardCard, _noise_card
 from fgaif.reward.dataset import read_data
 from fgaif.reward.label_noise import Flips, flip_labels, flip_rows
 from fgaif.types import (

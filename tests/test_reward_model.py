@@ -366,6 +366,20 @@ def test_weights_that_are_not_finite_are_refused(
         )
 
 
+def test_a_truncated_adapter_is_named_by_both_loaders(
+    tmp_path: Path, tiny_llava_dir: Path, saved: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "rewards")
+    file = tmp_path / "rewards" / "relation" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="where its header says"):
+        load_reward_model(file.parent, tiny_llava_dir, dtype="float32")
+    with pytest.raises(CheckpointError, match="where its header says"):
+        load_shared_reward_models(
+            tmp_path / "rewards", tiny_llava_dir, DEFAULT_KINDS, dtype="float32"
+        )
+
+
 def test_broken_reward_directories_say_what_is_wrong(
     tmp_path: Path, tiny_llava_dir: Path, saved: Path
 ) -> None:

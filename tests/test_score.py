@@ -18,7 +18,7 @@ from actors.scorer import ScoringActor
 from fgaif.config import Config, RewardShapeConfig
 from fgaif.data.images import as_image, image_bytes
 from fgaif.errors import CheckpointError, ConfigError, DataError
-from fgaif.reward.checkpoint import RewardCard
+from fgaif.reward.checkpoint import RewardCard, read_cards
 from fgaif.reward.dense import RewardCenters, dense_rewards
 from fgaif.serving.rewards import Rewards, TextScores, load_rewards
 from fgaif.serving.scoring import ScoreInput, ScoreOutput
@@ -302,6 +302,18 @@ def test_models_trained_here_are_loaded_and_tell_right_from_wrong(
     answers = loaded.score(pictures[0], ["a dog small above. ", "the couch red left. "])
     assert [one.probs[0].argmax(-1).tolist() for one in answers] == [[1, 1, 1], [2, 2, 2]]
     assert answers[0].total > 0 > answers[1].total
+
+
+def test_a_card_of_a_model_trained_here_tells_of_label_noise(
+    tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    rows = reward_samples.labelled(tiny_llava_dir, reward_samples.images(tmp_path, 4), 8)
+    config = reward_samples.settings(
+        tiny_llava_dir, epochs=0.5, batch_size=8, evals=1, noise={"object": {"flip": 0.5}}
+    )
+    fgaif.train_rewards(rows, tmp_path / "rewards", config)
+    cards = read_cards(tmp_path / "rewards", DEFAULT_KINDS)
+    assert [kind for kind, card in cards.items() if card.noise is not None] == ["object"]
 
 
 def test_plain_adamw_is_kept_from_bfloat16(tiny_llava_dir: Path, tmp_path: Path) -> None:

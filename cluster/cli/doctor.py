@@ -20,6 +20,7 @@ import fgaif
 from cluster.memory.devices import devices_of
 from cluster.memory.plan import MemoryPlan, advise, memory_table, plan_memory
 from fgaif.config import Config
+from fgaif.errors import first_line
 from fgaif.versions import REINSTALL, Finding, Level, check_version
 
 _STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "error": "bold red"}
@@ -115,7 +116,7 @@ def check_torchvision() -> Finding:
     try:
         version = import_module("torchvision").__version__
     except (ImportError, OSError, RuntimeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         advice = f"reinstall, which registers fgaif's torch entry point: {REINSTALL}"
         return Finding(level="error", subject="torchvision", found=first, advice=advice)
     return Finding(level="ok", subject="torchvision", found=f"{version}, imports")

@@ -98,7 +98,31 @@ def dump_replies(overrides: Overrides = None, config: ConfigFile = None) -> None
 
 
 def _import(config: Config, form: Form, names: list[str], root: Path | None) -> None:
-    from cluster.pipeline.run_lock import require_own
+    from cluster.pipeline.run_lock import driver_lock
+
+    if not names:
+        raise ConfigError("fgaif labels import: name at least one file")
+    _require_new(config)
+    with driver_lock(config.run_dir):
+        _require_new(config)  # another import may have come first
+        _import_into(config, form, names, root)
+
+
+def _require_new(config: Config) -> None:
+    for path in (_labels(config), _responses(config)):
+        if path.exists():
+            raise DataError(f"{path}: exists; import into another run, e.g. name=imported")
+
+
+def _labels(config: Config) -> Path:
+    return config.run_dir / "feedback" / "labels.jsonl"
+
+
+def _responses(config: Config) -> Path:
+    return config.run_dir / "responses" / "responses.jsonl"
+
+
+def _import_into(config: Config, form: Form, names: list[str], root: Path | None) -> None:
     from cluster.pipeline.stage_status import StageStatus
     from fgaif.feedback.interchange import import_reference, import_stepwise, join_labels
     from fgaif.feedback.parquet import read_labels
@@ -106,14 +130,6 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
     from fgaif.kinds import check_kinds
     from fgaif.lvlm.model import load_processor, resolve_checkpoint
 
-    if not names:
-        raise ConfigError("fgaif labels import: name at least one file")
-    target = config.run_dir / "feedback" / "labels.jsonl"
-    responses = config.run_dir / "responses" / "responses.jsonl"
-    for path in (target, responses):
-        if path.exists():
-            raise DataError(f"{path}: exists; import into another run, e.g. name=imported")
-    require_own(config.run_dir)
     tokenizer = load_processor(resolve_checkpoint(config.policy.model)).tokenizer
     pixels, kinds = config.data.max_image_pixels, config.kind_names
     if form == "parquet":
@@ -136,8 +152,8 @@ def _import(config: Config, form: Form, names: list[str], root: Path | None) -> 
                 err.print(found.warning(), style="yellow", markup=False)
             sets.append(found.labeled)
         labeled = join_labels(sets) if form == "stepwise" else [x for part in sets for x in part]
-    response_store(responses).append(item.response for item in labeled)
-    label_store(target).append(labeled)
+    response_store(_responses(config)).append(item.response for item in labeled)
+    label_store(_labels(config)).append(labeled)
     stage_status = StageStatus(config.run_dir)
     for stage in ("sample", "annotate"):
         stage_status.adopt(config, stage)

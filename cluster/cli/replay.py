@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cluster.pipeline.stage_status import StageStatus
 from fgaif.config import Config, load_config, parse_config, with_overrides
 from fgaif.errors import DataError
 from fgaif.files import write_whole
@@ -184,6 +183,8 @@ def _settings(config: Path | None, file: Path, overrides: list[str]) -> Config:
     run = file.resolve().parents[2]  # RUN/policy/rollouts/step_*.jsonl
     if config is not None:
         return load_config(config, overrides)
+    from cluster.pipeline.stage_status import StageStatus  # not for --help
+
     if trained_with := StageStatus(run).entry("train").get("config"):
         return with_overrides(parse_config(trained_with), overrides)
     own = run / "config.yaml"  # of the last command

@@ -25,7 +25,7 @@ from cluster.monitoring.status import (
     read_run_address,
     read_status,
 )
-from fgaif.errors import ActorError, DataError
+from fgaif.errors import ActorError, DataError, first_line
 
 Run = Annotated[str, typer.Argument(help="Folder of the run; with --address its name is enough.")]
 RayAddress = Annotated[
@@ -74,7 +74,7 @@ def status(
                 _show_once(now, now.state, alive=True, as_json=as_json)
             else:
                 _watch(store)
-    except _MemberLost as gone:
+    except _OutOfReach as gone:
         last = found.folder and read_status(found.folder)
         if not last:
             raise ActorError(str(gone)) from gone
@@ -141,11 +141,11 @@ def list_runs(
     out.print(table)
 
 
-class _MemberLost(ActorError):
+class _OutOfReach(ActorError):
     """The run cannot be reached: it has ended, or died, or its cluster is gone."""
 
 
-class _Lost(_MemberLost):
+class _Lost(_OutOfReach):
     """Its cluster answers, and runs it no more."""
 
 
@@ -167,10 +167,10 @@ def _find(run: str, address: str | None) -> _Found:
 def _store(found: _Found, address: str | None) -> Iterator[Any]:
     """The living run's heartbeat store; the connection to its cluster is closed afterwards."""
     if found.status and found.status.state != "running" and address is None:
-        raise _MemberLost(f"{found.name}: {found.status.state} {_ago(found.status.updated_at)}")
+        raise _OutOfReach(f"{found.name}: {found.status.state} {_ago(found.status.updated_at)}")
     where = address or (found.live.address if found.live else None)
     if where is None:
-        raise _MemberLost(f"{found.name}: its folder says no address; give --address")
+        raise _OutOfReach(f"{found.name}: its folder says no address; give --address")
     if found.live and found.live.auth:  # Ray reads it when it is imported
         os.environ.setdefault(AUTH_MODE, found.live.auth)
     import ray  # takes a second
@@ -181,7 +181,7 @@ def _store(found: _Found, address: str | None) -> Iterator[Any]:
     if mine:
         _connect(found, where)
     try:
-        name, gone = _board_name(found), f"{found.name}: the cluster at {where} runs it no more"
+        name, gone = _store_name(found), f"{found.name}: the cluster at {where} runs it no more"
         try:
             store = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError as error:
@@ -204,13 +204,13 @@ def _connect(found: _Found, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=_REACH_S).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         if "InvalidAuthToken" in f"{error} {error.__cause__}":
             first = f"it wants its token: set {AUTH_MODE}=token, and RAY_AUTH_TOKEN or _PATH"
-        raise _MemberLost(f"{found.name}: no Ray cluster answers at {address} ({first})") from error
+        raise _OutOfReach(f"{found.name}: no Ray cluster answers at {address} ({first})") from error
 
 
-def _board_name(found: _Found) -> str:
+def _store_name(found: _Found) -> str:
     if found.live is not None:
         return found.live.store
     from cluster.monitoring.heartbeat import heartbeat_stores

@@ -311,7 +311,7 @@ class ActorGroup:
         """Wait for everyone's answer, in slices between which the watch is asked.
 
         Raises:
-            _Gone: somebody is dead, frozen, hangs or takes too long.
+            _MemberLost: somebody is dead, frozen, hangs or takes too long.
             FgaifError: the work raised.
         """
         answers: list[Any] = [None] * len(references)
@@ -336,7 +336,7 @@ class ActorGroup:
         return answers
 
     def _check_alive(self, members: Sequence[PlacedActor], begun: float) -> None:
-        """Raise _Gone if one of those waited for since ``begun`` will not answer."""
+        """Raise _MemberLost if one of those waited for since ``begun`` will not answer."""
         limits = self._limits
         for member in members:
             began = member.began()

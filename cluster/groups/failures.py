@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.core.generated.gcs_pb2 import ActorTableData
 
-from fgaif.errors import ActorError, FgaifError
+from fgaif.errors import ActorError, FgaifError, first_line
 
 _TAIL_LINES = 15
 CREATION = "raised in its creation task"
@@ -81,8 +81,8 @@ def translate(error: Exception, name: str, node: str = "") -> FgaifError:
         )
     place = f" (node {node[:12]})" if node else ""
     if isinstance(error, _LOST):
-        return ActorError(f"{name}: its answer was lost with its node{place}: {_first_line(error)}")
-    return ActorError(f"{name}: {_first_line(error)}{place}")
+        return ActorError(f"{name}: its answer was lost with its node{place}: {first_line(error)}")
+    return ActorError(f"{name}: {first_line(error)}{place}")
 
 
 def _death(text: str, node: str) -> str:
@@ -143,17 +143,12 @@ def _exit(text: str) -> str:
     facts = r"class_name|actor_id|pid|name|namespace|ip"
     lines = [line.strip() for line in text.splitlines()[1:]]
     said = [line for line in lines if line and not re.match(rf"({facts}): ", line)]
-    return " ".join(said) or _first_line(Exception(text))
+    return " ".join(said) or first_line(Exception(text))
 
 
 def _field(pattern: str, text: str) -> str:
     found = re.search(pattern, text)
     return found.group(1) if found else ""
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _last_line(error: Exception) -> str:

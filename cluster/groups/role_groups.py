@@ -93,7 +93,7 @@ def _restore(actor: Any) -> Any:
 
 def _all(method: Callable[[Any], Any], *arguments: Any) -> Submit:
     """The same call on every actor. One copy of each argument goes into the object store, for as
-    long as the call lasts; a journal holds the arguments themselves."""
+    long as the call lasts; the replay log holds the arguments themselves."""
 
     def submit(actors: Sequence[Any]) -> list[ray.ObjectRef]:
         stored = [ray.put(argument) for argument in arguments]
@@ -126,8 +126,7 @@ class StatelessActor:
 
     def call(self, method: Callable[[Any], Any], *arguments: Any) -> Pending[Any]:
         """Start ``method(actor).remote(*arguments)``; ``result`` names the actor if it fails."""
-        answers = self.actor_group.call(lambda actors: [method(actors[0]).remote(*arguments)])
-        return Then(lambda: answers.result()[0])
+        return _first(self.actor_group.call(lambda actors: [method(actors[0]).remote(*arguments)]))
 
     def stop(self) -> None:
         """Kill the actor and free its resources."""

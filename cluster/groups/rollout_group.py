@@ -61,7 +61,7 @@ class RolloutGroup:
         cluster: number of engines, size of chunks, time-outs, bounds.
         watch: tells of frozen or hung actors; asked about once a second.
         wished: number of engines that somebody asked for meanwhile, or None.
-        tell: called about once a second.
+        report: called about once a second.
     """
 
     def __init__(

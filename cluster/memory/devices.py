@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import psutil
 
 from fgaif.config import Config
-from fgaif.errors import ConfigError
+from fgaif.errors import ConfigError, first_line
 
 _GIB = 2**30
 _GB = 10**9
@@ -70,7 +70,7 @@ def devices_of(config: Config, assumed: str | None) -> Devices:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         return Devices(gpus=None, host=None, found=f"Ray at {address} does not answer: {first}")
     try:
         return cluster_devices()

@@ -13,7 +13,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.monitoring.upload import choose, copy
 from fgaif.config import Config
-from fgaif.errors import ActorError, ConfigError
+from fgaif.errors import ActorError, ConfigError, first_line
 
 ADDRESS = "http://127.0.0.1:8265"
 """Where a Ray head's dashboard listens unless told otherwise; RAY_API_SERVER_ADDRESS overrides."""
@@ -86,7 +86,7 @@ class Jobs:
             self._client = JobSubmissionClient(self._address)
         except (ConnectionError, RuntimeError) as error:
             raise ActorError(
-                f"--address {self._address}: no Ray dashboard answers ({_first_line(error)}); give "
+                f"--address {self._address}: no Ray dashboard answers ({first_line(error)}); give "
                 "the head's, e.g. http://HEAD:8265, or start one with `ray start --head`"
             ) from error
 
@@ -139,14 +139,9 @@ class Jobs:
                     "; another Ray on that machine may hold the agent's port: start the head with "
                     "--dashboard-agent-listen-port=PORT"
                 )
-            raise ActorError(f"{self._address}: {_first_line(error)}{hint}") from error
+            raise ActorError(f"{self._address}: {first_line(error)}{hint}") from error
 
 
 def temporary_folder() -> Path:
     """A folder for what is uploaded; Ray reads it when the job is submitted."""
     return Path(tempfile.mkdtemp(prefix="fgaif-job-"))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

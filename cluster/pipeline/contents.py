@@ -3,6 +3,7 @@
     data.train, data.held_out, ppo.anchor.prompts   the rows that are used, and their images
     data.responses                                  all rows, and their images
     feedback.prompt, feedback.prompts_dir           the templates
+    kinds.NAME.prompt, kinds.NAME.description       those of a kind that lie in files
     policy.model, reward.backbone, feedback.verifier   checkpoints that do not come with fgaif
     feedback/labels.jsonl                           the labels, for the reward models
 
@@ -38,6 +39,8 @@ _SETTLED_S = 2.0
 
 Reader = Callable[[int | None], Json]
 """Gives a content; of rows, so many of the first, or as many as are used."""
+Source = tuple[object, Reader]
+"""What is read, as messages show it, and how."""
 
 
 class Contents:
@@ -47,6 +50,7 @@ class Contents:
         self._config = config
         self._hashes = Hashes(config.run_dir)
         self._sources: dict[tuple[str, int], PromptSet] = {}
+        self._read: dict[tuple[object, ...], Json] = {}
 
     def of(self, stage: Stage) -> dict[str, Json]:
         """By configuration key: what the stage's own files hold.
@@ -54,9 +58,9 @@ class Contents:
         One that cannot be read is left out: what is wrong with it is said where it is needed.
         """
         found: dict[str, Json] = {}
-        for key, read in self._readers(stage).items():
+        for key, (_, read) in self._readers(stage).items():
             try:
-                found[key] = read(None)
+                found[key] = self._once(read, None)
             except (FgaifError, OSError):
                 continue
         return found
@@ -78,14 +82,15 @@ class Contents:
         readers = self._all_readers(stage)
         found = []
         for key, was in made_with.items():
-            if (read := readers.get(key)) is None:
+            if key not in readers:
                 continue
+            shown, read = readers[key]
             try:
-                now, same = read(None), read(was.get("rows"))
+                now, same = self._once(read, None), self._once(read, was.get("rows"))
             except (FgaifError, OSError):
                 continue
             if same != was:
-                note = f"the contents of {key} = {self._shown(key)} were edited"
+                note = f"the contents of {key} = {shown} were edited"
                 found.append(Change(key=key, was=was, now=now, kind="result", note=note))
             elif now != was:
                 kind: Kind = "extends" if stage in ("sample", "annotate") else "result"
@@ -93,29 +98,46 @@ class Contents:
                 found.append(Change(key=f"usable rows of {key}", kind=kind, **rows))
         return tuple(found)
 
-    def _all_readers(self, stage: Stage) -> dict[str, Reader]:
-        found: dict[str, Reader] = {}
+    def _once(self, read: Reader, rows: int | None) -> Json:
+        """Read, unless that was read before; what fails is tried again."""
+        key = read.func, read.args, rows  # type: ignore[attr-defined]
+        if key not in self._read:
+            self._read[key] = read(rows)
+        return self._read[key]
+
+    def _all_readers(self, stage: Stage) -> dict[str, Source]:
+        found: dict[str, Source] = {}
         for before in AFTER[stage]:
             found |= self._all_readers(before)
         return found | self._readers(stage)
 
-    def _readers(self, stage: Stage) -> dict[str, Reader]:
+    def _readers(self, stage: Stage) -> dict[str, Source]:
         data, feedback = self._config.data, self._config.feedback
         prompts = data.feedback_prompts
         policy = self._checkpoint("policy.model", self._config.policy.model)
         if stage == "sample" and data.responses is not None:
-            return {"data.responses": partial(self._responses, data.responses)}
+            path = data.responses
+            return {"data.responses": (path, partial(self._responses, path))}
         if stage == "sample":
             return self._prompts("data.train", data.train, prompts) | policy
         if stage == "annotate":
             asks = feedback.extractor == "model" or feedback.extractor.startswith(API)
             folder = feedback.prompts_dir or PROMPTS
-            templates = {"feedback.prompts_dir": partial(self._templates, folder)} if asks else {}
+            extracting: dict[str, Source] = {}
+            if asks:
+                templates = folder, partial(self._templates, folder)
+                extracting = {"feedback.prompts_dir": templates} | self._descriptions()
             local = self._checkpoint("feedback.verifier", feedback.local_verifier)
-            return {"feedback.prompt": self._verifying} | templates | local
+            asking = {"feedback.prompt": feedback.prompt} | {
+                f"kinds.{kind.name}.prompt": kind.prompt
+                for kind in self._config.kinds
+                if kind.prompt is not None and "{fact}" not in kind.prompt
+            }
+            files = {key: self._whole(prompt_path(name)) for key, name in asking.items()}
+            return files | extracting | local
         if stage == "train-reward":
             backbone = self._checkpoint("reward.backbone", self._config.reward_backbone)
-            return {LABELS: self._labels} | backbone
+            return {LABELS: self._whole(self._config.run_dir / LABELS)} | backbone
         if stage == "train":
             anchor = self._config.ppo.anchor
             asked = anchor.prompts if anchor.weight and anchor.prompts != QUESTIONS else SCENES
@@ -128,8 +150,16 @@ class Contents:
             return self._prompts("data.held_out", data.held_out, data.eval_prompts) | policy
         return {}
 
-    def _prompts(self, key: str, name: str, wanted: int) -> dict[str, Reader]:
-        return {} if name.startswith(SCENES) else {key: partial(self._rows, name, wanted)}
+    def _descriptions(self) -> dict[str, Source]:
+        """Those of kinds that lie in files of their own; the shipped ones come with fgaif."""
+        return {
+            f"kinds.{kind.name}.description": self._whole(Path(kind.description))
+            for kind in self._config.kinds
+            if kind.description is not None and kind.description.endswith(".txt")
+        }
+
+    def _prompts(self, key: str, name: str, wanted: int) -> dict[str, Source]:
+        return {} if name.startswith(SCENES) else {key: (name, partial(self._rows, name, wanted))}
 
     def _rows(self, name: str, wanted: int, rows: int | None) -> Json:
         limit = max(wanted, rows or 0)
@@ -153,19 +183,19 @@ class Contents:
             digest.update(image.encode())
         return {"sha256": digest.hexdigest()}
 
-    def _verifying(self, _: int | None) -> Json:
-        return {"sha256": self._hashes.of(prompt_path(self._config.feedback.prompt))}
+    def _whole(self, path: Path) -> Source:
+        return path, partial(self._file, path)
+
+    def _file(self, path: Path, _: int | None) -> Json:
+        return {"sha256": self._hashes.of(path)}
 
     def _templates(self, folder: Path, _: int | None) -> Json:
         return {"sha256": self._hashes.of_all(sorted(folder.glob("facts*.txt")))}
 
-    def _labels(self, _: int | None) -> Json:
-        return {"sha256": self._hashes.of(self._config.run_dir / LABELS)}
-
-    def _checkpoint(self, key: str, name: str | None) -> dict[str, Reader]:
+    def _checkpoint(self, key: str, name: str | None) -> dict[str, Source]:
         if name is None or name.startswith(SCENES):
             return {}
-        return {key: partial(self._weights, name)}
+        return {key: (name, partial(self._weights, name))}
 
     def _weights(self, name: str, _: int | None) -> Json:
         from fgaif.lvlm.model import resolve_checkpoint  # torch: not for --help
@@ -177,14 +207,6 @@ class Contents:
         ]
         parts = [checkpoint_digest(path), self._hashes.of_all(sorted(beside))]
         return {"sha256": hashlib.sha256("".join(parts).encode()).hexdigest()}
-
-    def _shown(self, key: str) -> str:
-        if key == LABELS:
-            return str(self._config.run_dir / LABELS)
-        node: Any = self._config
-        for part in key.split("."):
-            node = getattr(node, part)
-        return str(node)
 
 
 class Hashes:

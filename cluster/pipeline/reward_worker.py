@@ -16,8 +16,8 @@ from cluster.pipeline.reward_task import RewardTask
 from fgaif.config import Config
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
-from fgaif.reward.checkpoint import NoiseCard, RewardCard, save_reward_model
-from fgaif.reward.dataset import RewardData, read_data
+from fgaif.reward.checkpoint import make_card, save_reward_model
+from fgaif.reward.dataset import read_data
 from fgaif.reward.inputs import RewardEncoder, load_reward_encoder, tokenizer_digest
 from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
 from fgaif.reward.train import make_optimizer, planned_steps, train_reward_model
@@ -88,38 +88,19 @@ def _train_kind(
             "unknown_segments": float(data.unknown_segments),
             "unused_responses": float(data.unused_responses),
         }
-        card = RewardCard(
-            kind=kind,
-            kinds=kinds,
-            head=settings.head,
-            backbone=str(resolve_checkpoint(config.reward_backbone)),
+        card = make_card(
+            kind,
+            config,
+            data,
             backbone_digest=task.backbone_digest,
             tokenizer_digest=tokenizer_digest(encoder.encoder.tokenizer),
-            min_words=config.segment.min_words,
-            shape=config.ppo.shape,
             input_digest=task.digests[kind],
-            noise=_noise_card(kind, config, data),
             metrics=metrics,
         )
         save_reward_model(task.out_dir / kind, model, result.state, card)
         task.queue.put((kind, result.planned_steps, result.planned_steps, metrics))
     engine.close()
     return model
-
-
-def _noise_card(kind: Kind, config: Config, data: RewardData) -> NoiseCard | None:
-    noise, flips = config.reward.noise.get(kind), data.flips
-    if noise is None or flips is None:
-        return None
-    return NoiseCard(
-        ok_to_hallu=noise.rate_ok_to_hallu,
-        hallu_to_ok=noise.rate_hallu_to_ok,
-        seed=config.reward.noise_seed,
-        flipped_ok=flips.ok_to_hallu,
-        flipped_hallu=flips.hallu_to_ok,
-        ok=flips.ok,
-        hallu=flips.hallu,
-    )
 
 
 class _ZeroEngine:

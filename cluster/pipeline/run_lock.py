@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,7 +94,8 @@ def driver_lock(run_dir: Path, wait_s: float = _WAIT_S) -> Iterator[None]:
             os.ftruncate(descriptor, 0)
             if made and os.listdir(run_dir) == [LOCK]:  # refused before anything was begun
                 path.unlink()
-                run_dir.rmdir()
+                with suppress(OSError):  # a newcomer has just put a lock of its own there
+                    run_dir.rmdir()
     finally:
         os.close(descriptor)
 

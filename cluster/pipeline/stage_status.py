@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from cluster.pipeline.aside import results_of
 from cluster.pipeline.contents import Contents
-from cluster.pipeline.keys import Change, Stage, changes, stage_values
+from cluster.pipeline.keys import AFTER, Change, Stage, changes, stage_values
 from cluster.pipeline.old_digests import old_config, old_digest
 from fgaif.config import Config
 from fgaif.errors import ConfigError, DataError
@@ -112,7 +112,11 @@ class StageStatus:
         """
         start, self._contents = time.monotonic(), None
         at_start = self._contents_of(config)
-        own, made_of = at_start.of(stage), at_start.with_inputs(stage)
+        own, entries = at_start.of(stage), self._read()
+        made_of: dict[str, Json] = {}
+        for before in AFTER[stage]:  # what they were made of, which may not be there any more
+            made_of |= entries.get(before, {}).get("contents") or at_start.with_inputs(before)
+        made_of |= own
         at_start.save()
         self._write(config, stage, None, made_of)
         yield

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.launch import Cluster
+from cluster.pipeline.run_lock import driver_lock
 from cluster.pipeline.stage_status import StageStatus
 from cluster.pipeline.stages import Run, run_stages
 from fgaif.config import Config, with_overrides
@@ -91,12 +92,12 @@ def nearest_step(kl: dict[int, float], steps: Sequence[int], target: float) -> i
 def _train_variant(config: Config, variant: str, seed: int, console: Console) -> Config:
     run = variant_config(config, variant, seed)
     console.rule(f"{variant}, seed {seed}", align="left")
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    for part in ("responses", "feedback", "rewards"):
-        shutil.copytree(config.run_dir / part, run.run_dir / part, dirs_exist_ok=True)
-    stage_status = StageStatus(run.run_dir)
-    for stage in ("sample", "annotate", "train-reward"):
-        stage_status.adopt(run, stage)
+    with driver_lock(run.run_dir):
+        for part in ("responses", "feedback", "rewards"):
+            shutil.copytree(config.run_dir / part, run.run_dir / part, dirs_exist_ok=True)
+        stage_status = StageStatus(run.run_dir)
+        for stage in ("sample", "annotate", "train-reward"):
+            stage_status.adopt(run, stage)
     run_stages(run, ("train", "eval-after"), False, console)
     return run
 
@@ -111,7 +112,7 @@ def _evaluate_near(run: Config, target: float, console: Console) -> None:
     if step == run.ppo.steps:
         shutil.copytree(run.run_dir / "eval", folder, dirs_exist_ok=True)
         return
-    with Cluster(run) as cluster:
+    with driver_lock(run.run_dir), Cluster(run) as cluster:
         adapter = run.run_dir / "policy" / "checkpoints" / f"step_{step:06d}" / "adapter"
         Run(run, cluster, console).evaluate("after", adapter=adapter, folder=folder)
 

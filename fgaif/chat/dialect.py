@@ -20,7 +20,7 @@ _SIMPLER: dict[str, Literal["json_object", "text"]] = {
 _FORMAT = re.compile(r"response_format|json[_ ]?schema|json_object|structured.?output", re.I)
 _LOGPROBS = re.compile(r"log[ _-]?prob", re.I)
 _THOUGHT = re.compile(r"<think(?:ing)?>", re.I)
-_THOUGHT_END = re.compile(r".*</think(?:ing)?>\s*", re.I | re.S)
+_THOUGHT_END = re.compile(r"\A.*</think(?:ing)?>\s*", re.I | re.S)
 _UNSUPPORTED = re.compile(r"not support|unsupported", re.I)
 
 

@@ -232,19 +232,18 @@ def _advice(path: str) -> str:
 
 def _decode(path: str, content: bytes, max_pixels: int, decode: Callable[[Image.Image], T]) -> T:
     """Open an image, check its size by its header, and decode it, if need be without metadata."""
-    broken: Exception | None = None
-    for attempt in (content, _bare_png(content)):
-        try:
-            if attempt is not None:
-                return _opened(path, attempt, max_pixels, decode)
-        except DataError:
-            raise
-        except Exception as error:  # decoders of broken files raise whatever they like
-            broken = error
-    raise DataError(
-        f"image {_shown(path)}: cannot be decoded ({broken or type(broken).__name__}); give a "
-        f"whole file, one of {', '.join(FORMATS)}"
-    ) from broken
+    try:
+        return _opened(path, content, max_pixels, decode)
+    except DataError:
+        raise
+    except Exception as error:  # decoders of broken files raise whatever they like
+        bare = _bare_png(content)
+        if bare is not None and bare != content:
+            return _decode(path, bare, max_pixels, decode)
+        raise DataError(
+            f"image {_shown(path)}: cannot be decoded ({str(error) or type(error).__name__}); give "
+            f"a whole file, one of {', '.join(FORMATS)}"
+        ) from error
 
 
 def _opened(path: str, content: bytes, max_pixels: int, decode: Callable[[Image.Image], T]) -> T:

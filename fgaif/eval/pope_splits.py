@@ -12,7 +12,7 @@ from itertools import chain, pairwise, permutations
 from pathlib import Path
 
 from fgaif.errors import DataError
-from fgaif.eval.answers import AnswerRow, image_name
+from fgaif.eval.answers import AnswerRow, check_ids, image_name
 from fgaif.eval.rows import read_rows
 from fgaif.eval.yes_no import YesNoQuestion, question_in
 
@@ -53,21 +53,20 @@ def read_question_list(path: Path) -> dict[str, ListedQuestion]:
     Raises:
         DataError: the file or a row cannot be used (names row and key), or an id comes twice.
     """
-    listed: dict[str, ListedQuestion] = {}
-    for row in read_rows(path):
-        identity = row.identity("question_id")
-        if identity in listed:
-            raise DataError(
-                f"{row.where}: key `question_id`: {identity!r} was used at "
-                f"{listed[identity].where}; ids must differ"
-            )
-        listed[identity] = ListedQuestion(
-            where=row.where,
-            split=row.text("category"),
-            image=image_name(row.text("image")),
-            text=row.text("text"),
+    listed = {
+        row.where: (
+            row.identity("question_id"),
+            ListedQuestion(
+                where=row.where,
+                split=row.text("category"),
+                image=image_name(row.text("image")),
+                text=row.text("text"),
+            ),
         )
-    return listed
+        for row in read_rows(path)
+    }
+    check_ids((where, identity) for where, (identity, _) in listed.items())
+    return dict(listed.values())
 
 
 def split_answers(

@@ -91,16 +91,20 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def check_adapter_loaded(model: PeftModel, directory: Path, adapter: str = "default") -> None:
-    """See that a PEFT model holds exactly what an adapter's folder holds.
+def check_adapter_loaded(
+    model: PeftModel, directory: Path, tensors: Mapping[str, Tensor], adapter: str = "default"
+) -> None:
+    """See that a PEFT model holds exactly the tensors that :func:`read_adapter` has read.
 
     PEFT leaves out what does not match and keeps what is missing at its random start.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected, or differ; or as :func:`read_adapter`.
+        CheckpointError: tensors are missing, unexpected, or differ.
     """
-    _, tensors = read_adapter(directory)
-    held: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
+    # Of its own accord PEFT would look for the base model, at the hub too, to compare embeddings.
+    held: Mapping[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=False
+    )
     for what, names in (
         ("lacks", sorted(held.keys() - tensors.keys())),
         ("holds what the model has no place for:", sorted(tensors.keys() - held.keys())),

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,10 @@ def check_weights(directory: Path) -> None:
     files = sorted(directory.glob("*.safetensors"))
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        named = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise CheckpointError(f"{index}: holds no weight_map; copy the checkpoint again")
+        named = {str(name) for name in places.values()}
         missing = sorted(named - {file.name for file in files})
         if missing:
             raise CheckpointError(
@@ -69,7 +71,12 @@ def check_weights(directory: Path) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Hold a file's size against its header.
+    """Hold a file's size against its header; raises as :func:`read_header`."""
+    read_header(path)
+
+
+def read_header(path: Path) -> dict[str, Json]:
+    """Read what a safetensors file says of its tensors, by name, and hold its size against that.
 
     Raises:
         CheckpointError: a Git LFS pointer, truncated, or no safetensors file.
@@ -84,16 +91,18 @@ def check_safetensors(path: Path) -> None:
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
             file.seek(8)
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in _entries(header)]
+        tensors: dict[str, Json] = {n: item for n, item in header.items() if n != "__metadata__"}
+        ends = [item["data_offsets"][1] for item in tensors.values()]
         wanted = 8 + length + max(ends, default=0)
         if size != wanted:
             raise ValueError(f"{size:,} bytes where its header says {wanted:,}")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: no whole safetensors file ({_short(error)}); copy it again"
         ) from error
+    return tensors
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -113,10 +122,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: {name} holds NaN or infinity; the training that made it has failed"
             )
     return tensors
-
-
-def _entries(header: Json) -> Iterator[tuple[str, Any]]:
-    return ((name, entry) for name, entry in header.items() if name != "__metadata__")
 
 
 def _refuse_pointer(path: Path, start: bytes) -> None:

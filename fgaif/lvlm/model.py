@@ -183,13 +183,13 @@ def load_adapter(
     Raises:
         CheckpointError: the directory is no adapter, or does not fit the backbone tensor by tensor.
     """
-    read_adapter(adapter)
+    _, tensors = read_adapter(adapter)
     try:
         peft_model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{adapter}: does not fit the backbone: {error}") from error
     check_adapter_anchored(peft_model)
-    check_adapter_loaded(peft_model, adapter)
+    check_adapter_loaded(peft_model, adapter, tensors)
     return peft_model
 
 

@@ -1,8 +1,6 @@
 """Sizes of a LLaVA checkpoint: parameters by part and shapes, without reading or making weights."""
 
-import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.checkpoint_files import read_header
 from fgaif.lvlm.inputs import image_token_count
 
 Shapes = Mapping[str, Sequence[int]]
@@ -57,14 +56,11 @@ def read_facts(path: Path) -> ModelFacts:
     """Facts of a checkpoint folder, from config.json and the headers of its safetensors files.
 
     Raises:
-        CheckpointError: it holds no safetensors weights.
+        CheckpointError: it holds no safetensors weights, or a damaged file.
     """
     shapes: dict[str, list[int]] = {}
     for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        shapes |= {name: item["shape"] for name, item in header.items() if name != "__metadata__"}
+        shapes |= {name: item["shape"] for name, item in read_header(file).items()}
     if not shapes:
         raise CheckpointError(f"{path}: no *.safetensors weights; pickled weights are not loaded")
     return _facts(LlavaConfig.from_pretrained(path, local_files_only=True), shapes)

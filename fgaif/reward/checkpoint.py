@@ -12,13 +12,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fgaif.config import RewardShapeConfig
+from fgaif.config import Config, RewardShapeConfig
 from fgaif.errors import CheckpointError
 from fgaif.files import write_whole
 from fgaif.kinds import check_kinds
-from fgaif.lvlm.adapters import check_adapter_loaded
+from fgaif.lvlm.adapters import check_adapter_loaded, read_adapter
 from fgaif.lvlm.checkpoint_files import read_tensors
-from fgaif.lvlm.model import base_of, check_adapter_anchored, load_adapter, load_lvlm
+from fgaif.lvlm.model import (
+    base_of,
+    check_adapter_anchored,
+    load_adapter,
+    load_lvlm,
+    resolve_checkpoint,
+)
+from fgaif.reward.dataset import RewardData
 from fgaif.reward.model import HeadType, RewardModel, SharedRewardModels, make_head
 from fgaif.types import DEFAULT_KINDS, Kind, SegmentClass
 
@@ -94,6 +101,47 @@ def checkpoint_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def make_card(
+    kind: Kind,
+    config: Config,
+    data: RewardData,
+    *,
+    backbone_digest: str,
+    tokenizer_digest: str,
+    input_digest: str,
+    metrics: dict[str, float],
+) -> RewardCard:
+    """The card of a reward model that was trained on ``data`` with this configuration."""
+    return RewardCard(
+        kind=kind,
+        kinds=config.kind_names,
+        head=config.reward.head,
+        backbone=str(resolve_checkpoint(config.reward_backbone)),
+        backbone_digest=backbone_digest,
+        tokenizer_digest=tokenizer_digest,
+        min_words=config.segment.min_words,
+        shape=config.ppo.shape,
+        input_digest=input_digest,
+        noise=_noise_card(kind, config, data),
+        metrics=metrics,
+    )
+
+
+def _noise_card(kind: Kind, config: Config, data: RewardData) -> NoiseCard | None:
+    noise, flips = config.reward.noise.get(kind), data.flips
+    if noise is None or flips is None:
+        return None
+    return NoiseCard(
+        ok_to_hallu=noise.rate_ok_to_hallu,
+        hallu_to_ok=noise.rate_hallu_to_ok,
+        seed=config.reward.noise_seed,
+        flipped_ok=flips.ok_to_hallu,
+        flipped_hallu=flips.hallu_to_ok,
+        ok=flips.ok,
+        hallu=flips.hallu,
+    )
+
+
 def save_reward_model(
     directory: Path, model: RewardModel, state: dict[str, Tensor], card: RewardCard
 ) -> None:
@@ -136,10 +184,11 @@ def read_cards(directory: Path, kinds: Sequence[Kind]) -> dict[Kind, RewardCard]
     Raises:
         CheckpointError: one is missing, not valid, or was trained among other kinds.
     """
-    known = [kind for kind in kinds if (directory / kind / CARD).is_file()]
-    for kind in known:  # before one that is missing: of other kinds it is bound to be
-        check_kinds(directory / kind, read_card(directory / kind).kinds, kinds, CheckpointError)
-    return {kind: read_card(directory / kind) for kind in kinds}
+    there = [kind for kind in kinds if (directory / kind / CARD).is_file()]
+    cards = {kind: read_card(directory / kind) for kind in there}
+    for kind, card in cards.items():  # before one that is missing: of other kinds it is bound to be
+        check_kinds(directory / kind, card.kinds, kinds, CheckpointError)
+    return {kind: cards.get(kind) or read_card(directory / kind) for kind in kinds}
 
 
 def saved_kinds(directory: Path) -> tuple[Kind, ...]:
@@ -254,6 +303,7 @@ def load_shared_reward_models(
     # Of its own accord PEFT holds adapters of a bfloat16 model in float32: twice the memory, every
     # layer's input converted, and scores no nearer to those in float32.
     own = {"autocast_adapter_dtype": False}
+    tensors = {kind: read_adapter(directory / kind)[1] for kind in kinds}
     try:
         first, *rest = adapters.items()
         shared = PeftModel.from_pretrained(
@@ -261,11 +311,11 @@ def load_shared_reward_models(
         )
         for kind, name in rest:
             shared.load_adapter(str(directory / kind), adapter_name=name, **own)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{directory}: adapters do not fit: {error}") from error
     check_adapter_anchored(shared)
     for kind, name in adapters.items():
-        check_adapter_loaded(shared, directory / kind, name)
+        check_adapter_loaded(shared, directory / kind, tensors[kind], name)
     heads = [_load_head(directory / kind, card, model) for kind, card in cards.items()]
     return SharedRewardModels(shared, list(adapters.values()), heads).eval().requires_grad_(False)
 
@@ -273,8 +323,10 @@ def load_shared_reward_models(
 def checked_cards(directory: Path, backbone: Path, kinds: Sequence[Kind]) -> dict[Kind, RewardCard]:
     """Read the cards of all kinds for ``backbone``; raises CheckpointError as :func:`read_cards`
     and :func:`checked_card` do."""
-    cards = read_cards(directory, kinds)
-    return {kind: checked_card(directory / kind, backbone) for kind in cards}
+    cards, digest = read_cards(directory, kinds), checkpoint_digest(backbone)
+    for kind, card in cards.items():
+        _check_card(directory / kind, card, backbone, digest)
+    return cards
 
 
 def checked_card(directory: Path, backbone: Path) -> RewardCard:
@@ -284,19 +336,22 @@ def checked_card(directory: Path, backbone: Path) -> RewardCard:
         CheckpointError: trained on another backbone, or of another kind.
     """
     card = read_card(directory)
+    _check_card(directory, card, backbone, checkpoint_digest(backbone))
+    return card
+
+
+def _check_card(directory: Path, card: RewardCard, backbone: Path, digest: str) -> None:
     if card.kind != directory.name:
         raise CheckpointError(
             f"{directory}: holds the reward model of the kind {card.kind!r}; each kind's model "
             "belongs in the folder of its name: was it renamed or swapped with another?"
         )
-    found = checkpoint_digest(backbone)
-    if card.backbone_digest != found:
+    if card.backbone_digest != digest:
         raise CheckpointError(
             f"{directory}: trained on {card.backbone} (digest {card.backbone_digest[:12]}), but "
-            f"{backbone} has digest {found[:12]}; set reward.backbone to the checkpoint it was "
+            f"{backbone} has digest {digest[:12]}; set reward.backbone to the checkpoint it was "
             "trained on, or train the reward models again"
         )
-    return card
 
 
 def _load_head(directory: Path, card: RewardCard, backbone: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from fgaif.config import Config, RewardConfig
 from fgaif.errors import ConfigError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
-from fgaif.reward.checkpoint import RewardCard, checkpoint_digest, save_reward_model
+from fgaif.reward.checkpoint import checkpoint_digest, make_card, save_reward_model
 from fgaif.reward.dataset import read_data
 from fgaif.reward.inputs import load_reward_encoder, tokenizer_digest
 from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
@@ -96,6 +96,8 @@ def train_rewards(
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = load_lvlm(path, device=where, attention=config.policy.attention)
     features = FeatureCache(backbone, encoder.encoder)
+    backbone_digest = checkpoint_digest(path)
+    vocabulary = tokenizer_digest(encoder.encoder.tokenizer)
     settings, found = config.reward, {}
     kinds = config.kind_names
     for number, kind in enumerate(kinds):
@@ -110,15 +112,12 @@ def train_rewards(
                 seed=seed, report=lambda *told, kind=kind: report(kind, *told),
             )  # fmt: skip
         found[kind] = result.metrics.as_floats() | {"val_loss": result.val_loss}
-        card = RewardCard(
-            kind=kind,
-            kinds=kinds,
-            head=settings.head,
-            backbone=str(path),
-            backbone_digest=checkpoint_digest(path),
-            tokenizer_digest=tokenizer_digest(encoder.encoder.tokenizer),
-            min_words=config.segment.min_words,
-            shape=config.ppo.shape,
+        card = make_card(
+            kind,
+            config,
+            data,
+            backbone_digest=backbone_digest,
+            tokenizer_digest=vocabulary,
             input_digest="",  # equal to no other's: `fgaif train-reward` trains anew
             metrics=found[kind],
         )

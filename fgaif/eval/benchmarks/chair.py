@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ import numpy as np
 import typer
 
 from fgaif.data.coco import CocoImage, read_coco
+from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import ConfigError, DataError
 from fgaif.eval.answers import Caption, image_finder, image_name, read_captions
 from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
@@ -28,7 +30,6 @@ from fgaif.types import Json
 
 log = logging.getLogger(__name__)
 
-DESCRIBE = "Describe this image in detail."
 OUR_TABLE = "fgaif's own table, not CHAIR's: figures differ from published ones (--synonyms)"
 _MANY_SILENT = 0.1
 COLUMNS = ("captions", "hallucinating", "mentions", "hallucinated", "shown", "covered", "words")
@@ -235,9 +236,13 @@ def prepare_chair(options: ChairOptions, context: EvalContext) -> PreparedBenchm
         questions = (builder.build("chair", rows, options.max_new_tokens),)
     file = questions[0].file if questions else needed(options.captions, "chair", "--captions")
 
+    @cache
+    def captions() -> list[Caption]:
+        return read_captions(file)
+
     async def score(judges: Judges, progress: Progress) -> Scored:
         vocabulary = coco_vocabulary(options.synonyms)
-        scored = score_chair(read_captions(file), coco_truth(images, vocabulary), vocabulary)
+        scored = score_chair(captions(), coco_truth(images, vocabulary), vocabulary)
         if options.synonyms is None:
             scored = replace(scored, provenance=scored.provenance | {"synonyms": OUR_TABLE})
         return scored
@@ -251,7 +256,7 @@ def prepare_chair(options: ChairOptions, context: EvalContext) -> PreparedBenchm
             **({"synonyms": options.synonyms} if options.synonyms else {}),
             "answers": file,
         },
-        items=len(questions[0].prompts) if questions else len(read_captions(file)),
+        items=len(questions[0].prompts) if questions else len(captions()),
     )
 
 
