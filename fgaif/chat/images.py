@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from PIL import Image
 
-from fgaif.data.images import MAX_PIXELS, load_image, read_image
+from fgaif.data.images import MAX_PIXELS, decode_image, read_image
 from fgaif.types import ImageRef
 
 # What every endpoint takes.
@@ -36,7 +36,7 @@ def data_uri(
     as_it_is = original and small and file.upright and len(file.content) <= _MAX_BYTES
     if as_it_is and file.format in _TYPES:
         return _uri(_TYPES[file.format], file.content)
-    image = load_image(ref, max_pixels)
+    image = decode_image(ref.path, file.content, max_pixels)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if file.format == "PNG" and image.width * image.height <= _PNG_PIXELS:

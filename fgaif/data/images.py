@@ -154,7 +154,12 @@ def load_image(ref: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
         DataError: missing, broken, unknown format, or more than ``max_pixels`` pixels.
     """
     content = ref.content if isinstance(ref, ImageBytes) else _read(ref.path, None)[1]
-    return _decode(ref.path, content, max_pixels, _to_rgb)
+    return decode_image(ref.path, content, max_pixels)
+
+
+def decode_image(name: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a file's content as :func:`load_image` does; ``name`` is for messages."""
+    return _decode(name, content, max_pixels, _to_rgb)
 
 
 class PixelCache:

@@ -33,7 +33,6 @@ from fgaif.reward.checkpoint import (
     common_shape,
     load_reward_model,
     load_shared_reward_models,
-    read_card,
     read_cards,
     rewards_version,
     saved_kinds,
@@ -163,6 +162,8 @@ class Rewards:
         backbone: Path,
         policy: Path,
         *,
+        cards: dict[Kind, RewardCard],
+        version: str,
         dtype: str,
         device: str,
         attention: str,
@@ -170,10 +171,10 @@ class Rewards:
         micro_batch: int,
         shape: RewardShapeConfig,
     ) -> None:
-        self.kinds: tuple[Kind, ...] = saved_kinds(folder)
+        self.kinds: tuple[Kind, ...] = tuple(cards)
         self.shape = shape
-        self.version = rewards_version(folder, self.kinds)
-        self.cards: dict[Kind, RewardCard] = read_cards(folder, self.kinds)
+        self.version = version
+        self.cards = cards
         self._min_words = common_min_words(list(self.cards.values()))
         self._device = torch.device(device)
         self._micro_batch = micro_batch
@@ -341,19 +342,22 @@ def load_rewards(
     """
     folder = Path(folder).expanduser()
     kinds = saved_kinds(folder)
-    rewards_version(folder, kinds)  # says what is missing
-    base = _backbone(folder, read_card(folder / kinds[0])) if backbone is None else backbone
+    version = rewards_version(folder, kinds)  # says what is missing
+    cards = read_cards(folder, kinds)
+    base = _backbone(folder, cards[kinds[0]]) if backbone is None else backbone
     path = resolve_checkpoint(str(base))
     return Rewards(
         folder,
         path,
         path if policy is None else resolve_checkpoint(str(policy)),
+        cards=cards,
+        version=version,
         dtype=dtype,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         attention=attention,
         shared=shared,
         micro_batch=micro_batch or RewardConfig().micro_batch,
-        shape=shape or common_shape([read_card(folder / kind) for kind in kinds]),
+        shape=shape or common_shape(list(cards.values())),
     )
 
 
