@@ -24,11 +24,19 @@ Run = Callable[..., tuple[int, str, str]]
 GROUPS = {
     "pope": ("random", "popular"),
     "chair": (),
+    "amber": (),
     "faithscore": ("object", "counting"),
     "mmhal": ("attribute", "relation"),
     "llava-bench": (),
 }
-COLUMNS = {"pope": 2 * 9, "chair": 7, "faithscore": 4 + 2 * 2, "mmhal": 1 + 3 * 3, "llava-bench": 7}
+COLUMNS = {
+    "pope": 2 * 9,
+    "chair": 7,
+    "amber": 9 + 5 * 9,
+    "faithscore": 4 + 2 * 2,
+    "mmhal": 1 + 3 * 3,
+    "llava-bench": 7,
+}
 
 CATEGORIES = '''
 """Yes/no questions in categories, with a pair of questions per image: accuracy, and pairs right."""
@@ -314,7 +322,7 @@ def test_the_list_names_every_benchmark_with_what_it_needs(run: Run) -> None:
     found = json.loads(out)
     assert code == 0
     assert list(found) == [
-        "pope", "chair", "faithscore", "mmhal", "llava-bench", "categories", "manners",
+        "pope", "chair", "amber", "faithscore", "mmhal", "llava-bench", "categories", "manners",
     ]  # fmt: skip
     assert found["pope"]["asks"] == []
     assert found["faithscore"]["asks"] == ["judge", "verifier"]

@@ -42,6 +42,7 @@ def result_json(scored: Scored, estimates: Mapping[str, Estimate], seed: int = 0
         "units": len(set(scored.units)),
         "counts": scored.counts,
         "provenance": scored.provenance,
+        "warnings": list(scored.warnings),
     }
 
 
@@ -91,6 +92,7 @@ def read_scored(folder: Path, benchmark: str) -> Scored:
             badness=np.array([row["badness"] for row in rows], dtype=np.float64),
             counts=tree["counts"],
             provenance=tree["provenance"],
+            warnings=tuple(tree.get("warnings", ())),  # results of before there were any
         )
         same = len(rows) == tree["items"] and _as_before(scored.metrics(), tree)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

@@ -53,7 +53,7 @@ ITEMS = Figure(
 )
 OF_KIND = "KIND"
 """Key of a declaration that holds for every kind: these have their figures under their names."""
-_RULES = ("official", "strict")
+_RULES = ("official", "strict", "lenient")
 
 
 def find_figure(figures: Sequence[Figure], name: str) -> Figure:

@@ -25,6 +25,7 @@ class Scored:
     people what was asked and answered (``id``, ``image``, ``question``, ``answer``, ...), and
     ``badness`` (N,) which of them went worst. ``counts`` are what was left out, by reason;
     ``provenance`` is what the score depends on besides the answers (judge, prompt digest, files).
+    ``warnings`` are sentences that make the figures doubtful; they stand wherever the figures do.
     """
 
     benchmark: str
@@ -37,6 +38,7 @@ class Scored:
     badness: Stats | None = None
     counts: dict[str, int] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """The benchmark's figures over all items."""

@@ -278,6 +278,7 @@ def _notes(scored: Scored) -> Iterator[str]:
     left_out = [f"{n} {reason.replace('_', ' ')}" for reason, n in scored.counts.items() if n]
     if left_out:
         yield f"{scored.benchmark}, counted: {', '.join(left_out)}"
+    yield from (f"beware: {warning}" for warning in scored.warnings)
 
 
 def _comparison_notes(comparisons: Sequence[Comparison]) -> Iterator[str]:

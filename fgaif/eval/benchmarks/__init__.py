@@ -9,6 +9,7 @@ from fgaif.eval.benchmark import Benchmark
 MODULES = [
     "fgaif.eval.benchmarks.pope",
     "fgaif.eval.benchmarks.chair",
+    "fgaif.eval.benchmarks.amber",
     "fgaif.eval.benchmarks.faithscore",
     "fgaif.eval.benchmarks.mmhal",
     "fgaif.eval.benchmarks.llava_bench",
