@@ -24,9 +24,11 @@ from actors.served_adapter import lora_settings, write_adapter
 from actors.settings import EngineSettings
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.errors import CheckpointError, ConfigError, DataError, SyncError
+from fgaif.lvlm.allocator import return_freed_tensors
 from fgaif.lvlm.arrival import Sums, add_sums, arrived
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.model import load_processor
+from fgaif.lvlm.sizes import read_facts
 from fgaif.lvlm.weights import parts, split_tensors
 from fgaif.types import Arrived, FloatArray, Json, Prompt, WeightsManifest
 
@@ -73,6 +75,8 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         from vllm import LLM
 
+        if not on_gpu:
+            return_freed_tensors(read_facts(model_dir).parameters)
         processor = load_processor(model_dir)
         model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
         self.max_model_len = context_length(model_dir, config)

@@ -148,6 +148,20 @@ def test_an_engine_takes_its_share_of_the_device_whatever_its_model_needs(
         assert engine.memory.total - engine.memory.process == pytest.approx(0.4 * size * 1e9)
 
 
+def test_an_engine_that_serves_adapters_unmerged_has_a_slot_for_one(
+    one_gpu: Config, llava15: Models
+) -> None:
+    """r 20 takes a slot of 32: (4 (H + H) + 3 (H + I)) r in each of 32 layers, in bfloat16."""
+    slot = 2 * 32 * 32 * (8 * 4096 + 3 * (4096 + 11008))
+    for adapters, expected in (("auto", slot), ("merged", 0)):
+        config = with_overrides(
+            one_gpu, ["policy.lora.r=20", f"cluster.engine.adapters={adapters}"]
+        )
+        for role, held in (("rollout", expected), ("judge", 0)):
+            plan = plan_memory(config, {role}, parse_assumed("1x80"), llava15)
+            assert plan.loads[0].actors[0].memory.adapters == held
+
+
 def test_an_engine_without_room_for_one_sequence_says_so(one_gpu: Config, llava15: Models) -> None:
     plan = plan_memory(one_gpu, {"rollout"}, parse_assumed("1x24"), llava15)
     assert any("one sequence of 2048 tokens" in problem for problem in plan.problems)

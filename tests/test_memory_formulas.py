@@ -24,10 +24,12 @@ from cluster.memory.actors import (
     body_saved,
     deepspeed_state,
     inference_peak,
+    sharded_weights,
     training_peak,
     vision_peak,
 )
 from fgaif.config import LoraConfig, PpoConfig
+from fgaif.lvlm.features import set_vision_aside
 from fgaif.lvlm.inputs import EncodedBatch
 from fgaif.lvlm.logprobs import response_logprobs
 from fgaif.lvlm.model import attach_lora, base_of, image_features, last_hidden, without_dropout
@@ -275,3 +277,17 @@ def test_the_vision_tower_is_planned_with_all_its_hidden_states(dtype: str) -> N
     width = {"float32": 4, "bfloat16": 2}[dtype]
     outside = pixels.nbytes  # made before, as the encoder makes them
     assert vision_peak(config_facts(config), 6, width) == pytest.approx(found + outside, rel=0.03)
+
+
+@pytest.mark.parametrize("projector", [False, True])
+def test_what_zero_3_divides_is_what_is_left_among_the_modules(projector: bool) -> None:
+    """Of a 7B over four ranks; a billion parameters at most are gathered at a time."""
+    config = LlavaConfig()
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    facts = config_facts(config)
+    set_vision_aside(model, projector=not projector)
+    divided = sum(value.numel() for value in model.parameters())
+    expected = facts.parameters - divided + -(-divided // 4) + 10**9
+    assert sharded_weights(facts, 4, 2, projector=projector) == 2 * expected
+    assert sharded_weights(facts, 1, 2, projector=projector) == 2 * facts.parameters

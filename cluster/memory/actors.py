@@ -32,7 +32,7 @@ _PROCESS: Mapping[Role, int] = {
     "judge": 900 * MIB,
     "reward": 600 * MIB,
     "reference": 600 * MIB,
-    "learner": 800 * MIB,
+    "learner": 700 * MIB,
     "trainer": 800 * MIB,
 }
 """Resident memory on the host before the model is loaded: interpreter and libraries."""
@@ -81,18 +81,10 @@ Models = Mapping[str, ModelFacts]
 
 def read_models(config: Config, roles: Collection[Role]) -> Models:
     """Facts of the checkpoints that these roles load; raises CheckpointError if one is missing."""
-    wanted = {
-        "rollout": config.policy.model,
-        "learner": config.policy.model,
-        "reference": config.policy.model,
-        "reward": config.reward_backbone,
-        "trainer": config.reward_backbone,
-        "judge": config.feedback.local_verifier,
-    }
-    names = [wanted[role] for role in roles]
+    names = {_main_model(role, config) for role in roles}
     if "reference" in roles and config.ppo.value_init != "policy":
-        names.append(config.reward_backbone)
-    return {name: read_facts(resolve_checkpoint(name)) for name in set(names) if name is not None}
+        names.add(config.reward_backbone)
+    return {name: read_facts(resolve_checkpoint(name)) for name in names if name}
 
 
 def actor_memory(
@@ -101,13 +93,12 @@ def actor_memory(
     """Peak memory of one actor. ``gpu`` is its device's memory in bytes, None where unknown."""
     if role in ("rollout", "judge"):
         return _engine(role, config, models, gpu, on_gpu=on_gpu)
-    build = {
-        "reward": _scorer,
-        "trainer": _trainer,
-        "reference": _reference,
-        "learner": _learner,
-    }[role]
-    return _settle(build(config, models, on_gpu), role, config, models, on_gpu=on_gpu)
+    if role == "reference":
+        found = _reference(config, models, on_gpu=on_gpu)
+    else:
+        build = {"reward": _scorer, "trainer": _trainer, "learner": _learner}[role]
+        found = build(config, models)
+    return _settle(found, role, config, models, on_gpu=on_gpu)
 
 
 def _settle(
@@ -335,6 +326,19 @@ def deepspeed_state(trained: int, *, stage: int, ranks: int, width: int) -> Trai
     )
 
 
+def sharded_weights(model: ModelFacts, ranks: int, width: int, *, projector: bool = False) -> int:
+    """What a rank holds of the base where ZeRO-3 divides it over several.
+
+    Its share, and what is gathered at a time. The vision tower and a frozen projector are whole on
+    every rank (`fgaif.lvlm.features.set_vision_aside`); ``projector`` says that it is trained.
+    """
+    divided = model.language + (model.projector if projector else 0)
+    whole = model.parameters - divided
+    if ranks > 1:
+        divided = min(divided, -(-divided // ranks) + min(divided, _ZERO3_LIVE))
+    return (whole + divided) * width
+
+
 def _with_state(weights: int, state: TrainingState, activations: int) -> ActorMemory:
     """Activations and the step do not meet: what the step needs beyond them counts as optimiser."""
     beyond = max(0, state.step - state.backward - activations)
@@ -349,10 +353,10 @@ def _with_state(weights: int, state: TrainingState, activations: int) -> ActorMe
 # --- actors ---------------------------------------------------------------------------------------
 
 
-def _learner(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
+def _learner(config: Config, models: Models) -> ActorMemory:
     model, policy, ppo, w = models[config.policy.model], config.policy, config.ppo, _width(config)
     trained = model.lora_parameters(policy.lora)
-    weights, projector = model.parameters * w, 0
+    projector = 0
     rows = min(ppo.micro_batch, -(-ppo.minibatch // config.cluster.learner.replicas))
     run = Pass(
         rows=rows,
@@ -368,9 +372,8 @@ def _learner(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
         tokens = rows * model.image_tokens
         projector = tokens * (model.vision_hidden + 3 * model.hidden) * w
     ranks = config.cluster.learner.replicas
-    if ppo.zero_stage == 3:
-        whole = min(model.parameters, _ZERO3_LIVE) * w
-        weights = min(weights, weights // ranks + (whole if ranks > 1 else 0))
+    shards = ranks if ppo.zero_stage == 3 else 1
+    weights = sharded_weights(model, shards, w, projector=policy.train_projector)
     state = deepspeed_state(trained, stage=ppo.zero_stage, ranks=ranks, width=w)
     scored = rows * policy.max_new_tokens
     activations = max(
@@ -381,7 +384,7 @@ def _learner(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
     return _with_state(weights, state, activations)
 
 
-def _reference(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
+def _reference(config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
     """One backbone, or two where the value model starts from another checkpoint.
 
     Not under DeepSpeed: PEFT keeps the value adapter in float32, so weight, gradient and moments
@@ -422,9 +425,8 @@ def _reference(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
     return _with_state(weights, state, activations)
 
 
-def _scorer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
+def _scorer(config: Config, models: Models) -> ActorMemory:
     """A backbone with one kind's adapter merged, or with all kinds' beside it."""
-    del on_gpu
     shared = config.cluster.reward.shared
     model, w = models[config.reward_backbone], _width(config)
     run = Pass(
@@ -444,7 +446,7 @@ def _scorer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
     )
 
 
-def _trainer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
+def _trainer(config: Config, models: Models) -> ActorMemory:
     model, reward, w = models[config.reward_backbone], config.reward, _width(config)
     head = (model.hidden + 1) * 3 + (model.hidden**2 if reward.head == "mlp" else 0)
     share = reward.batch_size // reward.workers
@@ -458,10 +460,7 @@ def _trainer(config: Config, models: Models, on_gpu: bool) -> ActorMemory:
         attention=config.policy.attention,
     )
     trained = model.lora_parameters(reward.lora) + head
-    weights = model.parameters * w
-    if reward.zero_stage == 3 and reward.workers > 1:
-        whole = min(model.parameters, _ZERO3_LIVE) * w
-        weights = min(weights, weights // reward.workers + whole)
+    weights = sharded_weights(model, reward.workers if reward.zero_stage == 3 else 1, w)
     state = deepspeed_state(trained, stage=reward.zero_stage, ranks=reward.workers, width=w)
     activations = max(
         training_peak(model, run, 0),
@@ -494,10 +493,17 @@ def _engine(
     body = inference_peak(model, run, adapted=adapters > 0)
     activations = max(body, logits, probe)
     if not on_gpu:
+        # Embeddings and head are kept beside the copies that vLLM packs for its kernels, and what
+        # adapters are merged into beside the checkpoint's. An adapter served unmerged is gathered
+        # for every token, and converted.
+        weights += 2 * model.vocabulary * model.hidden * w
+        if role == "rollout" and config.merges_adapters:
+            weights += sum(rows * columns for rows, columns in model.linears) * w
+        gathered = batched * max(model.ffn, model.hidden) * (4 if w == 4 else w + 4)
         found = ActorMemory(
             weights=weights,
             adapters=adapters + copy,
-            activations=activations,
+            activations=activations + (gathered * lora_slot(lora.r) if adapters else 0),
             caches=engine.kv_cache_mib * MIB,
         )
         return _settle(found, role, config, models, on_gpu=False)

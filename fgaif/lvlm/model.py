@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.adapters import check_adapter_loaded, read_adapter
+from fgaif.lvlm.allocator import return_freed_tensors
 from fgaif.lvlm.checkpoint_files import check_weights, read_json
 
 if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic
@@ -145,6 +146,7 @@ def load_lvlm(
     if device == "cpu":
         # Fresh LoRA factors and Adam moments are full of denormals, each ~100 times slower.
         torch.set_flush_denormal(True)
+        return_freed_tensors(model.num_parameters())
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, first {missing[0]}")

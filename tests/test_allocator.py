@@ -1,0 +1,37 @@
+"""Where blocks of a few MiB are taken from, in a process of its own: the setting is for good."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from fgaif.lvlm.allocator import LARGE
+
+PROGRAM = """
+import ctypes
+from fgaif.lvlm.allocator import return_freed_tensors
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.mallinfo2.restype = [ctypes.c_void_p], Info
+return_freed_tensors({parameters})
+libc.free(libc.malloc(2**24))  # teaches glibc to keep blocks of this size
+before = libc.mallinfo2().hblks
+libc.malloc(2**22)
+print(libc.mallinfo2().hblks - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="another C library")
+@pytest.mark.parametrize(("parameters", "mapped"), [(LARGE - 1, "0"), (LARGE, "1")])
+def test_tensors_of_large_models_lie_outside_the_heap(parameters: int, mapped: str) -> None:
+    program = PROGRAM.format(parameters=parameters)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == mapped
