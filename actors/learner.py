@@ -20,6 +20,7 @@ from actors.engine import LoraEngine
 from actors.progress import advance
 from actors.settings import LearnerSettings
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
+from fgaif.lvlm.hub import name_base
 from fgaif.lvlm.inputs import Encoder, image_token_count
 from fgaif.lvlm.logprobs import next_token_logprobs, response_logprobs
 from fgaif.lvlm.model import (
@@ -168,7 +169,7 @@ class LearnerActor:
         adapter = self._engine.adapter()
         if self._rank == 0:
             model = self._engine.model
-            model.peft_config["default"].base_model_name_or_path = self._config.policy.model
+            name_base(model, self._config.policy.model)
             model.save_pretrained(path, state_dict=adapter, save_embedding_layers=False)
 
     def _minibatches(self, batch: TrainBatch) -> Iterator[IntArray]:

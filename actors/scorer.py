@@ -11,6 +11,7 @@ from fgaif.data.images import image_bytes
 from fgaif.errors import CheckpointError
 from fgaif.feedback.extract import kind_meanings
 from fgaif.feedback.facts import SceneFacts
+from fgaif.lvlm.hub import model_name
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.reward.checkpoint import RewardCard, common_min_words, read_cards, rewards_version
 from fgaif.serving.schema import DEFAULT_PROMPT, CardOut, ModelOut
@@ -145,7 +146,7 @@ class ScoringActor:
             kinds=list(kinds),
             colours=self._config.own_colours,
             meanings=kind_meanings(self._config.kinds),
-            backbone=resolve_checkpoint(self._config.reward_backbone).name,
+            backbone=model_name(resolve_checkpoint(self._config.reward_backbone)),
             placement=self._config.serve.placement,
             loaded_at=datetime.now(UTC).isoformat(timespec="seconds"),
             cards={kind: _card_out(card) for kind, card in cards.items()},

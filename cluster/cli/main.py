@@ -248,11 +248,13 @@ def export(
 
 @app.command("openai-server")
 def openai_server(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory, or scenes:verifier.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint directory, ORG/NAME@REVISION, or scenes:verifier.")
+    ],
     overrides: Overrides = None,
     config: ConfigFile = None,
     name: Annotated[
-        str | None, typer.Option(help="Model name for clients; default: the directory's name.")
+        str | None, typer.Option(help="Model name for clients; default: the checkpoint's.")
     ] = None,
     host: Annotated[str, typer.Option(help="Others can reach all but 127.0.0.1.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -267,10 +269,11 @@ def openai_server(
     import shlex
 
     from actors.openai_server import server_command, server_environment
+    from fgaif.lvlm.hub import model_name
     from fgaif.lvlm.model import resolve_checkpoint
 
     path = resolve_checkpoint(model)
-    command = server_command(path, name or path.name, _load(config, overrides), host, port)
+    command = server_command(path, name or model_name(path), _load(config, overrides), host, port)
     if dry_run:
         out.print(shlex.join(command), markup=False, soft_wrap=True)
     else:
@@ -388,7 +391,13 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> Config:
-    return load_config(config or SCENES_CONFIG, overrides or [])
+    settings = load_config(config or SCENES_CONFIG, overrides or [])
+    models = (settings.policy.model, settings.reward_backbone, *settings.feedback.verifiers)
+    if not any("@" in name for name in models):
+        return settings
+    from fgaif.lvlm.hub import pin_models  # torch: not where all models are folders
+
+    return pin_models(settings)
 
 
 def _run(

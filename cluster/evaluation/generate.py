@@ -16,6 +16,7 @@ from fgaif.eval.questions import QuestionSet
 from fgaif.feedback.store import JsonlStore
 from fgaif.files import write_whole
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
+from fgaif.lvlm.hub import model_name
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.pending import Pending
@@ -69,8 +70,9 @@ class ModelSpec:
 
     @property
     def name(self) -> str:
-        """Folder names, for people."""
-        return "+".join(path.name for path in (self.checkpoint, self.adapter) if path is not None)
+        """Names of folders, or of the hub's models and their commits, for people."""
+        parts = (path for path in (self.checkpoint, self.adapter) if path is not None)
+        return "+".join(map(model_name, parts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

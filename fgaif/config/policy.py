@@ -25,7 +25,8 @@ class PolicyConfig(Section):
     """The LVLM to align."""
 
     model: str = "scenes:policy"
-    """A LLaVA checkpoint directory, or `scenes:policy`."""
+    """A LLaVA checkpoint: a directory, `ORG/NAME@REVISION` of the Hugging Face Hub (`@main`: its
+    newest, which a run pins), or `scenes:policy`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Training and sampling precision."""
     max_new_tokens: int = Field(128, ge=1)

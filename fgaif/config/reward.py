@@ -44,7 +44,7 @@ class RewardConfig(Section):
     """Step 2: one reward model per kind."""
 
     backbone: str | None = None
-    """LLaVA checkpoint of the reward models; default: the policy's."""
+    """LLaVA checkpoint of the reward models, as in `policy.model`; default: the policy's."""
     lora: LoraConfig = LoraConfig()
     lr: float = Field(2e-5, gt=0)
     batch_size: int = Field(32, ge=1)

@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
 from fgaif.lvlm.arrival import arrived, merged_sums
+from fgaif.lvlm.hub import model_name
 from fgaif.lvlm.model import load_adapter, load_lvlm, load_processor
 from fgaif.types import Arrived
 
@@ -127,7 +128,7 @@ def export_merged(
     shutil.rmtree(partial, ignore_errors=True)
     card = _CARD.format(
         name=out_dir.name,
-        base=base_dir.name,
+        base=model_name(base_dir),
         adapter=adapter_dir.name,
         r=settings.r,
         alpha=settings.lora_alpha,

@@ -27,21 +27,27 @@ _TEMPLATE_PROBE = "What is in the image?"
 
 
 def resolve_checkpoint(name: str) -> Path:
-    """Turn ``scenes:policy``, ``scenes:verifier`` or a directory into a checked checkpoint path.
+    """Turn ``scenes:policy``, ``scenes:verifier``, a directory or ``ORG/NAME@REVISION`` of the hub
+    into a checked checkpoint path.
 
     Raises:
-        CheckpointError: not a directory, no config.json, not a LLaVA architecture, in LLaVA's
-            original layout, quantised, or with damaged files.
+        CheckpointError: not a directory, nothing that the hub gives, no config.json, not a LLaVA
+            architecture, in LLaVA's original layout, quantised, or with damaged files.
     """
     if name.startswith(_SCENES):
         path = Path(__file__).parents[1] / "data" / "scenes" / "models" / name.removeprefix(_SCENES)
+    elif "@" in name and not Path(name).expanduser().is_dir():
+        from fgaif.lvlm.hub import hub_folder  # a folder needs no new huggingface_hub
+
+        path = hub_folder(name)
     else:
         path = Path(name).expanduser()
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(
             f"model {name!r}: {config_file} does not exist; give a directory with a LLaVA "
-            "checkpoint (config.json, *.safetensors, tokenizer and processor files)"
+            "checkpoint (config.json, *.safetensors, tokenizer and processor files), or a model of "
+            "the Hugging Face Hub as ORG/NAME@REVISION (@main: its newest)"
         )
     config = read_json(config_file)
     if "mm_vision_tower" in config or (

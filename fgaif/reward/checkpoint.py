@@ -18,6 +18,7 @@ from fgaif.files import write_whole
 from fgaif.kinds import check_kinds
 from fgaif.lvlm.adapters import check_adapter_loaded, read_adapter
 from fgaif.lvlm.checkpoint_files import read_tensors
+from fgaif.lvlm.hub import name_base, reference
 from fgaif.lvlm.model import (
     base_of,
     check_adapter_anchored,
@@ -66,7 +67,8 @@ class RewardCard(BaseModel):
     classes: tuple[str, ...] = CLASSES
     """Order of the head's outputs."""
     backbone: str
-    """Directory of the backbone when the model was trained; for people, not checked."""
+    """Directory of the backbone when the model was trained, or its name and commit at the Hugging
+    Face Hub; for people, not checked."""
     backbone_digest: str
     """`checkpoint_digest` of the backbone; checked on loading."""
     tokenizer_digest: str
@@ -116,7 +118,7 @@ def make_card(
         kind=kind,
         kinds=config.kind_names,
         head=config.reward.head,
-        backbone=str(resolve_checkpoint(config.reward_backbone)),
+        backbone=reference(resolve_checkpoint(config.reward_backbone)),
         backbone_digest=backbone_digest,
         tokenizer_digest=tokenizer_digest,
         min_words=config.segment.min_words,
@@ -152,6 +154,7 @@ def save_reward_model(
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    name_base(model.backbone, card.backbone)
     model.backbone.save_pretrained(aside, state_dict=_part(state, "backbone."))
     save_file(_part(state, "head."), aside / HEAD)
     (aside / "README.md").write_text(_readme(card), encoding="utf-8")

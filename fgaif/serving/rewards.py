@@ -25,6 +25,7 @@ from fgaif.feedback.external import make_response
 from fgaif.feedback.segment import segment_responses
 from fgaif.kinds import kind_colours
 from fgaif.lvlm.features import FeatureCache
+from fgaif.lvlm.hub import split_name
 from fgaif.lvlm.model import base_of, load_processor, resolve_checkpoint
 from fgaif.reward.checkpoint import (
     RewardCard,
@@ -363,10 +364,11 @@ def load_rewards(
 
 def _backbone(folder: Path, card: RewardCard) -> str:
     """Where the card says that the backbone was, or the embedded one, which moves with fgaif."""
-    if (Path(card.backbone) / "config.json").is_file():
+    if split_name(card.backbone) or (Path(card.backbone) / "config.json").is_file():
         return card.backbone
     if checkpoint_digest(resolve_checkpoint(_EMBEDDED)) == card.backbone_digest:
         return _EMBEDDED
     raise CheckpointError(
-        f"{folder}: trained on {card.backbone}, which is not there; give backbone=DIRECTORY"
+        f"{folder}: trained on {card.backbone}, which is not there; give "
+        "backbone=DIRECTORY, or ORG/NAME@REVISION of the Hugging Face Hub"
     )
