@@ -25,6 +25,7 @@ GROUPS = {
     "pope": ("random", "popular"),
     "chair": (),
     "amber": (),
+    "hallusion": (),
     "faithscore": ("object", "counting"),
     "mmhal": ("attribute", "relation"),
     "llava-bench": (),
@@ -33,6 +34,7 @@ COLUMNS = {
     "pope": 2 * 9,
     "chair": 7,
     "amber": 9 + 5 * 9,
+    "hallusion": 2 * 18,
     "faithscore": 4 + 2 * 2,
     "mmhal": 1 + 3 * 3,
     "llava-bench": 7,
@@ -322,7 +324,8 @@ def test_the_list_names_every_benchmark_with_what_it_needs(run: Run) -> None:
     found = json.loads(out)
     assert code == 0
     assert list(found) == [
-        "pope", "chair", "amber", "faithscore", "mmhal", "llava-bench", "categories", "manners",
+        "pope", "chair", "amber", "hallusion", "faithscore", "mmhal", "llava-bench",
+        "categories", "manners",
     ]  # fmt: skip
     assert found["pope"]["asks"] == []
     assert found["faithscore"]["asks"] == ["judge", "verifier"]

@@ -10,6 +10,7 @@ MODULES = [
     "fgaif.eval.benchmarks.pope",
     "fgaif.eval.benchmarks.chair",
     "fgaif.eval.benchmarks.amber",
+    "fgaif.eval.benchmarks.hallusion",
     "fgaif.eval.benchmarks.faithscore",
     "fgaif.eval.benchmarks.mmhal",
     "fgaif.eval.benchmarks.llava_bench",
