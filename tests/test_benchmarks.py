@@ -26,6 +26,7 @@ GROUPS = {
     "chair": (),
     "amber": (),
     "hallusion": (),
+    "object-halbench": (),
     "faithscore": ("object", "counting"),
     "mmhal": ("attribute", "relation"),
     "llava-bench": (),
@@ -35,6 +36,7 @@ COLUMNS = {
     "chair": 7,
     "amber": 9 + 5 * 9,
     "hallusion": 2 * 18,
+    "object-halbench": 8,
     "faithscore": 4 + 2 * 2,
     "mmhal": 1 + 3 * 3,
     "llava-bench": 7,
@@ -324,8 +326,8 @@ def test_the_list_names_every_benchmark_with_what_it_needs(run: Run) -> None:
     found = json.loads(out)
     assert code == 0
     assert list(found) == [
-        "pope", "chair", "amber", "hallusion", "faithscore", "mmhal", "llava-bench",
-        "categories", "manners",
+        "pope", "chair", "amber", "hallusion", "object-halbench", "faithscore", "mmhal",
+        "llava-bench", "categories", "manners",
     ]  # fmt: skip
     assert found["pope"]["asks"] == []
     assert found["faithscore"]["asks"] == ["judge", "verifier"]

@@ -11,6 +11,7 @@ MODULES = [
     "fgaif.eval.benchmarks.chair",
     "fgaif.eval.benchmarks.amber",
     "fgaif.eval.benchmarks.hallusion",
+    "fgaif.eval.benchmarks.object_halbench",
     "fgaif.eval.benchmarks.faithscore",
     "fgaif.eval.benchmarks.mmhal",
     "fgaif.eval.benchmarks.llava_bench",
