@@ -114,11 +114,13 @@ class Cluster:
         wished = self.live.watch.wished() if self.live else None
         return wished or (settings.autoscale.max if settings.autoscale else settings.replicas)
 
-    def judges(self) -> JudgeGroup:
-        """The verifier's engines."""
+    def judges(self, checkpoint: Path | None = None) -> JudgeGroup:
+        """Engines of the feedback's verifier, or of another one after that has stopped."""
         from actors.judge import JudgeActor
 
         name = self._config.feedback.local_verifier
+        if checkpoint is not None:
+            return JudgeGroup(self._start("judge", "judge", JudgeActor, (checkpoint, self._config)))
         if name is None:
             raise ConfigError(
                 f"feedback.verifier = {self._config.feedback.verifier}: names no checkpoint, so "

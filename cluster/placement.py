@@ -33,11 +33,11 @@ class Bundle:
 
 
 def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle, ...]:
-    """Plan the actors of these roles, one bundle each (the judge runs only while annotating, and
-    only where the verifier is a checkpoint). Workers of reward training are planned beside them;
-    Ray Train starts them."""
+    """Plan the actors of these roles, one bundle each (the judge runs only while annotating and
+    judging captions, and only where a verifier is a checkpoint). Workers of reward training are
+    planned beside them; Ray Train starts them."""
     cluster, training = config.cluster, config.reward
-    judges = cluster.judge.replicas if config.feedback.local_verifier is not None else 0
+    judges = cluster.judge.replicas if config.judge_checkpoints else 0
     trainers = _names("trainer", training.parallel * training.workers)
     worker = RoleConfig(cpus=training.cpus_per_worker, gpus=training.gpus_per_worker)
     wanted: list[tuple[Role, RoleConfig, tuple[str, ...]]] = [

@@ -281,7 +281,8 @@ class CaptionMetrics:
     ``kinds``: by kind, hallucinated share of the segments that have facts of it; ``any``: of the
     segments that have facts of some kind. ``chair_s``, ``chair_i``, ``recall``: CHAIR and object
     recall. Per caption: ``true_facts`` (distinct, true) and ``length`` (tokens without EOS).
-    ``repetition``, ``malformed``: share of the segments.
+    ``repetition``, ``malformed``: share of the segments. ``specificity``: distinct attribute facts
+    per distinct object fact; a policy that hedges names things and says nothing of them.
     """
 
     kinds: dict[Kind, float | None]
@@ -293,6 +294,7 @@ class CaptionMetrics:
     length: float
     repetition: float
     malformed: float | None
+    specificity: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,12 +310,27 @@ class PopeMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """One policy on the held-out prompts. ``pope`` is the mean over ``pope_by_strategy``."""
+    """One policy on the held-out prompts. ``pope`` is the mean over ``pope_by_strategy``.
+
+    ``greedy`` and ``sampled`` are as ``judge`` sees the captions, ``others`` as further judges do,
+    by their names; ``judging`` is what asking the judges took (requests, tokens, cost).
+    """
 
     greedy: CaptionMetrics
     sampled: CaptionMetrics
     pope: PopeMetrics | None = None
     pope_by_strategy: dict[str, PopeMetrics] = field(default_factory=dict)
+    judge: str = ""
+    others: dict[str, "CaptionView"] = field(default_factory=dict)
+    judging: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionView:
+    """The captions of an evaluation as one judge sees them, in both ways of decoding."""
+
+    greedy: CaptionMetrics
+    sampled: CaptionMetrics
 
 
 Json = dict[str, Any]

@@ -10,7 +10,7 @@ import pytest
 
 from fgaif.errors import DataError
 from fgaif.eval.answers import Caption, read_captions
-from fgaif.eval.benchmarks.chair import chair_scores, chair_truth, score_chair
+from fgaif.eval.benchmarks.chair import caption_stats, chair_figures, chair_truth, score_chair
 from fgaif.eval.vocabulary import Vocabulary, coco_vocabulary, singular
 
 COCO = coco_vocabulary()
@@ -149,15 +149,17 @@ def test_figures_by_hand_count_mentions_not_types() -> None:
 
     CHAIR_i = 1 / 4 mentions, CHAIR_s = 1 / 3 captions, recall = (1 + 1 + 0) / (1 + 2 + 1).
     """
-    scores = chair_scores(
-        [["moon", "moon", "star"], ["ring"], []], [["moon"], ["ring", "tree"], ["star"]]
-    )
-    assert (scores.chair_s, scores.chair_i, scores.recall) == (1 / 3, 1 / 4, 2 / 4)
+    rows = [
+        caption_stats(["moon", "moon", "star"], ["moon"]),
+        caption_stats(["ring"], ["ring", "tree"]),
+        caption_stats([], ["star"]),
+    ]
+    figures = chair_figures(np.array(rows).sum(axis=0))
+    assert (figures["chair_s"], figures["chair_i"], figures["recall"]) == (1 / 3, 1 / 4, 2 / 4)
 
 
 def test_without_captions_there_are_no_figures() -> None:
-    scores = chair_scores([], [])
-    assert (scores.chair_s, scores.chair_i, scores.recall) == (None, None, None)
+    assert np.isnan(list(chair_figures(np.zeros(7)).values())).all()
 
 
 def captions(*pairs: tuple[str, str]) -> list[Caption]:

@@ -20,7 +20,7 @@ from fgaif.eval.captions import (
     repeated_segments,
 )
 from fgaif.eval.policy import ask_pope, eval_requests, evaluate_policy
-from fgaif.eval.run_results import read_eval, write_eval
+from fgaif.eval.run_results import ORACLE, read_eval, write_eval
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.types import (
     DEFAULT_KINDS,
@@ -77,6 +77,7 @@ def test_the_oracle_finds_no_fault_in_a_true_caption() -> None:
     assert ({**metrics.kinds, "any": metrics.any}) == dict.fromkeys([*DEFAULT_KINDS, "any"], 0)
     assert (metrics.chair_s, metrics.chair_i, metrics.recall) == (0, 0, 1)
     assert metrics.true_facts == 5  # moon, small moon, red moon, tree, relation
+    assert metrics.specificity == 1  # small and red; moon and tree
     assert metrics.length == 17
     assert (metrics.repetition, metrics.malformed) == (0, 0)
 
@@ -166,6 +167,7 @@ def run_evaluation(policy: FakePolicy, config: Config):  # type: ignore[no-untyp
         policy.p_yes,
         PROMPTS,
         judge=SceneJudge(lambda _: MOON_AND_TREE, split),
+        judge_name=ORACLE,
         questions=questions,
         config=config,
     )
@@ -179,7 +181,7 @@ def scene_with(prompt: Prompt) -> Scene:
 
 def test_an_evaluation_keeps_greedy_and_sampled_apart() -> None:
     policy = FakePolicy()
-    report, captions = run_evaluation(policy, Config())
+    report, captions, _ = run_evaluation(policy, Config())
     assert report.greedy.any == 0
     assert report.sampled.any == 1
     assert report.pope is not None
@@ -225,12 +227,12 @@ def test_a_question_without_an_answer_is_no_no() -> None:
 
 
 def test_without_questions_there_is_no_pope() -> None:
-    assert ask_pope(FakePolicy().p_yes, []) == {}
+    assert ask_pope(FakePolicy().p_yes, []) == []
 
 
 def test_what_was_written_reads_back(tmp_path: Path) -> None:
-    report, captions = run_evaluation(FakePolicy(), Config())
-    write_eval(tmp_path / "eval", "before", report, captions)
+    report, captions, answers = run_evaluation(FakePolicy(), Config())
+    write_eval(tmp_path / "eval", "before", report, captions, answers)
     assert read_eval(tmp_path / "eval", "before") == report
     rows = (tmp_path / "eval" / "before_captions.jsonl").read_text().splitlines()
     row = json.loads(rows[3])

@@ -14,6 +14,7 @@ from rich.console import Console
 import cluster.pipeline.inputs as inputs
 import cluster.pipeline.stages as stages
 from cluster.cli.main import main
+from cluster.pipeline.dry_run import feedback_table
 from cluster.pipeline.inputs import wrong_inputs
 from cluster.pipeline.keys import ORDER
 from cluster.pipeline.stages import run_stages
@@ -165,3 +166,23 @@ def test_a_full_disk_is_said_before_anything_is_sampled(
     monkeypatch.setattr(inputs.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match=r"dir: .*runs/run: 1 MiB are free .* dir=FOLDER"):
         run_stages(files.config(), ORDER, False, Console(file=io.StringIO()))
+
+
+def test_what_judging_captions_asks_is_in_the_plan_and_needs_prices(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two captions of each image, before and after; a cost limit without prices is refused at
+    once, not after an hour of sampling."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    given = [
+        "endpoints.gpt.model=big", "feedback.verifier=api:gpt", "feedback.extractor=api:gpt",
+        "data.held_out=mine.jsonl", "data.eval_prompts=7", "data.feedback_prompts=5",
+    ]  # fmt: skip
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(feedback_table(files.config(*given), ["annotate", "eval-before", "eval-after"]))
+    text = console.export_text()
+    assert "14 captions before" in text
+    assert "14 captions after" in text
+    assert text.count("no price set") == 7
+    wrong = wrong_inputs(files.config(*given, "feedback.max_cost=5"), ["eval-before"])
+    assert "set the prices of a million tokens" in str(wrong["endpoints.gpt"])

@@ -38,7 +38,7 @@ from fgaif.eval.captions import JudgedCaption, caption_metrics, judged_by_scores
 from fgaif.eval.figures import find_figure
 from fgaif.eval.policy import Captions
 from fgaif.eval.report import build_report
-from fgaif.eval.run_results import read_eval, write_eval
+from fgaif.eval.run_results import REWARDS, read_eval, write_eval
 from fgaif.eval.scenes import SceneJudge
 from fgaif.feedback.extract import load_facts_prompt
 from fgaif.feedback.facts import SceneFacts
@@ -225,7 +225,7 @@ def run_dir(config: Config, rewards: Path, labeled: list[LabeledResponse], tmp_p
         for item in zip(responses, segments, scores, strict=True)
     )
     metrics = figures(captions, config)
-    report = EvalReport(greedy=metrics, sampled=metrics)
+    report = EvalReport(greedy=metrics, sampled=metrics, judge=REWARDS)
     for phase in ("before", "after"):
         write_eval(tmp_path / "eval", phase, report, Captions(greedy=captions, sampled=captions))  # type: ignore[arg-type]
         assert read_eval(tmp_path / "eval", phase) == report  # type: ignore[arg-type]

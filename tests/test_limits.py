@@ -99,6 +99,16 @@ def test_a_cost_limit_needs_prices() -> None:
         Endpoint("api", settings, Budget(max_cost=1.0))
 
 
+def test_without_a_price_nothing_is_called_free() -> None:
+    """Unless the server is on this machine."""
+    budget = Budget()
+    Endpoint("api", config(base_url="http://127.0.0.1:9/v1"), budget)
+    assert "no price set" not in budget.usage().line()
+    settings = config(base_url="https://api.example.com/v1", api_key_env="HOME")
+    Endpoint("api", settings, budget)
+    assert budget.usage().line() == "no price set, 0 replies, 0 tokens"
+
+
 def test_usage_is_one_line() -> None:
     usage = Usage(
         requests=12,

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
+from fgaif.eval.run_results import REWARDS
 from fgaif.types import DEFAULT_KINDS
 
 pytestmark = pytest.mark.long
@@ -80,6 +81,9 @@ def test_every_stage_runs_and_what_cannot_be_known_is_null(finished: tuple[Path,
     assert set(report["rewards"]) == set(DEFAULT_KINDS)
     assert report["after"]["sampled"]["length"] > 0
     assert report["after"]["sampled"]["recall"] is None
+    assert report["judge"] == "the verifier llava15"
+    assert list(report["before"]["others"]) == [REWARDS]
+    assert report["before"]["judging"]["requests"] > 0
     assert report["after"]["pope"] is None
     assert report["feedback"] == {}
     lines = (run / "policy" / "metrics.jsonl").read_text().splitlines()

@@ -20,7 +20,9 @@ from fgaif.eval.plots import INK, calibration_figure, curves_figure, errors_figu
 from fgaif.eval.policy import Captions
 from fgaif.eval.report import build_report, console_table, render_html
 from fgaif.eval.run_folder import read_run
-from fgaif.eval.run_results import write_eval
+from fgaif.eval.run_results import ORACLE, write_eval
+from fgaif.eval.spread import Spread
+from fgaif.eval.uncertainty import Estimate
 from fgaif.reward.metrics import calibration_bins
 from fgaif.tracking import Tracker
 from fgaif.types import (
@@ -141,7 +143,9 @@ def test_report_json_has_the_promised_keys_and_values(built: Path) -> None:
     assert tree["wall_seconds"] == 10.0
     assert tree["rewards"]["relation"] == {"accuracy": 0.9, "f1_hallu": 0.8}
     assert tree["feedback"] == {"object": 0.9, "attribute": 0.85}
-    assert set(tree["before"]) == {"kinds", "greedy", "sampled", "pope"}
+    shown = {"kinds", "greedy", "sampled", "pope", "judge", "others", "judging"}
+    assert set(tree["before"]) == shown
+    assert tree["judge"] == tree["before"]["judge"] == ORACLE
     assert tree["kinds"] == tree["before"]["kinds"] == list(DEFAULT_KINDS)
     names = [*DEFAULT_KINDS, *(figure.key for figure in CAPTIONS)]
     assert list(tree["after"]["sampled"]) == names
@@ -321,15 +325,25 @@ def test_without_data_there_is_no_figure() -> None:
 
 
 def test_changes_say_how_much_and_whether_it_is_better() -> None:
-    rows = {row.figure.key: row for row in compare(metrics(1.0), metrics(0.25))}
+    def spread(low: float, high: float) -> Spread:
+        return Spread(change=Estimate(value=-0.3, low=low, high=high))
+
+    sure = {"any": spread(-0.35, -0.25), "recall": spread(-0.01, 0.02), "length": spread(1, 2)}
+    rows = {row.figure.key: row for row in compare(metrics(1.0), metrics(0.25), spreads=sure)}
     assert (rows["any"].before, rows["any"].after) == ("40.0 %", "10.0 %")
     assert rows["any"].change == "−30.0 pt (×0.25)"
     assert rows["any"].verdict == "better"
-    assert rows["recall"].verdict == "same"
+    assert rows["any"].ranges == ("", "", "[−35.0, −25.0]")
+    assert rows["recall"].verdict == "unclear"
+    assert rows["chair_s"].verdict == ""  # no interval, no claim
     assert rows["length"].verdict == ""
     assert (rows["relation"].before, rows["relation"].change) == ("–", "")
-    worse = {row.figure.key: row for row in compare(metrics(0.25), metrics(1.0))}
-    assert worse["chair_i"].verdict == "worse"
+    up = {"any": spread(0.25, 0.35)}
+    assert next(
+        row.verdict
+        for row in compare(metrics(0.25), metrics(1.0), spreads=up)
+        if row.figure.key == "any"
+    ) == "worse"  # fmt: skip
 
 
 def test_the_console_table_has_every_figure(built: Path) -> None:
@@ -337,9 +351,13 @@ def test_the_console_table_has_every_figure(built: Path) -> None:
     console.print(console_table(built))
     text = console.export_text()
     assert "−30.0 pt (×0.25)" in text
-    assert "POPE F1" in text
+    assert "POPE, mean of the strategies" in text
+    assert "F1" in text
+    assert "judged by the truth of the embedded world" in text
     assert "any error" in text
 
 
 def test_the_console_table_copes_with_nothing(tmp_path: Path) -> None:
-    assert console_table(tmp_path).row_count == 0
+    console = Console(record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(console_table(tmp_path))
+    assert "no evaluation yet" in console.export_text()

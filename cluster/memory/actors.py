@@ -81,7 +81,9 @@ Models = Mapping[str, ModelFacts]
 
 def read_models(config: Config, roles: Collection[Role]) -> Models:
     """Facts of the checkpoints that these roles load; raises CheckpointError if one is missing."""
-    names = {_main_model(role, config) for role in roles}
+    names = {_checkpoint(role, config) for role in roles if role != "judge"}
+    if "judge" in roles:
+        names.update(config.judge_checkpoints)
     if "reference" in roles and config.ppo.value_init != "policy":
         names.add(config.reward_backbone)
     return {name: read_facts(resolve_checkpoint(name)) for name in names if name}
@@ -118,7 +120,7 @@ def _settle(
 def _host_caches(role: Role, config: Config, models: Models) -> int:
     """Image features and pixels that a role has kept when it has seen all its images."""
     data = config.data
-    model = models[_main_model(role, config)]
+    model = _model(role, config, models)
     images = {
         "trainer": data.feedback_prompts,
         "rollout": data.feedback_prompts + data.ppo_prompts,
@@ -133,12 +135,16 @@ def _host_caches(role: Role, config: Config, models: Models) -> int:
     return pixels + min(_FEATURE_CACHE, features)
 
 
-def _main_model(role: Role, config: Config) -> str:
-    if role in ("reward", "trainer"):
-        return config.reward_backbone
+def _checkpoint(role: Role, config: Config) -> str:
+    return config.reward_backbone if role in ("reward", "trainer") else config.policy.model
+
+
+def _model(role: Role, config: Config, models: Models) -> ModelFacts:
+    """The model of a role; of the verifiers, which come one after the other, the largest."""
     if role == "judge":
-        return config.feedback.local_verifier or ""
-    return config.policy.model
+        judges = [models[name] for name in config.judge_checkpoints]
+        return max(judges, key=lambda model: model.parameters)
+    return models[_checkpoint(role, config)]
 
 
 def _width(config: Config) -> int:
@@ -474,7 +480,7 @@ def _engine(
     role: Role, config: Config, models: Models, gpu: int | None, *, on_gpu: bool
 ) -> ActorMemory:
     """A vLLM engine. On a GPU it takes its share of the device, whatever the model needs."""
-    model = models[_main_model(role, config)]
+    model = _model(role, config, models)
     engine, w = config.cluster.engine, _width(config)
     context = min(engine.max_model_len, model.max_length)
     default = _CPU_BATCHED_TOKENS

@@ -18,9 +18,19 @@ OUTPUTS: dict[Stage, tuple[str, ...]] = {
     "sample": ("responses",),
     "annotate": ("feedback/labels.jsonl", "feedback/summary.json"),
     "train-reward": ("rewards",),
-    "eval-before": ("eval/before.json", "eval/before_captions.jsonl", "eval/rewards.json"),
+    "eval-before": (
+        "eval/before.json",
+        "eval/before_captions.jsonl",
+        "eval/before_pope.jsonl",
+        "eval/rewards.json",
+    ),
     "train": ("policy",),
-    "eval-after": ("eval/after.json", "eval/after_captions.jsonl", "eval_matched"),
+    "eval-after": (
+        "eval/after.json",
+        "eval/after_captions.jsonl",
+        "eval/after_pope.jsonl",
+        "eval_matched",
+    ),
     "report": (),
 }
 """What a stage writes, but for the replies of models, which are keyed by all they depend on."""

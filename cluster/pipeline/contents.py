@@ -147,7 +147,13 @@ class Contents:
                 | policy
             )
         if stage in ("eval-before", "eval-after"):
-            return self._prompts("data.held_out", data.held_out, data.eval_prompts) | policy
+            second = self._config.eval.second_verifier
+            checked = None if second is None or second.startswith(API) else second
+            return (
+                self._prompts("data.held_out", data.held_out, data.eval_prompts)
+                | policy
+                | self._checkpoint("eval.second_verifier", checked)
+            )
         return {}
 
     def _descriptions(self) -> dict[str, Source]:

@@ -1,6 +1,6 @@
 """What a command does with each stage, decided before anything starts; ``--dry-run`` shows it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.pipeline.aside import existing_outputs, next_aside
+from cluster.pipeline.evaluate import judging_engines, verifier_judges
 from cluster.pipeline.inputs import refuse_inputs, wrong_inputs
 from cluster.pipeline.keys import AFTER, ORDER, Stage
 from cluster.pipeline.run_lock import require_own
@@ -23,9 +24,17 @@ from fgaif.checkpoint import latest_checkpoint, read_state, resume_point
 from fgaif.config import Config
 from fgaif.data.rows import read_rows
 from fgaif.errors import ConfigError, DataError
+from fgaif.eval.policy import MODES
 from fgaif.feedback.label_order import misplaced
-from fgaif.feedback.plan import measure, plan_feedback
+from fgaif.feedback.plan import Asked, measure, plan_feedback
 from fgaif.feedback.store import label_store, response_store
+
+_ASKING: dict[Stage, str] = {
+    "annotate": "responses",
+    "eval-before": "captions before",
+    "eval-after": "captions after",
+}
+"""Stages that ask the models of the feedback, and about what."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +81,9 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
             console.print(f"{plan.stage}: {plan.why}", markup=False, soft_wrap=True)
     running = [plan.stage for plan in plans if plan.runs]
     wrong = wrong_inputs(config, running)
-    if "annotate" in running and "data.responses" not in wrong:
-        console.print(feedback_table(config))
+    judged = verifier_judges(config) and {"eval-before", "eval-after"} & set(running)
+    if ("annotate" in running or judged) and "data.responses" not in wrong:
+        console.print(feedback_table(config, running))
     refuse_inputs(wrong)
 
 
@@ -87,13 +97,14 @@ def _would(plan: StagePlan) -> str:
 
 def stage_roles(config: Config, stages: Sequence[Stage]) -> set[Role]:
     """The actors that stages need: a machine for annotation alone has no room for PPO."""
+    judging: set[Role] = {"judge"} if judging_engines(config) else set()
     roles: dict[Stage, set[Role]] = {
         "sample": set() if config.data.responses else {"rollout"},
         "annotate": {"judge"},
         "train-reward": {"trainer"},
-        "eval-before": {"rollout", "reward"},
+        "eval-before": {"rollout", "reward", *judging},
         "train": {"rollout", "reward", "reference", "learner"},
-        "eval-after": {"rollout", "reward"},
+        "eval-after": {"rollout", "reward", *judging},
     }
     return {role for stage in stages for role in roles.get(stage, ())}
 
@@ -231,8 +242,8 @@ def require_upstream(stage_status: StageStatus, config: Config, todo: Sequence[S
             )
 
 
-def feedback_table(config: Config) -> Table:
-    """What annotating will ask of each model, and about what it costs."""
+def feedback_table(config: Config, stages: Collection[Stage]) -> Table:
+    """What annotating and judging captions will ask of each model, and about what it costs."""
     responses = response_store(config.run_dir / "responses" / "responses.jsonl")
     labels = label_store(config.run_dir / "feedback" / "labels.jsonl")
     count = len(responses)
@@ -240,17 +251,28 @@ def feedback_table(config: Config) -> Table:
         count = sum(1 for _ in read_rows(config.data.responses, ("image",)))
     elif not count:
         count = config.data.feedback_prompts * config.feedback.samples_per_prompt
-    plan = plan_feedback(config, count, measure(labels, responses, config))
+    sizes = measure(labels, responses, config)
+    captions = len(MODES) * config.data.eval_prompts
     table = Table(
-        title=f"annotating {count:,} responses takes about this; stored replies are free",
-        title_justify="left",
+        title="asking models takes about this; stored replies are free", title_justify="left"
     )
-    for column in ("role", "model", "requests", "tokens", "cost"):
-        table.add_column(column, justify="left" if column in ("role", "model") else "right")
-    for row in plan:
-        tokens, cost = (f"{row.tokens:,}", f"{row.cost:,.2f}") if row.tokens else ("", "")
-        table.add_row(row.role, row.model, f"{row.requests:,}", tokens, cost)
+    for column in ("for", "role", "model", "requests", "tokens", "cost"):
+        table.add_column(column, justify="left" if column in ("for", "role", "model") else "right")
+    plan: list[Asked] = []
+    for stage, what in _ASKING.items():
+        if stage not in stages or (stage != "annotate" and not verifier_judges(config)):
+            continue
+        number = count if stage == "annotate" else captions
+        asked = plan_feedback(config, number, sizes)
+        plan += asked
+        for row in asked:
+            tokens = f"{row.tokens:,}" if row.tokens else ""
+            cost = (f"{row.cost:,.2f}" if row.priced else "no price set") if row.tokens else ""
+            purpose = f"{number:,} {what}"
+            table.add_row(purpose, row.role, row.model, f"{row.requests:,}", tokens, cost)
     table.add_section()
-    total = sum(row.cost for row in plan)
-    table.add_row("all", "", f"{sum(row.requests for row in plan):,}", "", f"{total:,.2f}")
+    total = f"{sum(row.cost for row in plan):,.2f}"
+    if not all(row.priced for row in plan):
+        total = "no price set"
+    table.add_row("all", "", "", f"{sum(row.requests for row in plan):,}", "", total)
     return table

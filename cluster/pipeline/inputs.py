@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from cluster.pipeline.evaluate import verifier_judges
 from cluster.pipeline.keys import Stage
+from fgaif.chat.limits import check_prices
 from fgaif.chat.secrets import read_key
 from fgaif.config import API, Config
 from fgaif.data.prompts import look_at_prompts
@@ -72,25 +74,42 @@ def _looks(config: Config, stage: Stage) -> dict[str, Look]:
     if stage == "sample":
         return policy | train
     if stage == "annotate":
-        looks: dict[str, Look] = {"feedback": partial(check_prompts, config)}
-        if feedback.local_verifier is not None:
-            looks["feedback.verifier"] = partial(resolve_checkpoint, feedback.local_verifier)
-        asked = (feedback.extractor, *feedback.verifiers)
-        for entry in (name.removeprefix(API) for name in asked if name.startswith(API)):
-            looks[f"endpoints.{entry}"] = partial(read_key, entry, config.endpoints[entry])
-        return policy | looks
+        return policy | _models(config, feedback.extractor, *feedback.verifiers)
     if stage == "train-reward":
         return policy | {"reward.backbone": partial(resolve_checkpoint, config.reward_backbone)}
     if stage == "train":
-        looks = policy | train
+        looks: dict[str, Look] = policy | train
         if anchor.weight and anchor.prompts == QUESTIONS:
             looks["ppo.anchor.prompts"] = partial(require_questions, data.train)
         elif anchor.weight:
             looks["ppo.anchor.prompts"] = partial(rows, anchor.prompts)
         return looks
     if stage in ("eval-before", "eval-after"):
-        return policy | {"data.held_out": partial(rows, data.held_out)}
+        asked = (feedback.extractor, *feedback.verifiers) if verifier_judges(config) else ()
+        if config.eval.second_verifier is not None:
+            asked = (*asked, config.eval.second_verifier)
+        judges = _models(config, *asked) if asked else {}
+        return policy | {"data.held_out": partial(rows, data.held_out)} | judges
     return {}
+
+
+def _models(config: Config, *asked: str) -> dict[str, Look]:
+    """What models of the feedback need: prompts, a checkpoint, keys of endpoints."""
+    looks: dict[str, Look] = {"feedback": partial(check_prompts, config)}
+    for key, name in (
+        ("feedback.verifier", config.feedback.local_verifier),
+        ("eval.second_verifier", config.eval.second_verifier),
+    ):
+        if name in asked and name is not None and not name.startswith(API):
+            looks[key] = partial(resolve_checkpoint, name)
+    for entry in (name.removeprefix(API) for name in asked if name.startswith(API)):
+        looks[f"endpoints.{entry}"] = partial(_look_at_endpoint, entry, config)
+    return looks
+
+
+def _look_at_endpoint(entry: str, config: Config) -> None:
+    check_prices(entry, config.endpoints[entry], config.feedback.max_cost)
+    read_key(entry, config.endpoints[entry])
 
 
 def _require_room(folder: Path) -> None:

@@ -104,7 +104,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("ppo.anchor", "weight prompts batch_size", _result("train")),
     ("ppo", "micro_batch zero_stage max_staleness", _EXECUTION),
     ("ppo", "checkpoint_every keep_checkpoints resume", _EXECUTION),
-    ("eval", "pope_questions_per_image seed", _result(*_EVALS)),
+    ("eval", "pope_questions_per_image seed judge second_verifier", _result(*_EVALS)),
     ("cluster", "address local_cpus threads max_restarts", _EXECUTION),
     ("cluster", "heartbeat_s heartbeat_timeout_s", _EXECUTION),
     ("cluster", "stall_timeout_s start_timeout_s call_timeout_s", _EXECUTION),
@@ -159,6 +159,8 @@ def kind_of(config: Config, stage: Stage, key: str) -> Kind:
 def stage_values(config: Config, stage: Stage) -> dict[str, Any]:
     """The values, as in JSON, of all keys that change a stage's result or extend it."""
     models = (config.feedback.extractor, *config.feedback.verifiers)
+    if stage in _EVALS and config.eval.second_verifier is not None:
+        models = (*models, config.eval.second_verifier)
     asked = [name.removeprefix(API) for name in models if name.startswith(API)]
     # As earlier versions wrote them: one for each kind, whether configured or by default.
     weights = {kind: config.ppo.shape.weight(kind) for kind in config.kind_names}

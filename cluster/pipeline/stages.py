@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cluster.pipeline.annotate import annotate_responses
 from cluster.pipeline.aside import move_aside
 from cluster.pipeline.contents import Hashes
 from cluster.pipeline.dry_run import StagePlan, plan_stages, require_upstream, stage_roles
+from cluster.pipeline.evaluate import CaptionJudges, truth_known
 from cluster.pipeline.feedback_report import write_summary
 from cluster.pipeline.inputs import refuse_inputs, wrong_inputs
 from cluster.pipeline.keys import ORDER, Stage, stage_values
@@ -35,12 +37,11 @@ from fgaif.data.prompts import PromptSet, skipped_warning, split_by_length
 from fgaif.data.scenes.facts import SCENE_KINDS, oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.errors import DataError
-from fgaif.eval.captions import JudgedCaption, judged_by_scores
-from fgaif.eval.policy import Captions, Judge, evaluate_policy
+from fgaif.eval.policy import Captions, evaluate_policy
 from fgaif.eval.pope_questions import PopeQuestion
 from fgaif.eval.report import build_report, console_table
-from fgaif.eval.run_results import Phase, note_too_long, write_eval
-from fgaif.eval.scenes import SceneJudge, scene_questions
+from fgaif.eval.run_results import REWARDS, Phase, note_too_long, write_eval
+from fgaif.eval.scenes import scene_questions
 from fgaif.feedback.external import read_responses
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.label_order import check_order
@@ -264,18 +265,31 @@ class Run:
         source = self.held_out
         stage: Stage = "eval-before" if phase == "before" else "eval-after"
         prompts = self._fitting(stage, source.prompts.prompts)
-        report, captions = evaluate_policy(
+        judges = CaptionJudges(self._config, self._cluster, source, self._segmenter)
+        name, judge = judges.judge()
+        if name == REWARDS:
+            self._say(
+                "warning: captions are judged by the reward models themselves, which PPO optimises;"
+                " let a verifier judge (eval.judge=verifier, feedback.extractor=model or api:NAME)"
+            )
+        report, captions, answers = evaluate_policy(
             lambda requests: sample_all(
                 self._cluster, requests, f"captions {phase}", self._console
             ),
             lambda asked: rollouts.p_yes(asked).result(),
             prompts,
-            judge=self._caption_judge(source),
+            judge=judge,
+            judge_name=name,
+            others=judges.others(),
             questions=self._pope_questions(source),
             config=self._config,
         )
-        write_eval(folder or self._dir / "eval", phase, report, captions)
-        if phase == "before" and self._truth_known(source):
+        if judges.judging:
+            took = ", ".join(f"{name} {value:,g}" for name, value in judges.judging.items())
+            self._say(f"judging the captions {phase}: {took}")
+        report = replace(report, judging=judges.judging)
+        write_eval(folder or self._dir / "eval", phase, report, captions, answers)
+        if phase == "before" and truth_known(self._config):
             self._check_rewards(captions)
 
     def train(self) -> None:
@@ -377,22 +391,6 @@ class Run:
         }
         write_json(self._dir / "eval" / "rewards.json", metrics)
 
-    def _caption_judge(self, source: Source) -> Judge:
-        """The oracle where the truth of all kinds is known, else the reward models."""
-        if self._truth_known(source):
-            return SceneJudge(source.scene_of, self._segmenter, self._config.kind_names)
-        rewards = self._cluster.rewards(self._dir / "rewards")
-
-        def judge(responses: Sequence[Response]) -> list[JudgedCaption]:
-            segments = [self._segmenter(response) for response in responses]
-            scores = rewards.score(responses, segments).result()
-            return [
-                judged_by_scores(*item, self._config.kind_names)
-                for item in zip(responses, segments, scores, strict=True)
-            ]
-
-        return judge
-
     def _pope_questions(self, source: Source) -> list[PopeQuestion]:
         if source.scenes is None:
             return []
@@ -410,9 +408,6 @@ class Run:
         return lambda response, fact: (
             oracle(source.scene_of(response.prompt), fact) if fact.kind in SCENE_KINDS else None
         )
-
-    def _truth_known(self, source: Source) -> bool:
-        return source.scenes is not None and set(self._config.kind_names) <= set(SCENE_KINDS)
 
     def _segmenter(self, response: Response) -> tuple[Segment, ...]:
         return segment_response(response, self._tokenizer, self._config.segment.min_words)

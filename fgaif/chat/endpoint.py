@@ -25,12 +25,22 @@ from fgaif.chat.dialect import (
 )
 from fgaif.chat.failures import Failure, classify, one_line
 from fgaif.chat.images import DataUris
-from fgaif.chat.limits import Budget, Clock, Gate, Sleep, Spend, estimate, price
+from fgaif.chat.limits import (
+    Budget,
+    Clock,
+    Gate,
+    Sleep,
+    Spend,
+    check_prices,
+    estimate,
+    has_price,
+    price,
+)
 from fgaif.chat.messages import ChatRequest, Reply, RequestFailed
 from fgaif.chat.secrets import is_loopback, read_key, redact_logs
 from fgaif.config import EndpointConfig
 from fgaif.data.images import MAX_PIXELS
-from fgaif.errors import ConfigError, DataError, ServiceError
+from fgaif.errors import DataError, ServiceError
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +75,8 @@ class Endpoint:
         sleep: Sleep = asyncio.sleep,
         clock: Clock = time.monotonic,
     ) -> None:
-        _check_prices(entry, config, budget)
+        check_prices(entry, config, budget.max_cost)
+        budget.unpriced |= not has_price(config)
         settings = f"{config.structured},side={config.max_image_side},logprobs={config.logprobs}"
         self.name = f"{config.model}@{urlsplit(config.base_url).hostname}[{settings}]"
         self.config = config
@@ -243,12 +254,3 @@ def _client(key: str, config: EndpointConfig) -> openai.AsyncOpenAI:
             limits=limits, trust_env=not is_loopback(config.base_url)
         ),
     )
-
-
-def _check_prices(entry: str, config: EndpointConfig, budget: Budget) -> None:
-    free = config.price_input == 0 and config.price_output == 0
-    if budget.max_cost is not None and free and not is_loopback(config.base_url):
-        raise ConfigError(
-            f"endpoints.{entry}: price_input and price_output are 0, so that feedback.max_cost = "
-            f"{budget.max_cost:g} stops nothing; set the prices of a million tokens"
-        )

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from aiolimiter import AsyncLimiter
 
 from fgaif.chat.messages import ChatRequest
+from fgaif.chat.secrets import is_loopback
 from fgaif.config import EndpointConfig
-from fgaif.errors import ServiceError
+from fgaif.errors import ConfigError, ServiceError
 
 Sleep = Callable[[float], Awaitable[None]]
 Clock = Callable[[], float]
@@ -46,6 +47,7 @@ class Usage:
     """Totals of a job so far. ``requests`` were sent, of them ``replies`` gave a reply.
 
     ``retries`` counts by cause what was sent again; ``failed`` got no reply in the end.
+    ``unpriced`` says that some endpoint's replies cost nothing because no price is set for it.
     """
 
     requests: int = 0
@@ -55,18 +57,43 @@ class Usage:
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float = 0.0
+    unpriced: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Input and output."""
+        return self.input_tokens + self.output_tokens
 
     def line(self) -> str:
         """One short line for a progress bar."""
         parts = [f"cost {self.cost:.4g}"] if self.cost else []
+        parts += ["no price set"] if self.unpriced else []
         parts.append(f"{self.replies:,} replies")
         if self.retries:
             causes = ", ".join(f"{n} {cause}" for cause, n in sorted(self.retries.items()))
             parts.append(f"{sum(self.retries.values()):,} retries ({causes})")
         if self.failed:
             parts.append(f"{self.failed:,} failed")
-        parts.append(f"{self.input_tokens + self.output_tokens:,} tokens")
+        parts.append(f"{self.tokens:,} tokens")
         return ", ".join(parts)
+
+
+def has_price(config: EndpointConfig) -> bool:
+    """Whether a price is set, or nobody is to be paid: servers on this machine are free."""
+    return bool(config.price_input or config.price_output) or is_loopback(config.base_url)
+
+
+def check_prices(entry: str, config: EndpointConfig, max_cost: float | None) -> None:
+    """Refuse a cost limit that would stop nothing, because the endpoint has no prices.
+
+    Raises:
+        ConfigError: names the endpoint and what to set.
+    """
+    if max_cost is not None and not has_price(config):
+        raise ConfigError(
+            f"endpoints.{entry}: price_input and price_output are 0, so that feedback.max_cost = "
+            f"{max_cost:g} stops nothing; set the prices of a million tokens"
+        )
 
 
 def price(config: EndpointConfig, input_tokens: int, output_tokens: int) -> Spend:
@@ -91,6 +118,7 @@ class Budget:
     def __init__(self, max_cost: float | None = None, max_tokens: int | None = None) -> None:
         self.max_cost = max_cost
         self.max_tokens = max_tokens
+        self.unpriced = False
         self._spent = Spend()
         self._reserved = Spend()
         self._on_their_way = 0
@@ -154,6 +182,7 @@ class Budget:
             input_tokens=self._spent.input_tokens,
             output_tokens=self._spent.output_tokens,
             cost=self._spent.cost,
+            unpriced=self.unpriced,
         )
 
     def _is_over(self, total: Spend) -> bool:

@@ -1,7 +1,7 @@
 """The whole configuration of a run, and the sections that belong to no stage's settings."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +23,23 @@ class EvalConfig(Section):
     pope_questions_per_image: int = Field(6, ge=2)
     """Half yes, half no."""
     seed: int = 123
+    judge: Literal["auto", "verifier", "rewards"] = "auto"
+    """Who judges the captions of other images than the embedded world's (there the truth is
+    known): `verifier` asks the models of `feedback` about every fact, as in step 1; `rewards` takes
+    the reward models' word, which is what PPO has optimised; `auto` is `verifier`, unless
+    `feedback.extractor` is `scenes`, which reads no other English."""
+    second_verifier: str | None = None
+    """A verifier that labelled nothing: a checkpoint or `api:NAME`. It checks the same facts of the
+    captions, and its figures stand beside the judge's."""
+
+    @model_validator(mode="after")
+    def _a_second_verifier_has_facts(self) -> Self:
+        if self.second_verifier is not None and self.judge == "rewards":
+            raise ValueError(
+                f"eval.second_verifier = {self.second_verifier!r} checks the facts that the judge "
+                "found, and eval.judge = 'rewards' finds none: set eval.judge=verifier"
+            )
+        return self
 
 
 class TrackingConfig(Section):
@@ -83,11 +100,21 @@ class Config(Section):
         for key, names in (
             ("feedback.extractor", (self.feedback.extractor,)),
             ("feedback.verifier", self.feedback.verifiers),
+            ("eval.second_verifier", filter(None, [self.eval.second_verifier])),
         ):
             for name in names:
                 if name.startswith(API) and name.removeprefix(API) not in self.endpoints:
                     known = ", ".join(self.endpoints) or "none"
                     raise ValueError(f"{key} = {name!r}: no such entry of endpoints ({known})")
+        return self
+
+    @model_validator(mode="after")
+    def _second_verifier_is_held_out(self) -> Self:
+        if self.eval.second_verifier in self.feedback.verifiers:
+            raise ValueError(
+                f"eval.second_verifier = {self.eval.second_verifier!r}: is one of feedback.verifier"
+                " too, whose verdicts the reward models have learned; name another model"
+            )
         return self
 
     @model_validator(mode="after")
@@ -164,6 +191,13 @@ class Config(Section):
         """Whether engines add the policy's adapter to their weights (`cluster.engine.adapters`)."""
         wanted = self.cluster.engine.adapters
         return wanted == "merged" or (wanted == "auto" and self.policy.dtype == "float32")
+
+    @property
+    def judge_checkpoints(self) -> tuple[str, ...]:
+        """Verifiers that run on our own engines, one after the other: that of the feedback, and
+        the second one of the evaluation."""
+        wanted = (self.feedback.local_verifier, self.eval.second_verifier)
+        return tuple(name for name in wanted if name is not None and not name.startswith(API))
 
     @property
     def reward_backbone(self) -> str:

@@ -30,6 +30,11 @@ class Source:
         return self.scenes[prompt.id]
 
 
+def of_scenes(name: str) -> bool:
+    """Whether prompts of this name are of the embedded world, whose truth is known."""
+    return name.startswith(SCENES)
+
+
 def open_source(name: str, config: Config, limit: int, check: CheckImage = check_image) -> Source:
     """Load ``scenes:SPLIT`` (drawn into the run folder first), a prompts file, or ``coco:PATH``.
 
@@ -39,7 +44,7 @@ def open_source(name: str, config: Config, limit: int, check: CheckImage = check
     Raises:
         DataError: the file, a row or a column cannot be used, or there is no such split.
     """
-    drawn = name.startswith(COCO) or (config.data.shuffle and not name.startswith(SCENES))
+    drawn = name.startswith(COCO) or (config.data.shuffle and not of_scenes(name))
     loaded = load_prompts(
         name,
         root=config.data.image_root,
@@ -49,7 +54,7 @@ def open_source(name: str, config: Config, limit: int, check: CheckImage = check
         max_pixels=config.data.max_image_pixels,
         check=check,
     )
-    if not name.startswith(SCENES):
+    if not of_scenes(name):
         return Source(prompts=loaded)
     folder = Path(loaded.prompts[0].image.path).parents[1]
     return Source(prompts=loaded, scenes=read_scenes(folder / "scenes.jsonl"))

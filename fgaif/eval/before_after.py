@@ -1,11 +1,12 @@
 """The run's figures before and after training: names, meanings, and the change for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 from fgaif.eval.benchmarks.chair import FIGURES as CHAIR
 from fgaif.eval.benchmarks.pope import FIGURES as POPE_FIGURES
-from fgaif.eval.figures import ChangeVerdict, Figure, find_figure
+from fgaif.eval.figures import NOT_KNOWN, ChangeVerdict, Figure, find_figure
+from fgaif.eval.spread import Spread
 from fgaif.kinds import words
 from fgaif.types import CaptionMetrics, Kind, PopeMetrics
 
@@ -45,6 +46,13 @@ CAPTIONS = (
         meaning="Segments that are not English of this world; an empty caption counts as one",
         better=-1,
     ),
+    Figure(
+        key="specificity",
+        title="attributes per object",
+        meaning="Distinct attribute facts per distinct object fact: a policy that hedges says less",
+        better=0,
+        share=False,
+    ),
 )
 """Figures of captions, after those of the kinds."""
 POPE = tuple(find_figure(POPE_FIGURES, field.name) for field in fields(PopeMetrics))
@@ -52,27 +60,43 @@ POPE = tuple(find_figure(POPE_FIGURES, field.name) for field in fields(PopeMetri
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One figure before and after, ready to print."""
+    """One figure before and after, ready to print; the ``ranges`` are 95 % intervals, or empty."""
 
     figure: Figure
     before: str
     after: str
     change: str
     verdict: ChangeVerdict
+    ranges: tuple[str, str, str] = ("", "", "")
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a value on either side."""
+        return {self.before, self.after} != {NOT_KNOWN}
 
 
 def compare(
-    before: CaptionMetrics | PopeMetrics | None, after: CaptionMetrics | PopeMetrics | None
+    before: CaptionMetrics | PopeMetrics | None,
+    after: CaptionMetrics | PopeMetrics | None,
+    *,
+    spreads: Mapping[str, Spread] | None = None,
 ) -> Iterator[Change]:
     """Yield the figures of two evaluations side by side; either may be missing."""
     for figure in _figures_of(before or after):
         old, new = (_value(side, figure) for side in (before, after))
+        spread = (spreads or {}).get(figure.key, Spread())
+        change = spread.change
         yield Change(
             figure=figure,
             before=figure.show(old),
             after=figure.show(new),
             change=figure.change(old, new),
-            verdict=figure.verdict(old, new),
+            verdict=figure.verdict(change.low, change.high),
+            ranges=(
+                figure.show_range(spread.before.low, spread.before.high),
+                figure.show_range(spread.after.low, spread.after.high),
+                figure.show_range(change.low, change.high, "+"),
+            ),
         )
 
 

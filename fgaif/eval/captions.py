@@ -5,12 +5,12 @@ figure whose truth the judge does not know is None, never a guess.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fgaif.eval.benchmarks.chair import chair_scores
+from fgaif.eval.benchmarks.chair import caption_stats
 from fgaif.kinds import check_kinds
 from fgaif.types import (
     UNKNOWN,
@@ -70,10 +70,45 @@ def judged_by_scores(
     return JudgedCaption(labeled=labeled, facts_judged=False)
 
 
-def caption_metrics(captions: Sequence[JudgedCaption], kinds: Sequence[Kind]) -> CaptionMetrics:
-    """Compute all figures over a set of captions, judged for ``kinds`` in this order.
+Count = tuple[float, float]
+"""Numerator and denominator of a figure: over captions both are summed, then divided."""
+
+
+def caption_counts(caption: JudgedCaption) -> dict[str, Count]:
+    """What one caption adds to each figure, by the figure's name; unknown figures are left out.
 
     An empty caption counts as one malformed segment, so that silence is no perfect score.
+    """
+    labeled = caption.labeled
+    labels, repeated = labeled.labels, repeated_segments(caption.texts)
+    counts: dict[str, Count] = {
+        kind: _hits(labels[:, k] == SegmentClass.HALLU, _judged(labels[:, k]))
+        for k, kind in enumerate(labeled.kinds)
+    }
+    counts["any"] = _any_counts(labels)
+    if caption.mentions is not None and caption.objects is not None:
+        sums = np.array(caption_stats(caption.mentions, caption.objects))
+        _, wrong, named, false, shown, covered, _ = sums.tolist()
+        counts |= {"chair_s": (wrong, 1), "chair_i": (false, named), "recall": (covered, shown)}
+    if caption.facts_judged:
+        true = {text for text, verdict in labeled.verdicts.items() if verdict.answer == "yes"}
+        counts["true_facts"] = (len(true), 1)
+        if {"object", "attribute"} <= set(labeled.kinds):
+            stated = {
+                kind: len({fact.text for fact in labeled.facts if fact.kind == kind})
+                for kind in ("object", "attribute")
+            }
+            counts["specificity"] = (stated["attribute"], stated["object"])
+    counts["length"] = (token_length(labeled.response), 1)
+    counts["repetition"] = (sum(repeated), len(repeated))
+    if caption.malformed is not None:
+        flags = caption.malformed or (True,)
+        counts["malformed"] = (sum(flags), len(flags))
+    return {name: (float(above), float(below)) for name, (above, below) in counts.items()}
+
+
+def caption_metrics(captions: Sequence[JudgedCaption], kinds: Sequence[Kind]) -> CaptionMetrics:
+    """Compute all figures over a set of captions, judged for ``kinds`` in this order.
 
     Raises:
         DataError: a caption was judged for other kinds.
@@ -81,22 +116,23 @@ def caption_metrics(captions: Sequence[JudgedCaption], kinds: Sequence[Kind]) ->
     for caption in captions:
         labeled = caption.labeled
         check_kinds(f"caption of {labeled.response.id}", labeled.kinds, kinds)
-    labels = [caption.labeled.labels for caption in captions]
-    merged = np.concatenate(labels) if labels else np.empty((0, len(kinds)), np.int64)
-    chair_s, chair_i, recall = _chair(captions)
+    sums: dict[str, Count] = {}
+    for caption in captions:
+        for name, (above, below) in caption_counts(caption).items():
+            old = sums.get(name, (0.0, 0.0))
+            sums[name] = (old[0] + above, old[1] + below)
+    values = {name: above / below for name, (above, below) in sums.items() if below}
     return CaptionMetrics(
-        kinds={
-            kind: _share(merged[:, k] == SegmentClass.HALLU, _judged(merged[:, k]))
-            for k, kind in enumerate(kinds)
-        },
-        any=any_hallucinated(merged),
-        chair_s=chair_s,
-        chair_i=chair_i,
-        recall=recall,
-        true_facts=_true_facts(captions),
-        length=_mean(token_length(caption.labeled.response) for caption in captions) or 0.0,
-        repetition=_mean(flag for c in captions for flag in repeated_segments(c.texts)) or 0.0,
-        malformed=_malformed(captions),
+        kinds={kind: values.get(kind) for kind in kinds},
+        any=values.get("any"),
+        chair_s=values.get("chair_s"),
+        chair_i=values.get("chair_i"),
+        recall=values.get("recall"),
+        true_facts=values.get("true_facts"),
+        length=values.get("length", 0.0),
+        repetition=values.get("repetition", 0.0),
+        malformed=values.get("malformed"),
+        specificity=values.get("specificity"),
     )
 
 
@@ -106,9 +142,14 @@ def any_hallucinated(labels: IntArray) -> float | None:
     The denominator holds segments with facts: one HALLU decides, otherwise OK must be there and
     nothing may be unknown. None when there is no such segment.
     """
+    above, below = _any_counts(labels)
+    return above / below if below else None
+
+
+def _any_counts(labels: IntArray) -> Count:
     hallu = (labels == SegmentClass.HALLU).any(axis=1)
     fine = (labels == SegmentClass.OK).any(axis=1) & ~(labels == UNKNOWN).any(axis=1)
-    return _share(hallu, hallu | fine)
+    return _hits(hallu, hallu | fine)
 
 
 def repeated_segments(texts: Sequence[str]) -> list[bool]:
@@ -134,36 +175,5 @@ def _judged(column: IntArray) -> np.ndarray:
     return (column == SegmentClass.OK) | (column == SegmentClass.HALLU)
 
 
-def _share(hits: np.ndarray, among: np.ndarray) -> float | None:
-    total = int(among.sum())
-    return int((hits & among).sum()) / total if total else None
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else None
-
-
-def _chair(captions: Sequence[JudgedCaption]) -> tuple[float | None, float | None, float | None]:
-    known = [
-        (c.mentions, c.objects)
-        for c in captions
-        if c.mentions is not None and c.objects is not None
-    ]
-    if not known:
-        return None, None, None
-    scores = chair_scores([mentions for mentions, _ in known], [objects for _, objects in known])
-    return scores.chair_s, scores.chair_i, scores.recall
-
-
-def _true_facts(captions: Sequence[JudgedCaption]) -> float | None:
-    return _mean(
-        len({text for text, verdict in c.labeled.verdicts.items() if verdict.answer == "yes"})
-        for c in captions
-        if c.facts_judged
-    )
-
-
-def _malformed(captions: Sequence[JudgedCaption]) -> float | None:
-    known = [caption.malformed for caption in captions if caption.malformed is not None]
-    return _mean(flag for flags in known for flag in (flags or (True,)))
+def _hits(hits: np.ndarray, among: np.ndarray) -> Count:
+    return int((hits & among).sum()), int(among.sum())

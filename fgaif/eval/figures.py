@@ -6,7 +6,9 @@ from typing import Literal
 
 from fgaif.kinds import words
 
-ChangeVerdict = Literal["better", "worse", "same", ""]
+ChangeVerdict = Literal["better", "worse", "unclear", ""]
+NOT_KNOWN = "–"
+"""Shown for a value that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,7 @@ class Figure:
     def show(self, value: float | None) -> str:
         """Format a value: shares as per cent, a dash where it is not known."""
         if value is None:
-            return "–"
+            return NOT_KNOWN
         return f"{100 * value:.1f} %" if self.share else f"{value:.2f}"
 
     def change(self, before: float | None, after: float | None) -> str:
@@ -34,14 +36,24 @@ class Figure:
         text = text.replace("-", "−")
         return f"{text} (×{after / before:.2f})" if self.better < 0 and before > 0 else text
 
-    def verdict(self, before: float | None, after: float | None) -> ChangeVerdict:
-        """Say whether the change is for the better; "same" below a tenth of a point or .01."""
-        if before is None or after is None or not self.better:
+    def show_range(self, low: float | None, high: float | None, sign: str = "") -> str:
+        """Format the ends of an interval as ``[low, high]``; empty where there is none."""
+        if low is None or high is None:
             return ""
-        delta = (after - before) * self.better
-        if abs(delta) < (0.001 if self.share else 0.01):
-            return "same"
-        return "better" if delta > 0 else "worse"
+        ends = (
+            f"{100 * end if self.share else end:{sign}.{1 if self.share else 2}f}"
+            for end in (low, high)
+        )
+        return f"[{', '.join(ends)}]".replace("-", "−")
+
+    def verdict(self, low: float | None, high: float | None) -> ChangeVerdict:
+        """Say by the interval of a change whether it is for the better; "unclear" where the
+        interval holds zero, nothing where there is none or no side is the better one."""
+        if low is None or high is None or not self.better:
+            return ""
+        if low <= 0 <= high:
+            return "unclear"
+        return "better" if low * self.better > 0 else "worse"
 
 
 ITEMS = Figure(

@@ -14,7 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fgaif.eval.policy import MODES, Mode
 from fgaif.eval.run_results import PHASES, Phase
+from fgaif.eval.spread import Spread, Spreads
+from fgaif.eval.uncertainty import Estimate
 from fgaif.kinds import words
 from fgaif.types import CaptionMetrics, EvalReport, Json, Kind, StepReport
 
@@ -62,8 +65,15 @@ _SIGNED = {"reward", "kl/response", "value/explained_variance", "sync/arrived"}
 """Metrics, or groups of them, whose axis need not start at zero."""
 
 
-def errors_figure(evals: Mapping[Phase, EvalReport]) -> Figure | None:
-    """Bars of every hallucination figure, sampled and greedy; None without an evaluation."""
+def errors_figure(
+    evals: Mapping[Phase, EvalReport],
+    judge: str = "",
+    spreads: Mapping[Mode, Spreads] | None = None,
+) -> Figure | None:
+    """Bars of every hallucination figure, sampled and greedy; None without an evaluation.
+
+    The judge is named above, and intervals are drawn where they are known.
+    """
     if not evals:
         return None
     kinds = list(next(iter(evals.values())).sampled.kinds)
@@ -71,10 +81,13 @@ def errors_figure(evals: Mapping[Phase, EvalReport]) -> Figure | None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, mode in zip(panels, ("sampled", "greedy"), strict=True):
-            axes.set_title(f"{mode} captions: hallucinated share")
+        if judge:
+            figure.suptitle(f"hallucinated share of captions, judged by {judge}", fontsize=10)
+        for axes, mode in zip(panels, MODES[::-1], strict=True):
+            axes.set_title(f"{mode} captions")
             for place, phase in enumerate(phase for phase in PHASES if phase in evals):
-                _bars(axes, place, phase, getattr(evals[phase], mode))
+                found = (spreads or {}).get(mode, {})
+                _bars(axes, place, phase, getattr(evals[phase], mode), found)
             axes.set_xticks([i + 0.2 for i in range(len(names))], names)
             axes.tick_params(axis="x", length=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -84,9 +97,16 @@ def errors_figure(evals: Mapping[Phase, EvalReport]) -> Figure | None:
         return _laid_out(figure)
 
 
-def _bars(axes: Axes, place: int, phase: Phase, metrics: CaptionMetrics) -> None:
+def _bars(axes: Axes, place: int, phase: Phase, metrics: CaptionMetrics, spreads: Spreads) -> None:
+    names = [*metrics.kinds, *_ERRORS]
     values = [*metrics.kinds.values(), *(getattr(metrics, name) for name in _ERRORS)]
     known = [(i + 0.4 * place, value) for i, value in enumerate(values) if value is not None]
+    reach = []
+    for name, value in zip(names, values, strict=True):
+        ends: Estimate = getattr(spreads.get(name, Spread()), phase)
+        if value is not None:
+            inside = ends.low is not None and ends.high is not None
+            reach.append((value - ends.low, ends.high - value) if inside else (0.0, 0.0))
     bars = axes.bar(
         [x for x, _ in known],
         [value for _, value in known],
@@ -94,6 +114,13 @@ def _bars(axes: Axes, place: int, phase: Phase, metrics: CaptionMetrics) -> None
         color=PHASE_COLOURS[phase],
         label=phase,
     )
+    if any(map(any, reach)):
+        lower, upper = zip(*reach, strict=True)
+        heights = [value for _, value in known]
+        axes.errorbar(
+            [x for x, _ in known], heights, yerr=(lower, upper), fmt="none", ecolor=INK,
+            elinewidth=0.9, capsize=2,
+        )  # fmt: skip
     labels = [
         f"{100 * value:.0f}" if value >= 0.0995 else f"{100 * value:.1f}" for _, value in known
     ]

@@ -1,8 +1,8 @@
 """Evaluate one policy: the same prompts and seeds before and after, greedy and sampled."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from fgaif.config import Config
@@ -11,6 +11,7 @@ from fgaif.eval.benchmarks.pope import mean_metrics, pope_metrics
 from fgaif.eval.captions import JudgedCaption, caption_metrics
 from fgaif.eval.pope_questions import STRATEGIES, PopeQuestion
 from fgaif.types import (
+    CaptionView,
     EvalReport,
     GenerationRequest,
     PopeMetrics,
@@ -27,18 +28,32 @@ PYes = Callable[[Sequence[Prompt]], list[float]]
 """Probability of yes rather than no, per prompt."""
 Judge = Callable[[Sequence[Response]], list[JudgedCaption]]
 """Segments, facts and labels of each response, in order."""
+Review = Callable[[Sequence[JudgedCaption]], list[JudgedCaption]]
+"""The same captions as another judge sees them, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captions:
-    """The judged captions of one policy, in the order of the prompts."""
+    """The judged captions of one policy, in the order of the prompts.
+
+    ``others`` are the same captions as further judges see them, by the judges' names.
+    """
 
     greedy: tuple[JudgedCaption, ...]
     sampled: tuple[JudgedCaption, ...]
+    others: dict[str, "Captions"] = field(default_factory=dict)
 
     def of(self, mode: Mode) -> tuple[JudgedCaption, ...]:
         """Return the captions of one decoding mode."""
         return self.greedy if mode == "greedy" else self.sampled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PopeAnswer:
+    """A yes/no question and whether the policy said yes."""
+
+    question: PopeQuestion
+    yes: bool
 
 
 def evaluate_policy(
@@ -47,12 +62,15 @@ def evaluate_policy(
     prompts: Sequence[Prompt],
     *,
     judge: Judge,
+    judge_name: str = "",
+    others: Mapping[str, Review] | None = None,
     questions: Sequence[PopeQuestion] = (),
     config: Config,
-) -> tuple[EvalReport, Captions]:
+) -> tuple[EvalReport, Captions, list[PopeAnswer]]:
     """Caption the held-out prompts twice, judge the captions, and put the yes/no questions.
 
     Requests depend on the prompts and ``config.eval.seed`` alone, so two policies get the same.
+    ``others`` look at the captions after the judge, in order.
 
     Raises:
         DataError: no prompts, or an engine that lost a response.
@@ -64,15 +82,32 @@ def evaluate_policy(
         *eval_requests(prompts, "sampled", config),
     ]
     judged = judge(_in_order(generate(requests), requests))
-    captions = Captions(greedy=tuple(judged[: len(prompts)]), sampled=tuple(judged[len(prompts) :]))
-    by_strategy = ask_pope(p_yes, questions)
+    reviews = {name: review(judged) for name, review in (others or {}).items()}
+    others_see = {name: _captions(review) for name, review in reviews.items()}
+    captions = replace(_captions(judged), others=others_see)
+    answers = ask_pope(p_yes, questions)
+    by_strategy = pope_by_strategy(answers)
+    view = _view(captions, config)
     report = EvalReport(
-        greedy=caption_metrics(captions.greedy, config.kind_names),
-        sampled=caption_metrics(captions.sampled, config.kind_names),
+        greedy=view.greedy,
+        sampled=view.sampled,
         pope=mean_metrics(list(by_strategy.values())) if by_strategy else None,
         pope_by_strategy=by_strategy,
+        judge=judge_name,
+        others={name: _view(other, config) for name, other in others_see.items()},
     )
-    return report, captions
+    return report, captions, answers
+
+
+def _captions(judged: Sequence[JudgedCaption]) -> Captions:
+    """Greedy ones come first, as they were asked for."""
+    half = len(judged) // 2
+    return Captions(greedy=tuple(judged[:half]), sampled=tuple(judged[half:]))
+
+
+def _view(captions: Captions, config: Config) -> CaptionView:
+    greedy, sampled = (caption_metrics(captions.of(mode), config.kind_names) for mode in MODES)
+    return CaptionView(greedy=greedy, sampled=sampled)
 
 
 def eval_requests(prompts: Sequence[Prompt], mode: Mode, config: Config) -> list[GenerationRequest]:
@@ -101,8 +136,8 @@ def _in_order(
     return responses
 
 
-def ask_pope(p_yes: PYes, questions: Sequence[PopeQuestion]) -> dict[str, PopeMetrics]:
-    """Put each distinct question once and score every strategy; yes means p(yes) >= 0.5."""
+def ask_pope(p_yes: PYes, questions: Sequence[PopeQuestion]) -> list[PopeAnswer]:
+    """Put each distinct question once; yes means p(yes) >= 0.5. Answers are in order."""
     distinct = {(question.image.sha256, question.text): question for question in questions}
     prompts = [
         Prompt(id=f"pope-{index}", image=question.image, text=question.text)
@@ -114,10 +149,15 @@ def ask_pope(p_yes: PYes, questions: Sequence[PopeQuestion]) -> dict[str, PopeMe
             f"evaluation: {len(lost)} of {len(distinct)} yes/no questions got no answer, the first "
             f"about {lost[0].image.path}: {lost[0].text!r}; leave out that image"
         )
+    return [PopeAnswer(question=q, yes=yes[q.image.sha256, q.text] >= 0.5) for q in questions]
+
+
+def pope_by_strategy(answers: Sequence[PopeAnswer]) -> dict[str, PopeMetrics]:
+    """Score the answers of every strategy that there are questions of."""
     scores: dict[str, PopeMetrics] = {}
     for strategy in STRATEGIES:
-        asked = [question for question in questions if question.strategy == strategy]
+        asked = [answer for answer in answers if answer.question.strategy == strategy]
         if asked:
-            answers = [yes[question.image.sha256, question.text] >= 0.5 for question in asked]
-            scores[strategy] = pope_metrics(answers, [question.label for question in asked])
+            labels = [answer.question.label for answer in asked]
+            scores[strategy] = pope_metrics([answer.yes for answer in asked], labels)
     return scores

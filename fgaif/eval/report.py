@@ -3,13 +3,17 @@
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fgaif.data.images import load_image
 from fgaif.errors import DataError
@@ -23,16 +27,18 @@ from fgaif.eval.plots import (
 )
 from fgaif.eval.policy import MODES, Mode
 from fgaif.eval.run_folder import RunOutcome, read_run
-from fgaif.eval.run_results import PHASES, Phase
+from fgaif.eval.run_results import ORACLE, PHASES, REWARDS, Phase
 from fgaif.files import write_whole
 from fgaif.tracking import Metric, explain
 from fgaif.types import ImageRef, Json, PopeMetrics
 
+_NO_VIEW = ("length", "repetition", "malformed")
+"""Figures that depend on no judge: shown once."""
 EXAMPLES = 8
 """Images shown: the first ones of the held-out set, not chosen ones."""
 
 _MAX_SIDE = 336
-_COLOURS = {"better": "green", "worse": "red", "same": "dim", "": ""}
+_COLOURS = {"better": "green", "worse": "red", "unclear": "dim", "": ""}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +74,7 @@ def build_report(run_dir: Path, wall_seconds: float | None = None) -> Path:
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
-        "hallucination": errors_figure(results.evals),
+        "hallucination": errors_figure(results.evals, results.judge, results.spreads),
         "ppo": curves_figure(results.steps, results.colours),
         "calibration": calibration_figure(results.rewards, results.colours),
     }
@@ -82,29 +88,56 @@ def build_report(run_dir: Path, wall_seconds: float | None = None) -> Path:
     return folder / "report.html"
 
 
-def console_table(run_dir: Path) -> Table:
-    """Before and after as a table for the console."""
-    evals = read_run(run_dir).evals
-    table = Table(title="held-out images, before and after", title_justify="left")
-    table.add_column("")
-    modes = MODES[::-1]
-    for mode in modes:
-        for column in PHASES:
-            table.add_column(f"{mode}\n{column}", justify="right")
-        table.add_column("\nchange", justify="right")
-    sides = {mode: [getattr(evals.get(phase), mode, None) for phase in PHASES] for mode in modes}
-    for rows in zip(*(compare(*sides[mode]) for mode in modes), strict=True):
-        table.add_row(rows[0].figure.title, *[cell for row in rows for cell in _cells(row)])
-    table.add_section()
-    for row in compare(*[getattr(evals.get(phase), "pope", None) for phase in PHASES]):
-        table.add_row(f"POPE {row.figure.title}", *_cells(row))
-    return table
+def console_table(run_dir: Path) -> Group:
+    """Before and after as tables for the console, one per judge and mode; 80 columns wide."""
+    results = read_run(run_dir)
+    if not results.evals:
+        return Group(Text("no evaluation yet: run `fgaif eval run`"))
+    parts = [_console_part(title, rows) for title, rows in _tables(results)]
+    for strategy, rows in _pope_tables(results).items():
+        if strategy == "mean":
+            parts.append(_console_part("POPE, mean of the strategies", rows))
+    note = "[95 % intervals]: bootstrap over images, of the change paired; a change is called"
+    return Group(*parts, Text(f"{note} better or worse where its interval leaves out zero."))
+
+
+def _console_part(title: str, rows: Iterable[Change]) -> Group:
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        if row.known:
+            table.add_row(row.figure.title, *_cells(row))
+    return Group(Text(title, style="italic"), table)
+
+
+def _tables(results: RunOutcome) -> Iterator[tuple[str, list[Change]]]:
+    """Title and rows of each mode as the judge sees it, then as each of the others does."""
+    evals = [results.evals.get(phase) for phase in PHASES]
+    names = dict.fromkeys(name for found in evals if found for name in found.others)
+    for mode in MODES[::-1]:
+        sides = [getattr(found, mode, None) for found in evals]
+        title = f"{mode} captions, judged by {results.judge}"
+        yield title, list(compare(*sides, spreads=results.spreads.get(mode)))
+    for name in names:
+        for mode in MODES[::-1]:
+            sides = [getattr(found and found.others.get(name), mode, None) for found in evals]
+            spreads = results.other_spreads.get(name, {}).get(mode)
+            rows = [
+                row for row in compare(*sides, spreads=spreads) if row.figure.key not in _NO_VIEW
+            ]
+            note = ", which PPO optimised" if name == REWARDS else ""
+            yield f"{mode} captions, as {name} see them{note}", rows
 
 
 def _cells(row: Change) -> list[str]:
     colour = _COLOURS[row.verdict]
     change = f"[{colour}]{row.change}[/]" if colour and row.change else row.change
-    return [row.before, row.after, change]
+    texts = (row.before, row.after, change)
+    return [
+        f"{text}\n[dim]{escape(spread)}[/]" if spread else text
+        for text, spread in zip(texts, row.ranges, strict=True)
+    ]
 
 
 def render_html(results: RunOutcome, tree: Json, figures: dict[str, Figure | None]) -> str:
@@ -116,21 +149,19 @@ def render_html(results: RunOutcome, tree: Json, figures: dict[str, Figure | Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    evals = results.evals
-    tables = {
-        mode: list(compare(*[getattr(evals.get(phase), mode, None) for phase in PHASES]))
-        for mode in MODES[::-1]
-    }
     return environment.get_template("report.html").render(
         results=results,
         tree=tree,
-        tables=tables,
+        tables=list(_tables(results)) if results.evals else [],
         pope=_pope_tables(results),
         kind_colours=results.colours,
         figures={name: to_svg(figure) for name, figure in figures.items() if figure is not None},
         metrics=list(_last_values(results)),
         examples=list(_examples(results)),
         phases=PHASES,
+        self_graded=results.judge == REWARDS,
+        judging={phase: found.judging for phase, found in results.evals.items() if found.judging},
+        oracle=ORACLE,
     )
 
 
@@ -143,7 +174,10 @@ def _pope_tables(results: RunOutcome) -> dict[str, list[Change]]:
         sides["mean"] = [found.pope if found else None for found in evals]
     for name in names:
         sides[name] = [found.pope_by_strategy.get(name) if found else None for found in evals]
-    return {name: list(compare(*pair)) for name, pair in sides.items()}
+    return {
+        name: list(compare(*pair, spreads=results.pope_spreads.get(name)))
+        for name, pair in sides.items()
+    }
 
 
 def _last_values(results: RunOutcome) -> Iterator[LastValue]:

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,9 @@ import yaml
 from pydantic import ValidationError
 
 from fgaif.errors import DataError
+from fgaif.eval.policy import MODES, Mode
 from fgaif.eval.run_results import PHASES, Phase, read_eval, report_json, too_long
+from fgaif.eval.spread import Spread, Spreads, caption_spreads, pope_spreads
 from fgaif.kinds import KindConfig, check_kinds, kind_colours, own_colours
 from fgaif.tracking import read_metrics
 from fgaif.types import DEFAULT_KINDS, EvalReport, Json, Kind, StepReport
@@ -30,7 +32,9 @@ class RunOutcome:
 
     ``colours`` are those of the run's kinds, in order. ``rewards`` are the reward models' cards by
     kind; their ``metrics`` are figures against the truth on held-out images where that was measured
-    (``reward_truth``), else those of the cards, against the feedback's labels.
+    (``reward_truth``), else those of the cards, against the feedback's labels. ``spreads`` are the
+    intervals of the judge's figures by mode, ``other_spreads`` the same of further judges by their
+    names, ``pope_spreads`` by strategy.
     """
 
     name: str
@@ -45,6 +49,14 @@ class RunOutcome:
     steps: list[StepReport]
     provenance: Json
     missing: tuple[str, ...]
+    spreads: dict[Mode, Spreads] = field(default_factory=dict)
+    other_spreads: dict[str, dict[Mode, Spreads]] = field(default_factory=dict)
+    pope_spreads: dict[str, Spreads] = field(default_factory=dict)
+
+    @property
+    def judge(self) -> str:
+        """Who judged the captions; both names where they differ, empty without an evaluation."""
+        return ", then ".join(dict.fromkeys(found.judge for found in self.evals.values()))
 
     def to_json(self, wall_seconds: float | None) -> Json:
         """The content of ``report.json``; without a measured wall time, the stages' sum."""
@@ -62,6 +74,15 @@ class RunOutcome:
             **{
                 phase: report_json(self.evals[phase]) if phase in self.evals else None
                 for phase in PHASES
+            },
+            "judge": self.judge,
+            "intervals": {
+                **{mode: _spread_json(found) for mode, found in self.spreads.items()},
+                "pope": {name: _spread_json(found) for name, found in self.pope_spreads.items()},
+                "others": {
+                    name: {mode: _spread_json(found) for mode, found in by_mode.items()}
+                    for name, by_mode in self.other_spreads.items()
+                },
             },
             "provenance": self.provenance | {"rewards_against": self.reward_truth},
             "missing": list(self.missing),
@@ -86,6 +107,7 @@ def read_run(run_dir: Path) -> RunOutcome:
     colours = _kind_colours(config)
     rewards, reward_truth = _read_rewards(run_dir, list(colours), missing)
     evals, captions = _read_evals(run_dir / "eval", list(colours), missing)
+    spreads, other_spreads, pope = _read_spreads(run_dir / "eval", evals, captions, missing)
     feedback = summary.get("accuracy") or {}
     if summary and not feedback:
         missing.append("feedback accuracy: the truth is not known for these images")
@@ -102,6 +124,9 @@ def read_run(run_dir: Path) -> RunOutcome:
         steps=_read_steps(run_dir / "policy" / "metrics.jsonl", missing),
         provenance=_provenance(run_dir, config, stages, (summary.get("skipped") or {}) | long),
         missing=tuple(missing),
+        spreads=spreads,
+        other_spreads=other_spreads,
+        pope_spreads=pope,
     )
 
 
@@ -128,6 +153,66 @@ def _read_evals(
         check_kinds(folder / f"{phase}.json", found, kinds)
         captions[phase] = _read_lines(folder / f"{phase}_captions.jsonl", missing)
     return evals, captions
+
+
+def _read_spreads(
+    folder: Path,
+    evals: Mapping[Phase, EvalReport],
+    captions: Mapping[Phase, list[Json]],
+    missing: list[str],
+) -> tuple[dict[Mode, Spreads], dict[str, dict[Mode, Spreads]], dict[str, Spreads]]:
+    """Intervals by mode, those of other judges, and POPE's, from what the evaluations counted."""
+    rows = {phase: [row for row in found if "counts" in row] for phase, found in captions.items()}
+    if any(captions.values()) and not any(rows.values()):
+        missing.append(
+            "intervals: an earlier version made this evaluation; `fgaif eval run --force` counts "
+            "what they are made of"
+        )
+    if len({found.judge for found in evals.values()}) > 1:
+        missing.append(
+            "a comparison: before and after have other judges; run `fgaif eval run --force`"
+        )
+        return {}, {}, {}
+
+    def by_mode(counts: Callable[[Json], Json | None]) -> dict[Mode, Spreads]:
+        return {
+            mode: caption_spreads(
+                *(
+                    [
+                        row | {"counts": found}
+                        for row in rows.get(phase, [])
+                        if row["mode"] == mode and (found := counts(row)) is not None
+                    ]
+                    for phase in PHASES
+                )
+            )
+            for mode in MODES
+        }
+
+    names = dict.fromkeys(name for found in evals.values() for name in found.others)
+    others = {
+        name: by_mode(lambda row, name=name: row.get("others", {}).get(name, {}).get("counts"))  # type: ignore[misc]
+        for name in names
+    }
+    answers = {
+        phase: _read_lines(path, missing) if path.is_file() else []
+        for phase in PHASES
+        for path in [folder / f"{phase}_pope.jsonl"]
+    }
+    return by_mode(lambda row: row["counts"]), others, pope_spreads(*answers.values())
+
+
+def _spread_json(spreads: Spreads) -> Json:
+    """Ends of the intervals by figure: before, after, and of the change."""
+    return {
+        name: {
+            "before": [spread.before.low, spread.before.high],
+            "after": [spread.after.low, spread.after.high],
+            "change": [spread.change.low, spread.change.high],
+        }
+        for name, spread in spreads.items()
+        if spread != Spread()
+    }
 
 
 def _read_rewards(

@@ -1,21 +1,23 @@
-"""Evaluations on disk: ``eval/{before,after}.json`` and their captions with verdicts."""
+"""Evaluations on disk: ``eval/{before,after}.json`` captions with verdicts, POPE."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args
 
 from fgaif.errors import DataError
-from fgaif.eval.captions import JudgedCaption, repeated_segments, token_length
-from fgaif.eval.policy import MODES, Captions, Mode
+from fgaif.eval.captions import JudgedCaption, caption_counts, repeated_segments, token_length
+from fgaif.eval.policy import MODES, Captions, Mode, PopeAnswer
 from fgaif.eval.pope_questions import STRATEGIES
 from fgaif.files import write_json, write_whole
 from fgaif.types import (
     DEFAULT_KINDS,
     UNKNOWN,
     CaptionMetrics,
+    CaptionView,
     EvalReport,
+    IntArray,
     Json,
     Kind,
     PopeMetrics,
@@ -25,6 +27,8 @@ from fgaif.types import (
 Phase = Literal["before", "after"]
 _TOO_LONG = "data/too_long.json"
 PHASES: tuple[Phase, ...] = get_args(Phase)
+ORACLE, REWARDS = "the truth of the embedded world", "the reward models"
+"""Names of judges; verifiers have those of their models."""
 
 
 def note_too_long(run_dir: Path, stage: str, count: int) -> None:
@@ -54,8 +58,14 @@ def report_json(report: EvalReport) -> Json:
         pope = {**asdict(report.pope), **parts}
     return {
         "kinds": list(report.sampled.kinds),
+        "judge": report.judge,
         "greedy": figures_json(report.greedy),
         "sampled": figures_json(report.sampled),
+        "others": {
+            name: {"greedy": figures_json(view.greedy), "sampled": figures_json(view.sampled)}
+            for name, view in report.others.items()
+        },
+        "judging": report.judging,
         "pope": pope,
     }
 
@@ -66,16 +76,52 @@ def figures_json(metrics: CaptionMetrics) -> Json:
     return tree.pop("kinds") | tree
 
 
-def write_eval(folder: Path, phase: Phase, report: EvalReport, captions: Captions) -> None:
-    """Write ``{phase}.json`` and ``{phase}_captions.jsonl``; the first, complete, comes last."""
+def write_eval(
+    folder: Path,
+    phase: Phase,
+    report: EvalReport,
+    captions: Captions,
+    answers: Sequence[PopeAnswer] = (),
+) -> None:
+    """Write ``{phase}.json``, ``{phase}_captions.jsonl`` and, where POPE was asked,
+    ``{phase}_pope.jsonl``; the first, complete, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        json.dumps(caption_json(caption, mode), ensure_ascii=False)
-        for mode in MODES
-        for caption in captions.of(mode)
-    ]
-    write_whole(folder / f"{phase}_captions.jsonl", "".join(row + "\n" for row in rows))
+    rows = [row for mode in MODES for row in _rows(captions, mode)]
+    write_whole(folder / f"{phase}_captions.jsonl", _lines(rows))
+    if answers:
+        write_whole(folder / f"{phase}_pope.jsonl", _lines(map(_answer_json, answers)))
     write_whole(folder / f"{phase}.json", json.dumps(report_json(report), indent=2) + "\n")
+
+
+def _lines(rows: Iterable[Json]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _rows(captions: Captions, mode: Mode) -> Iterator[Json]:
+    for index, caption in enumerate(captions.of(mode)):
+        row = caption_json(caption, mode)
+        views = {name: view.of(mode)[index] for name, view in captions.others.items()}
+        if views:
+            row["others"] = {name: _view_json(view) for name, view in views.items()}
+        yield row
+
+
+def _view_json(caption: JudgedCaption) -> Json:
+    labeled = caption.labeled
+    return {"labels": [_labels(labeled.kinds, row) for row in labeled.labels]} | {
+        "counts": caption_counts(caption)
+    }
+
+
+def _answer_json(answer: PopeAnswer) -> Json:
+    question = answer.question
+    return {
+        "strategy": question.strategy,
+        "sha256": question.image.sha256,
+        "question": question.text,
+        "label": question.label,
+        "yes": answer.yes,
+    }
 
 
 def read_eval(folder: Path, phase: Phase) -> EvalReport:
@@ -91,11 +137,22 @@ def read_eval(folder: Path, phase: Phase) -> EvalReport:
         parts: dict[str, PopeMetrics] = {
             name: PopeMetrics(**pope.pop(name)) for name in STRATEGIES if pope and name in pope
         }
+        sampled = _metrics(tree["sampled"], kinds)
+        # Earlier versions named no judge: without the truth it was always the reward models.
+        unnamed = REWARDS if sampled.recall is None else ORACLE
         return EvalReport(
             greedy=_metrics(tree["greedy"], kinds),
-            sampled=_metrics(tree["sampled"], kinds),
+            sampled=sampled,
             pope=PopeMetrics(**pope) if pope else None,
             pope_by_strategy=parts,
+            judge=tree.get("judge") or unnamed,
+            others={
+                name: CaptionView(
+                    greedy=_metrics(view["greedy"], kinds), sampled=_metrics(view["sampled"], kinds)
+                )
+                for name, view in tree.get("others", {}).items()
+            },
+            judging=tree.get("judging", {}),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
@@ -124,10 +181,11 @@ def caption_json(caption: JudgedCaption, mode: Mode) -> Json:
         "finish": labeled.response.finish,
         "tokens": token_length(labeled.response),
         "objects": sorted(caption.objects) if caption.objects is not None else None,
+        "counts": caption_counts(caption),
         "segments": [
             {
                 "text": text,
-                "labels": {kind: _class_name(row[k]) for k, kind in enumerate(labeled.kinds)},
+                "labels": _labels(labeled.kinds, row),
                 "repeated": repeated[index],
                 "malformed": caption.malformed[index] if caption.malformed is not None else None,
                 "facts": [
@@ -139,6 +197,10 @@ def caption_json(caption: JudgedCaption, mode: Mode) -> Json:
             for index, (text, row) in enumerate(zip(texts, labeled.labels, strict=True))
         ],
     }
+
+
+def _labels(kinds: Sequence[Kind], row: IntArray) -> dict[Kind, str]:
+    return {kind: _class_name(row[k]) for k, kind in enumerate(kinds)}
 
 
 def _class_name(label: int) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from fgaif.chat.limits import estimate
+from fgaif.chat.limits import estimate, has_price
 from fgaif.chat.messages import ChatRequest
 from fgaif.config import API, Config
 from fgaif.feedback.extract import load_facts_prompt
@@ -33,13 +33,15 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What one model will be asked; ``tokens`` and ``cost`` are about what it will come to."""
+    """What one model will be asked; ``tokens`` and ``cost`` are about what it will come to,
+    ``priced`` is False where an endpoint has no price."""
 
     role: str
     model: str
     requests: int
     tokens: int
     cost: float
+    priced: bool = True
 
 
 def measure(
@@ -108,4 +110,5 @@ def _asked(role: str, model: str, count: float, request: ChatRequest, config: Co
         requests=requests,
         tokens=requests * each.tokens,
         cost=requests * each.cost,
+        priced=has_price(endpoint),
     )

@@ -1,11 +1,10 @@
 """CHAIR: objects that captions name and images do not show (Rohrbach et al., 2018).
 
 One and the same for COCO's annotations, which the command reads, and for the embedded world, whose
-scenes say what an image shows: ``chair_scores`` scores what captions name against what images show.
+scenes say what an image shows: ``caption_stats`` counts what captions name against that.
 """
 
 import logging
-import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,29 +53,6 @@ FIGURES = (
     ),
     Figure(key="length", title="length", meaning="Words per caption", better=0, share=False),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChairScores:
-    """``chair_s``: captions with a hallucinated object / captions; ``chair_i``: hallucinated
-    mentions / mentions; ``recall``: objects named / objects shown. None without a denominator."""
-
-    chair_s: float | None
-    chair_i: float | None
-    recall: float | None
-
-
-def chair_scores(
-    mentions: Sequence[Sequence[str]], objects: Sequence[Collection[str]]
-) -> ChairScores:
-    """Score captions, each with the objects it names (repeats count) and those the image shows.
-
-    Sums run over the corpus: a caption with many mentions weighs more in ``chair_i``.
-    """
-    rows = [caption_stats(*pair) for pair in zip(mentions, objects, strict=True)]
-    sums = np.array(rows, np.float64).reshape(-1, len(COLUMNS)).sum(axis=0)
-    named = {k: None if math.isnan(v) else float(v) for k, v in chair_figures(sums).items()}
-    return ChairScores(chair_s=named["chair_s"], chair_i=named["chair_i"], recall=named["recall"])
 
 
 def caption_stats(mentions: Sequence[str], objects: Collection[str], words: int = 0) -> list[float]:

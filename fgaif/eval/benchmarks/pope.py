@@ -116,7 +116,7 @@ def score_pope(
                 official = read_answer(found.text)
                 if strict is not None and strict != official:
                     disagree.append(found)
-                row[index] = _answer_stats(official, strict, question.label)
+                row[index] = answer_stats(official, strict, question.label)
                 rows.append(row.ravel())
                 items.append(_item(split, question, found))
     stats = np.array(rows)
@@ -174,7 +174,8 @@ def _warn_of_readings(disagree: Sequence[AnswerRow], stats: Stats) -> None:
         )
 
 
-def _answer_stats(yes: bool, strict: bool | None, label: bool) -> Stats:
+def answer_stats(yes: bool, strict: bool | None, label: bool) -> Stats:
+    """What one answer adds to ``COLUMNS``: as the official and as the strict rule read it."""
     said = strict is True
     official = (1, label, yes == label, yes, yes and label)
     return np.array([*official, strict == label, said, said and label, strict is None], np.float64)
