@@ -66,13 +66,14 @@ class FakeHub:
         if path.endswith("/commit/main"):
             rows = [json.loads(line) for line in body.splitlines()]
             self.sent.append((path, rows))
-            return {"commitUrl": "u", "commitOid": "c" * 40, "success": True}
+            url = f"{constants.ENDPOINT}/{self.repository}/commit/{'c' * 40}"
+            return {"commitUrl": url, "commitOid": "c" * 40, "success": True}
         asked = json.loads(body)
         self.sent.append((path, asked))
         if "/preupload/" in path:
-            files = [{"path": f["path"], "uploadMode": "regular"} for f in asked["files"]]
-            return {"files": files}
-        return {"url": "u", "name": asked.get("name", "")}
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            return {"files": [{"path": file["path"], **mode} for file in asked["files"]]}
+        return {"url": f"{constants.ENDPOINT}/{self.repository}"}
 
     @cached_property
     def server(self) -> ThreadingHTTPServer:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cluster.cli.hub import push
 from cluster.cli.jobs import jobs_app, submit
 from cluster.cli.labels import labels_app
 from cluster.cli.logs import logs
@@ -362,6 +363,7 @@ app.command()(logs)
 app.command()(scale)
 app.command("list")(list_runs)
 app.command()(replay)
+app.command()(push)
 app.add_typer(eval_app)
 
 
