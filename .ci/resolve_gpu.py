@@ -16,7 +16,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("gpu", "dev")
+EXTRAS = ("gpu", "dev", "baselines")
 HEADER = """\
 # What pip chooses for machines with NVIDIA GPUs (Linux x86-64), kept to the tested versions of
 # constraints.txt where vllm and the CUDA build of torch allow it. Made by .ci/resolve_gpu.py.
@@ -27,7 +27,7 @@ CONFLICT = re.compile(r"\(constraint\) ([A-Za-z0-9._-]+)==")
 
 
 def requirements() -> list[str]:
-    """What `pip install .[gpu,dev]` asks for."""
+    """What `pip install .[gpu,dev,baselines]` asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [text for extra in EXTRAS for text in project["optional-dependencies"][extra]]
     return [*project["dependencies"], *extras]

@@ -27,7 +27,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("fgaif.data",),
     ("fgaif.chat", "fgaif.lvlm"),
     ("fgaif.feedback", "fgaif.reward", "fgaif.scene_models"),
-    ("fgaif.eval", "fgaif.ppo", "fgaif.serving"),
+    ("fgaif.baselines", "fgaif.eval", "fgaif.ppo", "fgaif.serving"),
     ("fgaif.client",),
     ("actors",),
     ("cluster.console", "cluster.placement", "cluster.roles"),
@@ -151,7 +151,13 @@ def test_only_the_cluster_makes_actors_remote(package: str) -> None:
 def test_every_imported_distribution_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *extras["cpu"], *extras["gpu"], *extras["track"]]
+    texts = [
+        *project["dependencies"],
+        *extras["cpu"],
+        *extras["gpu"],
+        *extras["track"],
+        *extras["baselines"],
+    ]
     declared = {Requirement(text).name.lower() for text in texts}
     used = set().union(*(roots(path) for path in MODULES))
     third_party = used - set(sys.stdlib_module_names) - set(PACKAGES)

@@ -76,7 +76,12 @@ def test_every_data_file_of_the_package_is_installed() -> None:
 @pytest.mark.parametrize(("file", "extra"), [("constraints.txt", "cpu"), (GPU_PINS, "gpu")])
 def test_pins_lie_within_the_declared_ranges(file: str, extra: str) -> None:
     pinned = pins(file)
-    texts = [*PROJECT["project"]["dependencies"], *EXTRAS[extra], *EXTRAS["dev"]]
+    texts = [
+        *PROJECT["project"]["dependencies"],
+        *EXTRAS[extra],
+        *EXTRAS["dev"],
+        *EXTRAS["baselines"],
+    ]
     for text in texts:
         requirement = Requirement(text)
         version = pinned[normal(requirement.name)]
@@ -98,7 +103,7 @@ def test_gpu_machines_get_the_minor_version_of_vllm_that_was_tested() -> None:
 def test_the_installer_uses_the_pins_of_its_device() -> None:
     script = (ROOT / ".ci" / "install").read_text(encoding="utf-8")
     assert "cpu) pins=constraints.txt ;;\ngpu) pins=constraints-gpu.txt ;;" in script
-    assert re.findall(r'pip install (.*) "\.\[(cpu|gpu),dev\]"', script) == [
+    assert re.findall(r'pip install (.*) "\.\[(cpu|gpu),dev,baselines\]"', script) == [
         ("-c $pins -e", "gpu"),
         ("-c $pins -e", "cpu"),
     ]

@@ -60,14 +60,14 @@ def existing_outputs(run_dir: Path, stage: Stage) -> tuple[str, ...]:
     return tuple(name for name in OUTPUTS[stage] if (run_dir / name).exists())
 
 
-def next_aside(run_dir: Path, stage: Stage) -> Path:
-    """The folder that the stage's outputs would be moved into."""
+def next_aside(run_dir: Path, stage: str) -> Path:
+    """The folder that the stage's, or another command's, outputs would be moved into."""
     root = run_dir / "aside"
     used = [path.name.removeprefix(f"{stage}-") for path in root.glob(f"{stage}-*")]
     return root / f"{stage}-{max((int(n) for n in used if n.isdecimal()), default=0) + 1}"
 
 
-def move_aside(run_dir: Path, stage: Stage, outputs: Sequence[str], note: Json) -> Path:
+def move_aside(run_dir: Path, stage: str, outputs: Sequence[str], note: Json) -> Path:
     """Move outputs into a new folder below ``RUN/aside``, with ``note`` in ``aside.json``.
 
     Raises:

@@ -118,6 +118,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("cluster.engine", "max_num_seqs max_model_len kv_cache_mib", _EXECUTION),
     ("cluster.engine", "gpu_memory_utilization tensor_parallel enforce_eager", _EXECUTION),
     ("tracking", "tensorboard wandb trackio project rollouts", _EXECUTION),
+    ("baseline", "*", _EXECUTION),  # no stage: `fgaif baseline` keeps its own settings
     ("study", "*", _EXECUTION),  # variants are runs of their own
     ("serve", "*", _EXECUTION),  # a service, no stage
 )

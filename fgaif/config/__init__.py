@@ -3,6 +3,7 @@
 A module per part; everything is imported from here.
 """
 
+from fgaif.config.baseline import BaselineConfig
 from fgaif.config.cluster import (
     AutoscaleConfig,
     ClusterConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "SCENES_CONFIG",
     "AnchorConfig",
     "AutoscaleConfig",
+    "BaselineConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",

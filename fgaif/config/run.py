@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fgaif.config.baseline import BaselineConfig
 from fgaif.config.cluster import ClusterConfig
 from fgaif.config.data import DataConfig
 from fgaif.config.feedback import API, EndpointConfig, FeedbackConfig
@@ -82,6 +83,7 @@ class Config(Section):
     """OpenAI-compatible APIs by a name of your choice."""
     reward: RewardConfig = RewardConfig()
     ppo: PpoConfig = PpoConfig()
+    baseline: BaselineConfig = BaselineConfig()
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -56,7 +56,7 @@ class Encoder:
         Image tokens in the text are removed, with a line break beside them: LLaVA's data begins
         prompts with them, and the image comes anyway. Other special tokens become plain text.
         """
-        said = {"type": "text", "text": self.plain(self._without_image_token(text))}
+        said = {"type": "text", "text": self.said(text)}
         message = {"role": "user", "content": [{"type": "image"}, said]}
         return self.processor.apply_chat_template([message], add_generation_prompt=True)
 
@@ -70,7 +70,7 @@ class Encoder:
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a prompt without an image, its text treated as in ``render``."""
-        said = {"type": "text", "text": self.plain(self._without_image_token(text))}
+        said = {"type": "text", "text": self.said(text)}
         message = {"role": "user", "content": [said]}
         rendered = self.processor.apply_chat_template([message], add_generation_prompt=True)
         return self._tokenize(rendered)
@@ -90,6 +90,10 @@ class Encoder:
         while self._special.search(text):
             text = self._special.sub(lambda found: f"{found[0][:-1][:1]} {found[0][1:]}", text)
         return text
+
+    def said(self, text: str) -> str:
+        """What somebody says, as ``render`` writes it: no image token, no special tokens."""
+        return self.plain(self._without_image_token(text))
 
     def _without_image_token(self, text: str) -> str:
         token = self.image_token

@@ -45,6 +45,7 @@ from fgaif.reward.dense import (
     segment_penalties,
     segment_rewards,
     segment_values,
+    terminal_reward,
 )
 from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.model import RewardModel, SharedRewardModels, segment_probs
@@ -61,7 +62,8 @@ class TextScores:
 
     ``probs`` (S, K, C) are class probabilities of segment and kind, ``values`` (S, K) what they
     are worth, unweighted, and ``rewards`` (S,) what PPO adds at each segment's last token: the
-    weighted sum of the values, less a penalty where a segment repeats an earlier one.
+    weighted sum of the values, less a penalty where a segment repeats an earlier one; ``terminal``
+    is what is lost at the end of a response that never ended or is too long.
     """
 
     response: Response
@@ -70,6 +72,7 @@ class TextScores:
     probs: FloatArray
     values: FloatArray
     rewards: FloatArray
+    terminal: float = 0.0
 
     @property
     def text(self) -> str:
@@ -85,6 +88,11 @@ class TextScores:
     def total(self) -> float:
         """Sum of the segments' rewards."""
         return float(self.rewards.sum())
+
+    @property
+    def whole(self) -> float:
+        """What responses are ranked by: the total, and what PPO adds at their end."""
+        return self.total + self.terminal
 
     def classes(self) -> list[dict[Kind, SegmentClass]]:
         """The most likely class of each segment, by kind."""
@@ -237,6 +245,18 @@ class Rewards:
         seen = as_image(image)
         asked = DESCRIBE if prompt is None else prompt
         responses = [make_response(seen, each, self._tokenizer, prompt=asked) for each in texts]
+        scores = self.score_responses(responses, centers=centers)
+        return scores[0] if isinstance(text, str) else scores
+
+    def score_responses(
+        self, responses: Sequence[Response], *, centers: RewardCenters | None = None
+    ) -> list[TextScores]:
+        """Score responses with the ids that were sampled, about images of their own.
+
+        Raises:
+            DataError: one is too long or holds the image token.
+            CheckpointError: the models give numbers that are not finite.
+        """
         segments = segment_responses(responses, self._tokenizer, self._min_words)
         self._check_lengths(responses, segments)
         found = self._probs(responses, segments)
@@ -245,11 +265,10 @@ class Rewards:
                 f"reward models {self.version}: their probabilities are not finite; train them "
                 "again, or load them in float32"
             )
-        scores = [
+        return [
             self._scores(response, pieces, probs, centers)
             for response, pieces, probs in zip(responses, segments, found, strict=True)
         ]
-        return scores[0] if isinstance(text, str) else scores
 
     def __repr__(self) -> str:
         return f"Rewards({', '.join(self.kinds)}; version {self.version})"
@@ -308,6 +327,7 @@ class Rewards:
             probs=probs,
             values=values,
             rewards=segment_rewards(values, kind_weights(shape, self.kinds), penalties),
+            terminal=terminal_reward(response, shape),
         )
 
 

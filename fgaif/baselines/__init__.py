@@ -1,0 +1,1 @@
+"""Preference pairs and SFT rows made of our scores, and TRL's trainers run on them."""
