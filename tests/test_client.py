@@ -439,6 +439,29 @@ def test_streams_that_fail_say_why(stub: Stub, sort: type) -> None:
         stream(sort("http://127.0.0.1:9", attempts=2, backoff_s=0.001), *PIECES)
 
 
+def test_nothing_is_sent_where_a_redirect_leads(ask: Ask, stub: Stub) -> None:
+    with Stub() as elsewhere:
+        stub.replies = [fails(307, Location=f"{elsewhere.url}/v1/score")]
+        with pytest.raises(ScoringError, match="redirects") as caught:
+            ask("score", png(), "A dog.", settings={"key": KEY})
+        told = re.search(r"redirects to (\S+), .* give it as base_url", str(caught.value))
+        assert told is not None
+        assert told[1] == elsewhere.url
+        assert not caught.value.passing
+        assert elsewhere.bodies == elsewhere.headers == []
+        with RewardClient(told[1]) as client:  # the advice, followed
+            assert client.score(png(), "A dog.").results[0].total == 2.0
+
+
+@pytest.mark.parametrize("sort", [RewardClient, AsyncRewardClient])
+def test_no_stream_is_opened_where_a_redirect_leads(stub: Stub, sort: type) -> None:
+    with Stub() as elsewhere:
+        stub.replies = [fails(302, Location=f"{elsewhere.url}/v1/score/stream")]
+        with pytest.raises(ScoringError, match=f"302: redirects to {elsewhere.url}, where nothing"):
+            stream(sort(stub.url, key=KEY), *PIECES)
+        assert elsewhere.headers == elsewhere.sent == []
+
+
 def test_scores_arrive_before_the_text_ends(stub: Stub) -> None:
     """The second piece is written only after the first one's score is there."""
 

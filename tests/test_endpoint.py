@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -690,3 +691,23 @@ def test_images_that_cannot_be_sent_fail_alone(tmp_path: Path) -> None:
             raise reply  # type: ignore[misc]
     assert isinstance(replies[4], Reply)
     assert server.requests.total() == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_refused_and_names_the_address(tmp_path: Path, status: int) -> None:
+    """The client of the API would follow it, with the photograph."""
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (4, 4)).save(photo)
+    with FaultServer(lambda body: "yes", keep=True) as other:
+        moved = error(status, headers={"Location": f"{other.base_url}/chat/completions?key=1"})
+        with FaultServer(lambda body: moved) as server:
+            replies = ask(endpoint(server), request(image=image_ref(photo)), request("Again?"))
+        assert all(isinstance(reply, ServiceError) for reply in replies)
+        assert "images and keys go only to" in str(replies[0])
+        assert not other.bodies
+        told = re.search(r"redirects to (\S+), .*set base_url to it", str(replies[0]))
+        assert told is not None
+        assert told[1] == other.base_url
+        (reply,) = ask(endpoint(server, base_url=told[1]))  # the advice, followed
+        assert isinstance(reply, Reply)
+        assert reply.text == "yes"

@@ -243,7 +243,10 @@ def _failure(state: RetryCallState) -> Failure:
 
 
 def _client(key: str, config: EndpointConfig) -> openai.AsyncOpenAI:
-    """One client, without its own retries and time-outs; a proxy is not asked for this machine."""
+    """One client, without its own retries and time-outs; a proxy is not asked for this machine.
+
+    Redirects are not followed: they would take images to an address that nobody has named.
+    """
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=config.concurrency)
     return openai.AsyncOpenAI(
         api_key=key,
@@ -251,6 +254,6 @@ def _client(key: str, config: EndpointConfig) -> openai.AsyncOpenAI:
         timeout=None,
         max_retries=0,
         http_client=openai.DefaultAsyncHttpxClient(
-            limits=limits, trust_env=not is_loopback(config.base_url)
+            limits=limits, trust_env=not is_loopback(config.base_url), follow_redirects=False
         ),
     )

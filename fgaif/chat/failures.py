@@ -9,7 +9,7 @@ from typing import Literal
 
 import openai
 
-from fgaif.chat.secrets import redact
+from fgaif.chat.secrets import redact, redirected_base
 from fgaif.config import EndpointConfig
 
 LONGEST_PAUSE_S = 900.0
@@ -84,6 +84,8 @@ def _date(text: str) -> datetime | None:
 
 def _status(error: openai.APIStatusError, config: EndpointConfig) -> Failure:
     status, body = error.status_code, error.body
+    if 300 <= status < 400:
+        return _moved(error)
     message = body.get("message") if isinstance(body, dict) else None
     said = message if isinstance(message, str) else str(body or "")
     reason = one_line(f"HTTP {status}: {said}")
@@ -102,6 +104,16 @@ def _status(error: openai.APIStatusError, config: EndpointConfig) -> Failure:
         action="pause" if status == 429 or wait is not None else "retry",
         retry_after=wait,
     )
+
+
+def _moved(error: openai.APIStatusError) -> Failure:
+    response = error.response
+    target = redirected_base(str(response.url), response.headers.get("location", ""))
+    reason = (
+        f"HTTP {error.status_code}: redirects to {target}, where nothing is sent: images and keys "
+        "go only to the address that is configured; if it is the right one set base_url to it"
+    )
+    return Failure(cause="redirect", reason=one_line(reason, 600), action="stop")
 
 
 def _fix(status: int, codes: set[str | None], config: EndpointConfig) -> str | None:

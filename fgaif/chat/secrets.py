@@ -7,7 +7,7 @@ import re
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from fgaif.errors import ConfigError
 
@@ -82,6 +82,24 @@ def is_loopback(base_url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def redirected_base(url: str, location: str) -> str:
+    """Where a redirect of a request leads, as a base URL: without the path that the API adds.
+
+    Args:
+        url: what was asked, a WebSocket or an HTTP address.
+        location: the answer's header.
+    """
+    try:
+        asked, target = urlsplit(url), urlsplit(urljoin(url, location))
+    except ValueError:  # no address at all
+        return location[:200]
+    path = target.path.rstrip("/")
+    for end in ("/chat/completions", asked.path.rstrip("/")):
+        path = path.removesuffix(end)
+    scheme = target.scheme.replace("ws", "http")
+    return f"{scheme}://{target.netloc.rpartition('@')[2]}{path}"[:200]
 
 
 def redact(text: str) -> str:

@@ -8,7 +8,7 @@ import httpx2
 from pydantic import BaseModel, RootModel, ValidationError
 from websockets.exceptions import InvalidStatus
 
-from fgaif.chat.secrets import redact
+from fgaif.chat.secrets import redact, redirected_base
 from fgaif.errors import ConfigError, FgaifError
 from fgaif.serving.schema import (
     ScoreResponse,
@@ -137,6 +137,13 @@ def denied(where: str, error: InvalidStatus) -> ScoringError:
 
 
 def _refusal(where: str, status: int, body: bytes, headers: Mapping[str, str]) -> ScoringError:
+    if 300 <= status < 400:
+        target = redirected_base(where, headers.get("location", ""))
+        message = (
+            f"{where}: {status}: redirects to {target}, where nothing is sent: images and the key "
+            "go only to the address that was given; if it is the right one give it as base_url"
+        )
+        return failure(message, status=status, type="redirect")
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):

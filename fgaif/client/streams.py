@@ -15,6 +15,28 @@ from fgaif.client.requests import ClientSettings, delta
 from fgaif.serving.schema import TextResult
 
 _BROKEN = (OSError, WebSocketException)
+
+
+class _Denied(WebSocketException):
+    """Instead of InvalidStatus, whose redirects ``connect`` would follow to any host."""
+
+
+class _Connection(ClientConnection):
+    def handshake(self, *args: Any, **options: Any) -> None:
+        try:
+            super().handshake(*args, **options)
+        except InvalidStatus as error:
+            raise _Denied from error
+
+
+class _AsyncConnection(AsyncConnection):
+    async def handshake(self, *args: Any, **options: Any) -> None:
+        try:
+            await super().handshake(*args, **options)
+        except InvalidStatus as error:
+            raise _Denied from error
+
+
 _END = '{"end": true}'
 _LARGEST_MESSAGE = 2**26
 
@@ -27,7 +49,7 @@ def open_stream(settings: ClientSettings, first: str) -> ClientConnection:
     """
     url, socket = settings.stream_url, None
     try:
-        socket = connect(url, **_options(settings))
+        socket = connect(url, create_connection=_Connection, **_options(settings))
         socket.send(first)
         read_ready(url, socket.recv(settings.timeout_s))
     except (*_BROKEN, ScoringError) as error:
@@ -68,7 +90,8 @@ async def open_stream_async(settings: ClientSettings, first: str) -> AsyncConnec
     """See :func:`open_stream`."""
     url, socket = settings.stream_url, None
     try:
-        socket = await connect_async(url, **_options(settings))
+        connecting = connect_async(url, create_connection=_AsyncConnection, **_options(settings))
+        socket = await connecting
         await socket.send(first)
         async with asyncio.timeout(settings.timeout_s):
             read_ready(url, await socket.recv())
@@ -128,6 +151,6 @@ def _options(settings: ClientSettings) -> dict[str, Any]:
 def _explained(url: str, error: Exception, settings: ClientSettings) -> ScoringError:
     if isinstance(error, ScoringError):
         return error
-    if isinstance(error, InvalidStatus):
-        return denied(url, error)
+    if isinstance(error.__cause__, InvalidStatus):
+        return denied(url, error.__cause__)
     return unreached(url, error, settings.timeout_s)
