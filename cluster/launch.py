@@ -5,14 +5,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -345,5 +346,18 @@ def connect(config: Config) -> None:
     if shadowed(Path.cwd()):  # workers look there first; only then is a slower start worth it
         hook = f"{own_packages_first.__module__}.{own_packages_first.__name__}"
         settings["runtime_env"] = {"worker_process_setup_hook": hook}
-    with kept_handlers():
+    with kept_handlers(), nullcontext() if address else _on_loopback():
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **settings)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Give the node that is started 127.0.0.1, as Ray does on desktops: with any other address its
+    store, agents, workers and metrics listen on all interfaces. ``_node_ip_address`` cannot say so:
+    Ray replaces it by the machine's address.
+    """
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fgaif.own_packages import shadowed
 
 ROOT = Path(fgaif.__file__).parents[1]
 IN_A_WORKER = """
+import psutil
 import ray
 from fgaif.own_packages import own_packages_first
 
@@ -27,6 +29,10 @@ def where():
     return actors.__file__, cluster.__file__
 
 print(*ray.get(where.remote()))
+for process in psutil.Process().children(recursive=True):
+    for socket in process.net_connections("tcp"):
+        if socket.status == psutil.CONN_LISTEN:
+            print("LISTEN", socket.laddr.ip, process.name())
 """
 
 
@@ -59,6 +65,11 @@ def test_the_command_line_is_ours(foreign: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_of_ray_import_ours(foreign: Path) -> None:
-    actors, cluster = run(foreign, "-c", IN_A_WORKER).split()[-2:]
+    """And of what such a Ray starts only this machine reaches anything."""
+    lines = [line.split() for line in run(foreign, "-c", IN_A_WORKER).splitlines()]
+    actors, cluster = next(paths for paths in lines if paths[0].endswith("__init__.py"))
     assert Path(actors).parents[1] == ROOT
     assert Path(cluster).parents[1] == ROOT
+    sockets = [line for line in lines if line[0] == "LISTEN"]
+    assert len(sockets) > 3
+    assert all(ip_address(line[1].removeprefix("::ffff:")).is_loopback for line in sockets), sockets
