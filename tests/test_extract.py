@@ -11,11 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fgaif.chat.messages import ChatRequest, Reply
+from fgaif.chat.store import ReplyStore
+from fgaif.config import load_config
 from fgaif.errors import ConfigError, ServiceError
 from fgaif.feedback.extract import ModelFacts, load_facts_prompt
 from fgaif.feedback.facts import ExtractedFacts, WholeSegments
 from fgaif.feedback.labels import label_segments
+from fgaif.feedback.models import FeedbackModels, check_prompts
 from fgaif.feedback.parse_reply import facts_schema, read_facts
+from fgaif.feedback.plan import Sizes, plan_feedback
 from fgaif.kinds import KindConfig
 from fgaif.types import DEFAULT_KINDS, UNKNOWN, ImageRef, Prompt, Response, Segment
 
@@ -165,6 +169,33 @@ def test_another_folder_of_prompts(tmp_path: Path) -> None:
     assert mine.name != ModelFacts(Scripted()).name
     with pytest.raises(ConfigError, match=r"facts_segment_text\.txt"):
         ModelFacts(Scripted(), prompts_dir=tmp_path, per="segment")
+
+
+@pytest.mark.parametrize("structured", ["text", "json_schema"])
+def test_all_ask_for_the_same_prompts_of_another_folder(tmp_path: Path, structured: str) -> None:
+    """The check before sampling, the plan and the extractor; JSON needs a second file."""
+    (tmp_path / "facts_text.txt").write_text("Mine: {segments}")
+    config = load_config(
+        None,
+        [
+            f"feedback.prompts_dir={tmp_path}", "feedback.extractor=api:mine",
+            "feedback.verifier=[api:mine]", "endpoints.mine.model=m",
+            "endpoints.mine.base_url=http://127.0.0.1:9/v1",
+            f"endpoints.mine.structured={structured}",
+        ],
+    )  # fmt: skip
+    models = FeedbackModels(config, ReplyStore(tmp_path / "replies.sqlite"), None)
+    sizes = Sizes(chars=80, segments=2, facts=4)
+    for use in (
+        lambda: check_prompts(config),
+        lambda: plan_feedback(config, 10, sizes),
+        models.extractor,
+    ):
+        if structured == "text":
+            use()
+        else:
+            with pytest.raises(ConfigError, match=r"/facts\.txt"):
+                use()
 
 
 @pytest.mark.parametrize(

@@ -161,21 +161,6 @@ def test_two_drivers_cannot_work_in_one_folder(
         start_heartbeat_store(config)
 
 
-def test_nor_can_one_on_a_ray_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.monitoring.heartbeat, "_NAME_FREE_WITHIN_S", 0.6)
-    config = load_config(None, [f"dir={tmp_path}", "name=twice"])
-    config.run_dir.mkdir()
-    other = subprocess.Popen(["sleep", "60"])
-    write_run_address(config, address="gone:1", namespace=NAMESPACE, store="run:/twice", job="01")
-    live = config.run_dir / "live.json"
-    live.write_text(live.read_text().replace(f'"pid": {os.getpid()}', f'"pid": {other.pid}'))
-    with pytest.raises(ActorError, match=f"another run works in this folder .process {other.pid}"):
-        start_heartbeat_store(config)
-    other.kill()
-    ray.kill(start_heartbeat_store(config))  # it is none any more, even before anyone waits for it
-    other.wait()
-
-
 def fgaif(*arguments: object, fails: bool = False) -> Result:
     runs.out.width = 120  # whoever imported it first has fixed it
     result = CliRunner().invoke(app, list(map(str, arguments)))

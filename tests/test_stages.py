@@ -6,8 +6,10 @@ and evaluations are files that say what they were made from.
 
 import io
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 from fakes import World, two_segments
+from PIL import Image
 from rich.console import Console
 
 import cluster.pipeline.dry_run as dry_run
@@ -425,6 +428,21 @@ def test_a_stage_is_not_begun_on_inputs_that_are_gone(runs: Runs) -> None:
     shutil.rmtree(runs.folder / "rewards")
     with pytest.raises(DataError, match=r"train needs train-reward, of which rewards/.* is gone"):
         runs(only=["train"], force=True)
+
+
+def test_what_a_stage_hashes_is_kept_for_the_next_command(runs: Runs, tmp_path: Path) -> None:
+    rows, old = [], time.time() - 60
+    for number in range(4):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
+        os.utime(path, (old, old))
+        rows.append({"image": path.name, "prompt": "What?"})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = runs.config("name=photos", f"data.train={tmp_path / 'p.jsonl'}", "ppo.anchor.weight=0")
+    run = stages.Run(config, runs.roles, Console(file=io.StringIO()))  # type: ignore[arg-type]
+    assert len(run.train_source.prompts.prompts) == 4
+    kept = json.loads((config.run_dir / "data" / "hashes.json").read_text())
+    assert set(kept) == {str(tmp_path / f"{number}.png") for number in range(4)}
 
 
 def test_edited_labels_make_the_reward_models_anew(runs: Runs) -> None:

@@ -30,7 +30,6 @@ from fgaif.eval.benchmark_results import (
 from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
-    FigureTable,
     comparison_table,
     for_console,
     markdown,
@@ -143,7 +142,7 @@ def run_comparison(
         console.print(for_console(table))
 
 
-def write_tables(folder: Path, images: Path | None, seed: int = 0) -> FigureTable:
+def write_tables(folder: Path, images: Path | None, seed: int = 0) -> None:
     """Write ``results.{json,md,html}`` over all benchmarks of a result folder."""
     scored = [read_scored(folder, name) for name in benchmarks_in(folder)]
     full = [with_length_figures(one) for one in scored]
@@ -158,7 +157,6 @@ def write_tables(folder: Path, images: Path | None, seed: int = 0) -> FigureTabl
     write_whole(folder / "results.json", _dump(tree))
     write_whole(folder / "results.md", markdown(table))
     write_whole(folder / "results.html", render_page(f"fgaif: {folder.name}", [table], worst))
-    return table
 
 
 def _generate(

@@ -27,12 +27,9 @@ from actors.progress import count
 from cluster.monitoring.status import (
     HeartbeatSeen,
     RunStatus,
-    driver_is_alive,
-    read_run_address,
-    read_status,
 )
 from fgaif.config import ClusterConfig, Config
-from fgaif.errors import ActorError, DataError
+from fgaif.errors import ActorError
 
 log = logging.getLogger(__name__)
 
@@ -163,29 +160,15 @@ def start_heartbeat_store(config: Config) -> Any:
     )
     end = time.monotonic() + _NAME_FREE_WITHIN_S
     while True:
-        other, cause = _other_driver(config), None
-        if other is None:
-            try:
-                return make.remote()
-            except ValueError as error:  # Ray's word for a name that is taken
-                other, cause = f"actor {name!r}", error
-        if time.monotonic() > end:
-            raise ActorError(
-                f"{config.run_dir}: another run works in this folder ({other}); wait for it or "
-                "stop it, or give this one another name"
-            ) from cause
+        try:
+            return make.remote()
+        except ValueError as error:  # Ray's word for a name that is taken
+            if time.monotonic() > end:
+                raise ActorError(
+                    f"{config.run_dir}: another run works in this folder (actor {name!r}); wait "
+                    "for it or stop it, or give this one another name"
+                ) from error
         time.sleep(0.5)
-
-
-def _other_driver(config: Config) -> str | None:
-    """A driver on this machine that works in the folder, perhaps over a Ray of its own."""
-    try:
-        live, status = read_run_address(config.run_dir), read_status(config.run_dir)
-    except DataError:  # of another version, or damaged; both will be written anew
-        return None
-    if live is None or live.pid == os.getpid() or (status and status.state != "running"):
-        return None
-    return f"process {live.pid}" if driver_is_alive(live) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

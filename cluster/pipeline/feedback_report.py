@@ -92,9 +92,7 @@ def prepare_audit(config: Config, size: int, console: Console) -> None:
     )
 
 
-def report_audit(
-    config: Config, answers: Path, second: Path | None, console: Console
-) -> AuditReport:
+def report_audit(config: Config, answers: Path, second: Path | None, console: Console) -> None:
     """Compare the verdicts with a person's answers; print it and write ``audit/report.json``.
 
     ``second`` is the label file, .jsonl or .parquet, of another verifier on the same responses.
@@ -112,7 +110,6 @@ def report_audit(
         second=read_labels(second) if second else None,
     )
     show_audit(report, folder / "report.json", console.print)
-    return report
 
 
 def show_audit(report: AuditReport, path: Path, say: Callable[[object], None]) -> None:

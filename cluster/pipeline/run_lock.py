@@ -136,10 +136,7 @@ def _lock(descriptor: int, path: Path, wait_s: float) -> bool:
                 return False
             if time.monotonic() >= end:
                 holder = _read(descriptor) or "another process"
-                raise ActorError(
-                    f"{path.parent}: another run works in this folder ({holder}); wait for it or "
-                    "stop it, or give this one another name"
-                ) from error
+                raise _occupied(path, holder) from error
             time.sleep(_LOOK_EVERY_S)
         else:
             return True
@@ -154,11 +151,15 @@ def _take_over(last: Holder, path: Path, locks: bool) -> None:
             f"keeps no locks: see that it has ended, then empty {path}"
         )
     if not locks and _lives(last):
-        raise ActorError(
-            f"{path.parent}: another run works in this folder ({last}); wait for it or stop it, "
-            "or give this one another name"
-        )
+        raise _occupied(path, last)
     log.warning("%s: the driver before ended without a word (%s); going on", path.parent, last)
+
+
+def _occupied(path: Path, holder: object) -> ActorError:
+    return ActorError(
+        f"{path.parent}: another run works in this folder ({holder}); wait for it or stop it, or "
+        "give this one another name"
+    )
 
 
 def _lives(holder: Holder) -> bool:

@@ -135,6 +135,7 @@ class Run:
         self._dir = config.run_dir
         self._policy_path = resolve_checkpoint(config.policy.model)
         self._resume = False
+        self._hashes = Hashes(config.run_dir)
         processor = load_processor(self._policy_path)
         self._tokenizer = processor.tokenizer
         model = LlavaConfig.from_pretrained(self._policy_path, local_files_only=True)
@@ -204,7 +205,11 @@ class Run:
         """Responses that another tool sampled."""
         data = self._config.data
         found = read_responses(
-            path, self._tokenizer, root=data.image_root, max_pixels=data.max_image_pixels
+            path,
+            self._tokenizer,
+            root=data.image_root,
+            max_pixels=data.max_image_pixels,
+            check=self._hashes.check_image,
         )
         if warning := found.warning():
             self._console.print(warning, style="yellow", markup=False)
@@ -318,7 +323,7 @@ class Run:
             )
         data = PpoData(
             prompts=prompts,
-            anchors=open_anchors(config, source, prompts),
+            anchors=open_anchors(config, source, prompts, self._hashes.check_image),
             digest=used.digest,
             settings=stage_values(config, "train"),
             check_resumable=partial(check_resumable, config),
@@ -422,7 +427,8 @@ class Run:
         self._console.print(line, markup=False, soft_wrap=True)
 
     def _open(self, name: str, limit: int) -> Source:
-        source = open_source(name, self._config, limit, Hashes(self._dir).check_image)
+        source = open_source(name, self._config, limit, self._hashes.check_image)
+        self._hashes.save()
         if warning := source.prompts.warning():
             self._console.print(f"[yellow]{warning}[/yellow]", highlight=False)
         return source

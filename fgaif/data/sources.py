@@ -68,13 +68,20 @@ def split_prompts(source: Source, config: Config) -> tuple[Sequence[Prompt], Seq
     return feedback, (rest or prompts)[: config.data.ppo_prompts]
 
 
-def open_anchors(config: Config, train: Source, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Questions whose answers PPO must not change; none if the anchor is off."""
+def open_anchors(
+    config: Config, train: Source, prompts: Sequence[Prompt], check: CheckImage = check_image
+) -> list[Prompt]:
+    """Questions whose answers PPO must not change; none if the anchor is off.
+
+    ``check`` looks at each image.
+    """
     anchor = config.ppo.anchor
     if anchor.weight == 0:
         return []
     if anchor.prompts != QUESTIONS:
-        return list(open_source(anchor.prompts, config, config.data.ppo_prompts).prompts.prompts)
+        return list(
+            open_source(anchor.prompts, config, config.data.ppo_prompts, check).prompts.prompts
+        )
     require_questions(config.data.train)
     return [_question_about(prompt, train.scene_of) for prompt in prompts]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fgaif.data.images import MAX_PIXELS, Picture, as_image, check_image
-from fgaif.data.prompts import FIRST_ROWS, Skipped, require_image, skipped_warning
+from fgaif.data.prompts import FIRST_ROWS, CheckImage, Skipped, require_image, skipped_warning
 from fgaif.data.rows import read_rows, row_id, text_of
 from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import DataError
@@ -39,8 +39,15 @@ class ResponseMaker:
     cannot be used.
     """
 
-    def __init__(self, root: Path, tokenizer: Any, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        tokenizer: Any,
+        max_pixels: int = MAX_PIXELS,
+        check: CheckImage = check_image,
+    ) -> None:
         self._root = root
+        self._check = check
         self.tokenizer = tokenizer
         self._max_pixels = max_pixels
         self._images: dict[str, ImageRef | str] = {}
@@ -78,7 +85,7 @@ class ResponseMaker:
     def _image(self, image: str) -> ImageRef | str:
         if image not in self._images:
             try:
-                self._images[image] = check_image(image, self._root, self._max_pixels)
+                self._images[image] = self._check(image, self._root, self._max_pixels)
             except DataError as error:
                 self._images[image] = str(error)
         return self._images[image]
@@ -132,7 +139,12 @@ def given_response(where: str, prompt: Prompt, text: str, tokenizer: Any) -> Res
 
 
 def read_responses(
-    path: Path, tokenizer: Any, *, root: Path | None = None, max_pixels: int = MAX_PIXELS
+    path: Path,
+    tokenizer: Any,
+    *,
+    root: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    check: CheckImage = check_image,
 ) -> GivenResponses:
     """Read rows {"image", "prompt", "response" (or "text"), "id"?} of a .jsonl or .parquet file.
 
@@ -143,11 +155,12 @@ def read_responses(
         tokenizer: the policy's, a ``PreTrainedTokenizerFast``.
         root: folder that image paths start from and must lie in; default: the file's folder.
         max_pixels: larger images count as broken.
+        check: looks at each image, as ``check_image`` does.
 
     Raises:
         DataError: unreadable file (names ``FILE:ROW``), or no usable row.
     """
-    maker = ResponseMaker(root or path.parent, tokenizer, max_pixels)
+    maker = ResponseMaker(root or path.parent, tokenizer, max_pixels, check)
     responses: list[Response] = []
     for number, row in read_rows(path, _COLUMNS):
         where = f"{path}:{number}"

@@ -18,6 +18,7 @@ from fgaif.chat.messages import (
     gather_all,
     load_prompt,
 )
+from fgaif.config import API, Config
 from fgaif.errors import ConfigError
 from fgaif.feedback.facts import ExtractedFacts, merge_facts, segment_text
 from fgaif.feedback.parse_reply import facts_schema, read_facts
@@ -146,6 +147,12 @@ def load_facts_prompt(
                 "kinds are listed, or describe it in the file"
             )
     return prompt
+
+
+def asks_in_text(config: Config) -> bool:
+    """Whether the run's extractor is asked in the plain-text form from the start."""
+    endpoint = config.endpoints.get(config.feedback.extractor.removeprefix(API))
+    return endpoint is not None and endpoint.structured == "text"
 
 
 def describe_kinds(kinds: Sequence[KindConfig]) -> str:

@@ -8,7 +8,7 @@ from fgaif.chat.store import ReplyStore
 from fgaif.config import API, Config
 from fgaif.errors import ConfigError
 from fgaif.feedback.annotate import Annotator
-from fgaif.feedback.extract import ModelFacts, load_facts_prompt
+from fgaif.feedback.extract import ModelFacts, asks_in_text, load_facts_prompt
 from fgaif.feedback.facts import FactExtractor, FactVerifier, SceneFacts, WholeSegments
 from fgaif.feedback.verify import VerifierPanel, YesNoVerifier, kind_prompts, load_fact_prompt
 
@@ -24,9 +24,13 @@ def check_prompts(config: Config) -> None:
     if feedback.extractor == "scenes":
         SceneFacts(config.kind_names)
     elif feedback.extractor != "segment":
-        load_facts_prompt(
-            config.kinds, feedback.extract_per, folder=feedback.prompts_dir, text_form=True
-        )
+        for text_form in {True, asks_in_text(config)}:  # the plain text also after unreadable JSON
+            load_facts_prompt(
+                config.kinds,
+                feedback.extract_per,
+                folder=feedback.prompts_dir,
+                text_form=text_form,
+            )
     load_fact_prompt(feedback.prompt)
     kind_prompts(config.kinds)
 
@@ -60,12 +64,11 @@ class FeedbackModels:
             return WholeSegments(self._config.kind_names)
         name = feedback.local_verifier if feedback.extractor == "model" else feedback.extractor
         assert name is not None, "checked with the configuration"
-        endpoint = self._config.endpoints.get(name.removeprefix(API))
         return ModelFacts(
             self._chat(name),
             per=feedback.extract_per,
             prompts_dir=feedback.prompts_dir,
-            text_form=endpoint is not None and endpoint.structured == "text",
+            text_form=asks_in_text(self._config),
             max_facts=feedback.max_facts,
             reads=feedback.reads,
             kinds=self._config.kinds,

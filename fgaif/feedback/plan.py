@@ -8,7 +8,7 @@ from pathlib import Path
 from fgaif.chat.limits import estimate, has_price
 from fgaif.chat.messages import ChatRequest
 from fgaif.config import API, Config
-from fgaif.feedback.extract import load_facts_prompt
+from fgaif.feedback.extract import asks_in_text, load_facts_prompt
 from fgaif.feedback.segment import split_offsets
 from fgaif.feedback.verify import load_fact_prompt
 from fgaif.types import ImageRef, LabeledResponse, Response
@@ -71,7 +71,12 @@ def plan_feedback(config: Config, responses: int, sizes: Sizes) -> list[Asked]:
     plan: list[Asked] = []
     if feedback.extractor == "model" or feedback.extractor.startswith(API):
         per_segment = feedback.extract_per == "segment"
-        prompt = load_facts_prompt(config.kinds, feedback.extract_per, folder=feedback.prompts_dir)
+        prompt = load_facts_prompt(
+            config.kinds,
+            feedback.extract_per,
+            text_form=asks_in_text(config),
+            folder=feedback.prompts_dir,
+        )
         count = responses * (sizes.segments if per_segment else 1)
         written = int(_FACT_TOKENS * sizes.facts / (sizes.segments if per_segment else 1))
         request = ChatRequest(

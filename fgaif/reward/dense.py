@@ -101,10 +101,7 @@ def dense_rewards(
     centers = update_centers(centers, scores, shape)
     mu = centers.array()
     kinds = centers.kinds
-    values = tuple(
-        segment_values(score.probs, shape, mu) * counts_in_order(score.probs, shape, kinds)
-        for score in scores
-    )
+    values = tuple(ordered_values(score.probs, shape, mu, kinds) for score in scores)
     penalties = tuple(
         segment_penalties(response.text, pieces, bad, shape.repeat_penalty)
         for response, pieces, bad in zip(responses, segments, malformed, strict=True)
@@ -141,6 +138,13 @@ def segment_values(probs: FloatArray, shape: RewardShapeConfig, centers: FloatAr
     return value.astype(np.float32)
 
 
+def ordered_values(
+    probs: FloatArray, shape: RewardShapeConfig, centers: FloatArray, kinds: Sequence[Kind]
+) -> FloatArray:
+    """``segment_values``, 0 where ``counts_in_order`` says so, (S, K, C) and mu (K,) -> (S, K)."""
+    return segment_values(probs, shape, centers) * counts_in_order(probs, shape, kinds)
+
+
 def uncentered_values(
     probs: FloatArray, shape: RewardShapeConfig, kinds: Sequence[Kind]
 ) -> FloatArray:
@@ -150,8 +154,7 @@ def uncentered_values(
     count: a function of the probabilities alone.
     """
     plain = shape.model_copy(update={"center": False})
-    values = segment_values(probs, plain, np.zeros(probs.shape[1], dtype=np.float32))
-    return values * counts_in_order(probs, shape, kinds)
+    return ordered_values(probs, plain, np.zeros(probs.shape[1], dtype=np.float32), kinds)
 
 
 def segment_rewards(

@@ -40,11 +40,10 @@ from fgaif.reward.checkpoint import (
 )
 from fgaif.reward.dense import (
     RewardCenters,
-    counts_in_order,
     kind_weights,
+    ordered_values,
     segment_penalties,
     segment_rewards,
-    segment_values,
     terminal_reward,
 )
 from fgaif.reward.inputs import load_reward_encoder
@@ -317,8 +316,7 @@ class Rewards:
         if centers is None:
             shape = shape.model_copy(update={"center": False})
             centers = RewardCenters.empty(self.kinds)
-        values = segment_values(probs, shape, centers.array())
-        values = values * counts_in_order(probs, shape, self.kinds)
+        values = ordered_values(probs, shape, centers.array(), self.kinds)
         penalties = segment_penalties(response.text, segments, (), shape.repeat_penalty)
         return TextScores(
             response=response,

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.types import Kind
 
-DEFAULT_PROMPT = "Describe this image in detail."
+DEFAULT_PROMPT = DESCRIBE
 MAX_TEXT_CHARS = 20_000
 MAX_TEXTS = 64
 MAX_ITEMS = 64
