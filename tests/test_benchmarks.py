@@ -28,6 +28,7 @@ GROUPS = {
     "hallusion": (),
     "object-halbench": (),
     "faithscore": ("object", "counting"),
+    "dcscore": (),
     "mmhal": ("attribute", "relation"),
     "llava-bench": (),
 }
@@ -37,8 +38,9 @@ COLUMNS = {
     "amber": 9 + 5 * 9,
     "hallusion": 2 * 18,
     "object-halbench": 8,
-    "faithscore": 4 + 2 * 2,
-    "mmhal": 1 + 3 * 3,
+    "faithscore": 4 + 2 * 2 + 1,
+    "dcscore": 6,
+    "mmhal": 1 + 3 * 3 + 1,
     "llava-bench": 7,
 }
 
@@ -326,8 +328,8 @@ def test_the_list_names_every_benchmark_with_what_it_needs(run: Run) -> None:
     found = json.loads(out)
     assert code == 0
     assert list(found) == [
-        "pope", "chair", "amber", "hallusion", "object-halbench", "faithscore", "mmhal",
-        "llava-bench", "categories", "manners",
+        "pope", "chair", "amber", "hallusion", "object-halbench", "faithscore", "dcscore",
+        "mmhal", "llava-bench", "categories", "manners",
     ]  # fmt: skip
     assert found["pope"]["asks"] == []
     assert found["faithscore"]["asks"] == ["judge", "verifier"]

@@ -193,7 +193,9 @@ def test_a_caption_file_is_scored_and_what_is_left_out_is_counted() -> None:
         COCO,
         images=["1", "2", "3"],
     )
-    assert scored.metrics() == {"chair_i": 2 / 4, "chair_s": 1 / 2, "recall": 2 / 3, "length": 3.5}
+    assert scored.metrics() == {
+        "chair_i": 2 / 4, "chair_s": 1 / 2, "recall": 2 / 3, "objects": 2, "length": 3.5,
+    }  # fmt: skip
     assert scored.counts == {
         "captions_without_truth": 1,
         "captions_without_objects": 0,

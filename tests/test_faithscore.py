@@ -12,7 +12,8 @@ from PIL import Image
 
 from fgaif.chat.messages import ChatRequest
 from fgaif.errors import DataError, ServiceError
-from fgaif.eval.benchmarks.faithscore import AnsweredImage, FaithScorer, read_lines
+from fgaif.eval.answer_facts import AnsweredImage, read_lines
+from fgaif.eval.benchmarks.faithscore import FaithScorer
 from fgaif.eval.scored import Scored
 from fgaif.eval.subsentences import entity, faithful, read_labels
 from fgaif.feedback.extract import ModelFacts

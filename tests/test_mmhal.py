@@ -72,6 +72,7 @@ def test_ratings_are_averaged_overall_and_by_the_items_own_type(tmp_path: Path) 
         "type/counting/hallucination_rate": 0.5,
         "type/other/score": 3.0,
         "type/other/hallucination_rate": 0.5,
+        "length": 3.0,
     }
     assert scored.badness is not None
     assert scored.badness.tolist() == [0, 4, 6, 2]

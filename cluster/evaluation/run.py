@@ -28,6 +28,7 @@ from fgaif.eval.benchmark_results import (
     write_scored,
 )
 from fgaif.eval.benchmarks import benchmark_names, load_benchmark
+from fgaif.eval.coverage import bought_with_coverage
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
     comparison_table,
@@ -128,6 +129,10 @@ def run_comparison(
             seed=seed,
         )
         for name in names
+    ]
+    comparisons = [
+        replace(found, warnings=(*found.warnings, *bought_with_coverage(found)))
+        for found in comparisons
     ]
     table = comparison_table(f"A = {a}, B = {b}", comparisons)
     tree = {found.benchmark: comparison_json(found) for found in comparisons}

@@ -108,6 +108,9 @@ class Benchmark(Generic[Options]):
     each item), which get figures by their number of sub-sentences as well. ``nested``: the object
     with the figures holds those of a group, ``GROUP/NAME``, in an object ``GROUP`` of its own.
 
+    ``coverage`` names, beside each figure of errors, those that say how much was said: recall,
+    facts or objects, length. Errors can become fewer because less is said; ``--compare`` says so.
+
     ``official`` prepares the benchmark from a folder of official files, with a number of images
     where it draws some; or it returns the path of the first file that is not there. Without it
     ``fgaif eval all`` leaves the benchmark out.
@@ -125,6 +128,7 @@ class Benchmark(Generic[Options]):
     models: tuple[ModelRole, ...] = ()
     descriptions: bool = False
     nested: bool = False
+    coverage: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     official: Callable[[Path, EvalContext, int], PreparedBenchmark | Path] | None = None
 
 

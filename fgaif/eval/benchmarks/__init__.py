@@ -13,6 +13,7 @@ MODULES = [
     "fgaif.eval.benchmarks.hallusion",
     "fgaif.eval.benchmarks.object_halbench",
     "fgaif.eval.benchmarks.faithscore",
+    "fgaif.eval.benchmarks.dcscore",
     "fgaif.eval.benchmarks.mmhal",
     "fgaif.eval.benchmarks.llava_bench",
 ]

@@ -51,6 +51,9 @@ FIGURES = (
         meaning="Objects of the image that the caption names",
         better=1,
     ),
+    Figure(
+        key="objects", title="objects", meaning="Objects named per caption", better=0, share=False
+    ),
     Figure(key="length", title="length", meaning="Words per caption", better=0, share=False),
 )
 
@@ -66,7 +69,7 @@ def chair_figures(sums: Stats) -> dict[str, Stats]:
     """Compute the figures from sums (..., 7) of ``COLUMNS``; NaN without a denominator.
 
     chair_i = hallucinated / mentions; chair_s = hallucinating / captions; recall = covered / shown
-    (distinct objects per caption); length = words / captions.
+    (distinct objects per caption); objects = mentions / captions; length = words / captions.
     """
     captions, hallucinating, mentions, hallucinated, shown, covered, words = np.moveaxis(
         np.asarray(sums, np.float64), -1, 0
@@ -76,6 +79,7 @@ def chair_figures(sums: Stats) -> dict[str, Stats]:
             "chair_i": hallucinated / mentions,
             "chair_s": hallucinating / captions,
             "recall": covered / shown,
+            "objects": mentions / captions,
             "length": words / captions,
         }
 
@@ -284,5 +288,6 @@ BENCHMARK = Benchmark(
     figures=FIGURES,
     compute=lambda groups: chair_figures,
     descriptions=True,
+    coverage=dict.fromkeys(("chair_i", "chair_s"), ("recall", "objects", "length")),
     official=prepare_official,
 )

@@ -17,13 +17,13 @@ import typer
 
 from fgaif.chat.messages import ChatModel
 from fgaif.errors import DataError
+from fgaif.eval.answer_facts import AnsweredImage, facts_of, read_lines
 from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
 from fgaif.eval.benchmarks.chair import official_annotations
 from fgaif.eval.figures import OF_KIND, Figure
-from fgaif.eval.images import ImageFolder
 from fgaif.eval.judge import CONCURRENCY, READS, Progress, in_parallel, judge
 from fgaif.eval.questions import QuestionSet
-from fgaif.eval.rows import Row, read_rows, warn_of_repeats
+from fgaif.eval.rows import read_rows
 from fgaif.eval.scored import FigureFunction, Scored, Stats, ratio
 from fgaif.eval.subsentences import (
     PROMPT,
@@ -36,19 +36,15 @@ from fgaif.eval.subsentences import (
     sub_sentences,
 )
 from fgaif.feedback.extract import ModelFacts
-from fgaif.feedback.facts import ExtractedFacts, FactExtractor, FactVerifier, SceneFacts
+from fgaif.feedback.facts import FactExtractor, FactVerifier, SceneFacts
 from fgaif.feedback.verify import YesNoVerifier, kind_prompts, load_fact_prompt
 from fgaif.types import (
     DEFAULT_KINDS,
     Answer,
     Fact,
     FactQuery,
-    ImageRef,
     Json,
     Kind,
-    Prompt,
-    Response,
-    Segment,
 )
 
 FIGURES = (
@@ -65,6 +61,7 @@ FIGURES = (
         better=1,
     ),
     Figure(key="facts", title="facts", meaning="Facts per answer", better=0, share=False),
+    Figure(key="length", title="length", meaning="Words per answer", better=0, share=False),
     Figure(
         key=OF_KIND,
         title=f"{OF_KIND} facts",
@@ -76,17 +73,6 @@ Extractor = Literal["judge", "scenes"]
 _AT_ONCE = 16
 _FACTS_PER_ANSWER = 12
 """Assumed for the estimate of the third stage."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnsweredImage:
-    """An answer about an image; ``image`` is the image's name in the file."""
-
-    id: str
-    image: str
-    ref: ImageRef
-    answer: str
-    question: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,54 +88,6 @@ class _Checked:
     facts: tuple[Fact, ...] = ()
     verdicts: dict[str, Answer]
     problem: str = ""
-
-
-def read_lines(path: Path, image_root: Path) -> list[AnsweredImage]:
-    """Read lines ``{"answer", "image"}``; ``text`` may stand for ``answer`` (as model_vqa has it).
-
-    ``id`` or ``question_id`` names an answer, else its image does, with "#2" and so on where a file
-    has several of one; ``question`` or ``prompt`` is shown to people. An equal row counts once,
-    with a warning.
-
-    Args:
-        image_root: folder that the images lie in, found by path or name.
-
-    Raises:
-        DataError: the file, a row or an image cannot be used (names row and key), or an id is there
-            twice.
-    """
-    answers: dict[str, AnsweredImage] = {}
-    images: dict[str, ImageRef] = {}
-    folder = ImageFolder(image_root)
-    repeats: Counter[str] = Counter()
-    seen: dict[tuple[str, ...], str] = {}
-    repeated = 0
-    for row in read_rows(path):
-        image = row.text("image")
-        if image not in images:
-            images[image] = _image(row, image, folder)
-        answer = row.text("answer", "text", empty=True)
-        question = row.shown("question", "prompt")
-        name = next((key for key in ("id", "question_id") if key in row.data), None)
-        given = row.identity(name) if name else ""
-        first = seen.setdefault((given, image, answer, question), row.where)
-        if first != row.where:
-            repeated += 1
-            continue
-        repeats[image] += 1
-        own = image if repeats[image] == 1 else f"{image}#{repeats[image]}"
-        identity = given or own
-        if identity in answers:
-            raise DataError(f"{row.where}: key `{name}`: {identity!r} is there twice; ids differ")
-        answers[identity] = AnsweredImage(
-            id=identity,
-            image=image,
-            ref=images[image],
-            answer=answer,
-            question=question,
-        )
-    warn_of_repeats(str(path), repeated)
-    return list(answers.values())
 
 
 class FaithScorer:
@@ -215,7 +153,9 @@ class FaithScorer:
         }
         if not pairs:
             raise DataError(f"FaithScore: no answer of {len(answers)} could be scored: {left_out}")
-        stats = np.array([_stats(check, self._kinds) for _, check in pairs], np.float64)
+        stats = np.array(
+            [[*_stats(c, self._kinds), len(item.answer.split())] for item, c in pairs], np.float64
+        )
         verdicts = Counter(answer for check in checked for answer in check.verdicts.values())
         return Scored(
             benchmark="faithscore",
@@ -240,7 +180,7 @@ class FaithScorer:
         kept = await self._descriptive(item, spans)
         if kept is None:
             return _Checked(verdicts={}, problem="unlabelled")
-        found = await self._extract(item, kept)
+        found = await facts_of(self._extractor, item, kept)
         facts = tuple({fact.text: fact for fact in reversed(found.facts)}.values())[::-1]
         unsure = frozenset(found.malformed)
         if not facts and unsure:
@@ -270,25 +210,6 @@ class FaithScorer:
             return None
         return [span for span, kept in zip(spans, judged.value, strict=True) if kept]
 
-    async def _extract(self, item: AnsweredImage, spans: Sequence[Span]) -> ExtractedFacts:
-        """Ask for the facts of the descriptive sub-sentences; there are no token ids to span."""
-        if not spans:
-            return ExtractedFacts(facts=())
-        response = Response(
-            prompt=Prompt(id=item.id, image=item.ref, text=item.question),
-            sample=0,
-            text=item.answer,
-            token_ids=np.empty(0, np.int64),
-            rollout_logprobs=np.empty(0, np.float32),
-            finish="stop",
-            policy_version=0,
-        )
-        segments = [
-            Segment(index=index, char_start=start, char_end=end, token_start=0, token_end=0)
-            for index, (start, end) in enumerate(spans)
-        ]
-        return await self._extractor.extract(response, segments)
-
     def _provenance(self) -> dict[str, str]:
         stage1 = f"{self._labeler.name} {self._prompt.version}" if self._labeler else "none"
         return {
@@ -298,13 +219,6 @@ class FaithScorer:
             "prompt": self._verifier.prompt_version,
             "min_words": str(self._min_words),
         }
-
-
-def _image(row: Row, image: str, folder: ImageFolder) -> ImageRef:
-    try:
-        return folder.check(image)
-    except DataError as error:
-        raise DataError(f"{row.where}: key `image`: {error}") from error
 
 
 def _stats(check: _Checked, kinds: Sequence[Kind]) -> list[float]:
@@ -334,16 +248,18 @@ def _piece_flags(check: _Checked) -> list[bool | None]:
 
 
 def faithscore_figures(kinds: Sequence[Kind]) -> FigureFunction:
-    """The function that computes the figures from sums of the columns of ``_stats``."""
+    """The function that computes the figures from sums of the columns of ``_stats`` and words."""
     return partial(_figures, kinds=tuple(kinds))
 
 
 def _figures(sums: Stats, kinds: tuple[Kind, ...]) -> dict[str, Stats]:
     answers = sums[..., 0]
+    length = 4 + 2 * len(kinds)  # words; results of earlier versions have no such column
     return {
         "faithscore": ratio(sums[..., 1], answers),
         "faithscore_s": ratio(sums[..., 2], answers),
         "facts": ratio(sums[..., 3], answers),
+        **({"length": ratio(sums[..., length], answers)} if sums.shape[-1] > length else {}),
         **{
             kind: ratio(sums[..., 4 + 2 * place], sums[..., 5 + 2 * place])
             for place, kind in enumerate(kinds)
@@ -462,5 +378,6 @@ BENCHMARK = Benchmark(
     compute=lambda groups: faithscore_figures(groups or DEFAULT_KINDS),  # older files name none
     models=("judge", "verifier"),
     descriptions=True,
+    coverage=dict.fromkeys(("faithscore", "faithscore_s"), ("facts", "length")),
     official=prepare_official,
 )

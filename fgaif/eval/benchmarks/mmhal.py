@@ -55,6 +55,7 @@ FIGURES = (
         meaning="Answers that the judge rates below 3",
         better=-1,
     ),
+    Figure(key="length", title="length", meaning="Words per answer", better=0, share=False),
 )
 _MAX_TOKENS = 1024
 _RATING = re.compile(r"rating: ([0-9]+(?:\.[0-9]+)?)")
@@ -220,7 +221,9 @@ async def score_mmhal(
         benchmark="mmhal",
         ids=tuple(item.id for item in items),
         units=tuple(item.image_id for item in items),
-        stats=np.array([_stats(item, j.value, types) for item, j in pairs]).reshape(len(items), -1),
+        stats=np.array(
+            [[*_stats(item, j.value, types), _words(item)] for item, j in pairs]
+        ).reshape(len(items), -1),
         figures=mmhal_figures(types),
         groups=tuple(types),
         items=tuple(_shown(item, j) for item, j in pairs),
@@ -298,6 +301,10 @@ def _stats(item: MmhalItem, rating: int | None, types: Sequence[str]) -> list[fl
     return [1.0, *values, *own]
 
 
+def _words(item: MmhalItem) -> int:
+    return len((item.answer or "").split())
+
+
 def mmhal_figures(types: Sequence[str]) -> FigureFunction:
     """Make the figures for question types, in order of their columns."""
 
@@ -309,6 +316,9 @@ def mmhal_figures(types: Sequence[str]) -> FigureFunction:
             "official_score": ratio(rated, answers),
             "official_hallucination_rate": ratio(hallucinated + answers - judged, answers),
         }
+        length = 1 + _PER_TYPE * (1 + len(types))  # earlier versions' results have no such column
+        if sums.shape[-1] > length:
+            found["length"] = ratio(sums[..., length], answers)
         for place, name in enumerate(types, start=1):
             count, rating, hallu = (
                 sums[..., 1 + _PER_TYPE * place + column] for column in range(3)
@@ -403,5 +413,6 @@ BENCHMARK = Benchmark(
     figures=FIGURES,
     compute=mmhal_figures,
     models=("judge",),
+    coverage=dict.fromkeys(("score", "hallucination_rate"), ("length",)),
     official=prepare_official,
 )

@@ -303,5 +303,6 @@ BENCHMARK = Benchmark(
     compute=lambda groups: object_halbench_figures,
     models=("judge",),
     descriptions=True,
+    coverage=dict.fromkeys(("response_hall", "mention_hall"), ("recall", "objects", "length")),
     official=prepare_official,
 )
