@@ -265,7 +265,10 @@ def test_image_tokens_are_counted_as_the_model_makes_them(tower, strategy):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llava_llama", "mm_vision_tower": "clip"}, "original layout.*-hf"),
+        (
+            {"model_type": "llava_llama", "mm_vision_tower": "clip"},
+            "original layout: `fgaif convert .*-hf",
+        ),
         ({"vision_config": None}, "original layout"),
         ({"quantization_config": {"bits": 4}}, "quantised checkpoints are not supported"),
     ],

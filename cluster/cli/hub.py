@@ -1,4 +1,4 @@
-"""``fgaif push``: what a run has made, to the Hugging Face Hub."""
+"""``fgaif push``: what a run has made, to the hub; ``fgaif convert``: LLaVA's original layout."""
 
 import re
 from pathlib import Path
@@ -57,3 +57,25 @@ def push(
         out.print(found.card, markup=False, highlight=False, soft_wrap=True)
     else:
         out.print(f"uploaded: {upload(found, to, private=private)}", markup=False, soft_wrap=True)
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="Checkpoint or LoRA adapter: a folder, or ORG/NAME@REVISION."),
+    ],
+    output: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    vision: Annotated[
+        str | None,
+        typer.Option(help="CLIP's own folder or ORG/NAME@REVISION; default: what SOURCE names."),
+    ] = None,
+) -> None:
+    """Turn a LLaVA-1.5 in its authors' layout into one that transformers, vLLM and fgaif load.
+
+    For liuhaotian/llava-v1.5-7b and the like, and for LoRA adapters on such a model.
+    """
+    from fgaif.lvlm.convert import convert as write
+
+    what = write(source, output.expanduser(), vision)
+    use = f"policy.model={output}" if what == "checkpoint" else f"--model CHECKPOINT+{output}"
+    Console().print(f"wrote {output}: a {what}; use it with {use}", markup=False, soft_wrap=True)

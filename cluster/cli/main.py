@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.cli.baselines import baseline, pairs
-from cluster.cli.hub import push
+from cluster.cli.hub import convert, push
 from cluster.cli.jobs import jobs_app, submit
 from cluster.cli.labels import labels_app
 from cluster.cli.logs import logs
@@ -365,6 +365,7 @@ app.command()(scale)
 app.command("list")(list_runs)
 app.command()(replay)
 app.command()(push)
+app.command()(convert)
 app.command()(pairs)
 app.command()(baseline)
 app.add_typer(eval_app)

@@ -44,8 +44,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     return found[1], found[2]
 
 
-def hub_folder(name: str) -> Path:
-    """The folder of ``ORG/NAME@REVISION`` in the hub's cache, with its files downloaded.
+def hub_folder(name: str, files: tuple[str, ...] = FILES) -> Path:
+    """The folder of ``ORG/NAME@REVISION`` in the hub's cache, with its ``files`` downloaded.
 
     Raises:
         CheckpointError: the hub has no such model, does not give it, or cannot be reached and the
@@ -56,11 +56,11 @@ def hub_folder(name: str) -> Path:
         raise CheckpointError(
             f"model {name!r}: neither a folder nor ORG/NAME@REVISION of the Hugging Face Hub"
         )
-    return _folder(*parts, constants.HF_HUB_CACHE)
+    return _folder(*parts, constants.HF_HUB_CACHE, files)
 
 
 @cache
-def _folder(repository: str, revision: str, cache_dir: str) -> Path:
+def _folder(repository: str, revision: str, cache_dir: str, files: tuple[str, ...]) -> Path:
     """One look per process: a branch that moves meanwhile does not change the model in use."""
     return Path(
         _asked(
@@ -68,7 +68,7 @@ def _folder(repository: str, revision: str, cache_dir: str) -> Path:
             repository,
             revision,
             cache_dir=cache_dir,
-            allow_patterns=list(FILES),
+            allow_patterns=list(files),
             ignore_patterns=["*/*"],
         )
     )

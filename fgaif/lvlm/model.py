@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.adapters import check_adapter_loaded, read_adapter
 from fgaif.lvlm.allocator import return_freed_tensors
-from fgaif.lvlm.checkpoint_files import check_weights, read_json
+from fgaif.lvlm.checkpoint_files import check_weights, in_original_layout, read_json
 
 if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic
     from fgaif.config import LoraConfig
@@ -50,13 +50,11 @@ def resolve_checkpoint(name: str) -> Path:
             "the Hugging Face Hub as ORG/NAME@REVISION (@main: its newest)"
         )
     config = read_json(config_file)
-    if "mm_vision_tower" in config or (
-        config.get("model_type") == "llava" and "vision_config" not in config
-    ):
+    if in_original_layout(config):
         raise CheckpointError(
-            f"model {name!r}: a checkpoint in LLaVA's original layout; use the one that is "
-            "published for transformers (llava-hf/...-hf), or convert it with transformers' "
-            "models/llava/convert_llava_weights_to_hf.py"
+            f"model {name!r}: a checkpoint in LLaVA's original layout: `fgaif convert {name} OUT` "
+            "writes that of transformers to the folder OUT; or use one that is published so "
+            "(llava-hf/...-hf)"
         )
     if "quantization_config" in config:
         raise CheckpointError(
