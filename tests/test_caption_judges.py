@@ -90,7 +90,7 @@ def test_the_verifier_judges_and_the_reward_models_stand_beside(
     cluster = FakeCluster({"verifier": "cow"})
     found = judges(config, cluster)
     name, judge = found.judge()
-    assert name == "the verifier scenes:verifier"
+    assert name == "the verifier verifier"
     responses = [make_response(TEXT, prompt) for prompt in prompts(photos)]
     judged = judge(responses)
     assert [caption.labeled.labels.tolist() for caption in judged] == [[[1] * 3, [2] * 3]] * 3
@@ -133,8 +133,8 @@ def test_a_second_verifier_checks_the_same_facts(
     cluster = FakeCluster({"verifier": "cow", "policy": "moon"})
     found = judges(config, cluster)
     judged = found.judge()[1]([make_response(TEXT, prompt) for prompt in prompts(photos)])
-    assert list(found.others()) == ["the second verifier scenes:policy", REWARDS]
-    second = found.others()["the second verifier scenes:policy"](judged)
+    assert list(found.others()) == ["the second verifier policy", REWARDS]
+    second = found.others()["the second verifier policy"](judged)
     assert [caption.labeled.labels.tolist() for caption in second] == [[[2] * 3, [1] * 3]] * 3
     assert [c.labeled.facts for c in second] == [c.labeled.facts for c in judged]
 

@@ -10,7 +10,7 @@ from cluster.cli.main import main
 
 COMMANDS = [
     "demo", "run", "sample", "annotate", "train-reward", "train", "eval", "report", "export",
-    "doctor", "scenes", "submit", "jobs", "status", "scale", "list", "replay",
+    "doctor", "scenes", "submit", "jobs", "status", "scale", "list", "replay", "prompts",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from cluster.cli.jobs import jobs_app, submit
 from cluster.cli.labels import labels_app
 from cluster.cli.logs import logs
 from cluster.cli.options import ConfigFile, Overrides
+from cluster.cli.prompts import prompts
 from cluster.cli.replay import replay
 from cluster.cli.runs import list_runs, scale, status
 from cluster.evaluation.cli import eval_app
@@ -356,6 +357,7 @@ def version() -> None:
 
 
 # After the stages, so that --help begins with what a newcomer runs first.
+app.command()(prompts)
 app.add_typer(labels_app)
 app.add_typer(jobs_app)
 app.command()(submit)
@@ -399,7 +401,7 @@ def _fail(message: str, code: int) -> NoReturn:
 def _load(config: Path | None, overrides: list[str] | None) -> Config:
     settings = load_config(config or SCENES_CONFIG, overrides or [])
     models = (settings.policy.model, settings.reward_backbone, *settings.feedback.verifiers)
-    if not any("@" in name for name in models):
+    if not any("@" in name for name in (*models, settings.eval.second_verifier or "")):
         return settings
     from fgaif.lvlm.hub import pin_models  # torch: not where all models are folders
 

@@ -25,6 +25,7 @@ from fgaif.eval.scenes import SceneJudge
 from fgaif.feedback.annotate import Annotator
 from fgaif.feedback.facts import ExtractedFacts
 from fgaif.feedback.models import FeedbackModels
+from fgaif.lvlm.hub import model_name
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.types import Response, Segment
@@ -190,6 +191,8 @@ class _Known:
 def _named(config: Config, names: Sequence[str]) -> str:
     """Short names of models: of checkpoints the folder, of endpoints the model asked for."""
     return " + ".join(
-        config.endpoints[name.removeprefix(API)].model if name.startswith(API) else Path(name).name
+        config.endpoints[name.removeprefix(API)].model
+        if name.startswith(API)
+        else model_name(resolve_checkpoint(name))
         for name in names
     )

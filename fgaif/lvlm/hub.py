@@ -100,11 +100,13 @@ def pin_models(config: "Config") -> "Config":
 
     policy, backbone = config.policy.model, config.reward.backbone
     verifiers = [pinned(name) for name in config.feedback.verifiers]
-    wanted = (pinned(policy), backbone and pinned(backbone), verifiers)
-    if wanted == (policy, backbone, list(config.feedback.verifiers)):
+    second = config.eval.second_verifier
+    wanted = (pinned(policy), backbone and pinned(backbone), verifiers, second and pinned(second))
+    if wanted == (policy, backbone, list(config.feedback.verifiers), second):
         return config
     tree = config.model_dump(mode="json")
     tree["policy"]["model"], tree["reward"]["backbone"] = wanted[:2]
+    tree["eval"]["second_verifier"] = wanted[3]
     tree["feedback"]["verifier"] = verifiers[0] if len(verifiers) == 1 else verifiers
     return parse_config(tree)
 
