@@ -107,3 +107,19 @@ def test_scenes_are_drawn_to_look_at(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert fgaif(monkeypatch, "scenes", str(tmp_path)) == 2
     assert [path.name for path in tmp_path.iterdir() if path.name != "look"] == [theirs.name]
     assert theirs.read_text() == "theirs"
+
+
+def test_something_is_said_before_torch_and_ray_are_loaded(tmp_path: Path) -> None:
+    """Their import takes seconds: here it fails, after the first line."""
+    script = (
+        "import sys\n"
+        "sys.modules |= {'torch': None, 'ray': None}\n"
+        "import cluster.cli.main as main\n"
+        f"sys.argv = ['fgaif', 'train', 'dir={tmp_path}']\n"
+        "main.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith(f"{tmp_path}/scenes: train; loading")
+    assert "ModuleNotFoundError" in done.stderr

@@ -1,5 +1,6 @@
 """A living run on a local Ray: heartbeats, `fgaif status` and `scale`, metrics of the node."""
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import ray
 from beater import Beater
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import cluster.monitoring.heartbeat
@@ -181,6 +183,28 @@ def test_status_shows_a_living_run(config: Config, store: Any, publisher: Status
     assert tree["alive"] is True
     assert [actor["restarts"] for actor in tree["actors"]] == [0, 1]
     assert "mine" in fgaif("list", config.dir).stdout
+
+
+def test_a_status_fits_80_columns_whatever_the_nodes() -> None:
+    """No name is cut and no row is broken: each actor is on a line of its own."""
+    actors = tuple(
+        ActorStatus(
+            name=name, role="reward", state="starting", version=1234, restarts=12,
+            node=f"10.128.255.{index % 2}", rss=123 * 2**30, tokens_per_second=123456.0,
+            sign_age_s=100.0,
+        )
+        for index, name in enumerate(["reward-attribute-0", "rollout-10", "reference-0"])
+    )  # fmt: skip
+    now = RunStatus(run="mine", steps=9, actors=actors, updated_at=datetime.now(UTC))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(runs.render(now))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    for actor in actors:
+        line = next(line for line in lines if line.strip().startswith(actor.name))
+        assert line.split()[1:] == ["starting", "v1234", "12", "123456", "123.0", "100", "s", "ago"]
+    assert sum("node 10.128.255." in line for line in lines) == 2
+    assert "…" not in console.export_text()
 
 
 def test_scale_asks_for_engines_and_can_wait_for_it(

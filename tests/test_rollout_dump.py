@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from cluster.cli.main import app
 from fgaif.config import Config, load_config
 from fgaif.errors import DataError
+from fgaif.feedback.spans import token_spans
+from fgaif.lvlm.model import load_processor, resolve_checkpoint
 from fgaif.ppo.batch import make_batch
 from fgaif.ppo.rollout_dump import COMPUTED, PER_TOKEN, keep_rollouts, read_dump, recompute
 from fgaif.reward.dense import RewardCenters, dense_rewards
@@ -158,6 +160,30 @@ def test_replay_shows_segments_with_their_kinds_and_rewards(tmp_path: Path) -> N
     one = run(path, "--row", 1)
     assert "p0#0" not in one
     assert f"{dump.rows[1].tokens['advantages'][4]:+.3f}" in one  # its fifth token
+
+
+def test_replay_shows_the_texts_of_tokens(tmp_path: Path) -> None:
+    """By the tokenizer of the run's policy; without the run's configuration ids alone."""
+    config = settings(tmp_path)
+    path = write_step(config)[0]
+    tokenizer = load_processor(resolve_checkpoint("scenes:policy")).tokenizer
+    ids = read_dump(path).rows[1].response.token_ids.tolist()
+    text, spans = token_spans(tokenizer, ids)
+    words = [text[start:end].strip() for start, end in spans]
+    assert any(words)
+
+    def shown(printed: str) -> list[str]:
+        """What stands behind the id of each token that has a text."""
+        table = [line.split() for line in printed.splitlines()]
+        return [
+            next(row[2] for row in table if row[:2] == [str(t), str(token)])
+            for t, token in enumerate(ids)
+            if words[t]
+        ]
+
+    assert shown(run(path, "--row", 1)) != [word for word in words if word]
+    (config.run_dir / "config.yaml").write_text(f"dir: {tmp_path}\n")
+    assert shown(run(path, "--row", 1)) == [word for word in words if word]
 
 
 def test_replay_writes_a_page(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.console import StepDisplay, _left
+from cluster.console import StepDisplay, _left, progress_bars
 from fgaif.config import TrackingConfig
 from fgaif.errors import ConfigError, DataError
 from fgaif.tracking import GLOSSARY, JsonlSink, Metric, Tracker, explain, read_metrics
@@ -145,16 +145,25 @@ def shown(*, terminal: bool) -> str:
     with StepDisplay(3, DEFAULT_KINDS, console) as display:
         for number in (1, 2):
             display.update(
-                step(number, kl__response=number / 8, hallu__object=0.2, seconds__total=1.5)
+                step(
+                    number,
+                    kl__response=number / 8,
+                    hallu__object=0.2,
+                    reward__object=0.5,
+                    seconds__total=1.5,
+                )
             )
     return text.getvalue()
 
 
 def test_without_a_terminal_each_step_is_one_plain_line() -> None:
     lines = shown(terminal=False).splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3"]
-    assert "KL 0.25" in lines[1]
-    assert "\x1b" not in lines[0]
+    assert lines[0].startswith("PPO, 3 steps: starting learner")
+    assert [line.split("  ")[0] for line in lines[1:]] == ["step 1/3", "step 2/3"]
+    assert "KL 0.25" in lines[2]
+    assert "reward object 0.5" in lines[2]
+    assert "hallucinated object 0.2" in lines[2]
+    assert "\x1b" not in lines[1]
 
 
 def test_on_a_terminal_the_display_has_bar_kinds_and_values() -> None:
@@ -166,3 +175,31 @@ def test_on_a_terminal_the_display_has_bar_kinds_and_values() -> None:
 def test_time_left_is_the_mean_pace_of_this_process() -> None:
     assert _left(elapsed=30.0, seen=3, remaining=9) == "1:30 left"
     assert _left(elapsed=30.0, seen=3, remaining=0) == "done"
+    assert _left(elapsed=0.0, seen=0, remaining=9) == "9 steps left"
+
+
+def test_starting_actors_is_no_part_of_the_pace() -> None:
+    """Ten minutes until the first step is done, then a minute each."""
+    ticks = iter([600.0, 660.0])
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=False, width=200)
+    with StepDisplay(5, DEFAULT_KINDS, console, clock=lambda: next(ticks)) as display:
+        display.update(step(1))
+        display.update(step(2))
+    assert "4 steps left" in text.getvalue()
+    assert "3:00 left" in text.getvalue()
+
+
+def test_without_a_terminal_progress_is_a_few_lines() -> None:
+    """What is being started, then a line each quarter: a log, not a film."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=False, width=200)
+    with progress_bars(console, "sampling") as progress:
+        progress(0, 100, note="starting engines")
+        for done in range(101):
+            progress(done, 100)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "sampling: 0 of 100, starting engines"
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        "sampling: 0 of 100", *(f"sampling: {done} of 100" for done in (25, 50, 75, 100))
+    ]  # fmt: skip

@@ -416,14 +416,19 @@ def _run(
     assume: str | None,
     *stages: Stage,
 ) -> None:
-    from cluster.memory.devices import devices_of
-    from cluster.memory.plan import show_memory
-    from cluster.pipeline.dry_run import print_plan, stage_roles
-    from cluster.pipeline.stages import run_stages  # torch and Ray: not for --help
-
     settings = _load(config, overrides)
     if assume is not None and not dry_run:
         raise ConfigError("--assume goes with --dry-run: a run uses the devices that there are")
+    # Before torch and Ray, whose import takes seconds, and on a cold disk many.
+    names = ", ".join(stages) or "all stages"
+    out.print(
+        f"{settings.run_dir}: {names}; loading", highlight=False, markup=False, soft_wrap=True
+    )
+    from cluster.memory.devices import devices_of
+    from cluster.memory.plan import show_memory
+    from cluster.pipeline.dry_run import print_plan, stage_roles
+    from cluster.pipeline.stages import run_stages
+
     if dry_run:
         out.print(dump_config(settings), highlight=False)
         print_plan(settings, stages or ORDER, force, out)

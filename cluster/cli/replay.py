@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fgaif.config import Config, load_config, parse_config, with_overrides
-from fgaif.errors import DataError
+from fgaif.errors import DataError, FgaifError
 from fgaif.files import write_whole
 from fgaif.kinds import kind_colours
 from fgaif.ppo.rollout_dump import COMPUTED, PER_TOKEN, Dump, Row, read_dump, recompute
@@ -59,7 +59,8 @@ def replay(
         console.print(differences(dump, settings))
     elif row is not None:
         kinds = dump.header.centers.kinds
-        console.print(show(dump.rows[row], row, kinds), token_table(dump.rows[row]))
+        texts = _token_texts(dump.rows[row], config, file, overrides or [])
+        console.print(show(dump.rows[row], row, kinds), token_table(dump.rows[row], texts))
     else:
         console.print(heading(dump))
         for index, one in enumerate(dump.rows[:limit]):
@@ -132,16 +133,38 @@ def _class(probs: np.ndarray) -> str:
     return f"{word} {probs[best]:.2f}"
 
 
-def token_table(row: Row) -> Table:
-    """Every token's numbers; rewards land on the last token of each segment."""
+def token_table(row: Row, texts: Sequence[str] = ()) -> Table:
+    """Every token's numbers, after its text where ``texts`` (T,) are known; rewards land on the
+    last token of each segment."""
     table = Table(box=None, padding=(0, 1))
     ends = {max(segment.token_end, 1) - 1: segment.index for segment in row.segments}
-    for column in ("t", "id", "ends", *PER_TOKEN):
-        table.add_column(column.replace("_", " "), justify="right")
+    for column in ("t", "id", "text", "ends", *PER_TOKEN):
+        justify: Literal["left", "right"] = "left" if column == "text" else "right"
+        table.add_column(column.replace("_", " "), justify=justify)
     for t, token in enumerate(row.response.token_ids.tolist()):
         numbers = [f"{row.tokens[name][t]:+.3f}" for name in PER_TOKEN]
-        table.add_row(str(t), str(token), str(ends.get(t, "")), *numbers)
+        text = escape(repr(texts[t])[1:-1]) if texts else ""
+        table.add_row(str(t), str(token), text, str(ends.get(t, "")), *numbers)
     return table
+
+
+def _token_texts(
+    row: Row, config: Path | None, file: Path, overrides: Sequence[str]
+) -> tuple[str, ...]:
+    """The text of each token (T,), by the policy's tokenizer; none, which is said, without it."""
+    from fgaif.feedback.spans import token_spans
+    from fgaif.lvlm.model import load_processor, resolve_checkpoint  # torch: not for --help
+
+    try:
+        policy = _settings(config, file, list(overrides)).policy.model
+        tokenizer = load_processor(resolve_checkpoint(policy)).tokenizer
+    except FgaifError as error:
+        Console(stderr=True).print(f"token ids without their texts: {error}", markup=False)
+        return ()
+    text, spans = token_spans(
+        tokenizer, row.response.token_ids.tolist(), expected=row.response.text
+    )
+    return tuple(text[start:end] for start, end in spans)
 
 
 def differences(dump: Dump, config: Config) -> Group:

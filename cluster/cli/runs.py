@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live as LiveDisplay
 from rich.table import Table
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from cluster.monitoring.status import (
     AUTH_MODE,
+    ActorStatus,
     RunAddress,
     RunStatus,
     driver_is_alive,
@@ -291,22 +293,32 @@ def render(status: RunStatus, state: str | None = None) -> Group:
     engines = sum(actor.role == "rollout" for actor in status.actors)
     if status.wished not in (None, engines):
         parts.append(f"{status.wished} engines wished")
-    table = Table()
-    for column in ("actor", "node", "state", "weights", "restarts", "tokens/s", "GiB", "last sign"):
-        table.add_column(column)
-    for actor in status.actors:
-        table.add_row(
-            actor.name,
-            actor.node or "",
-            actor.state,
-            "" if actor.version is None else f"v{actor.version}",
-            str(actor.restarts),
-            "" if actor.tokens_per_second is None else f"{actor.tokens_per_second:.0f}",
-            "" if actor.rss is None else f"{actor.rss / 2**30:.1f}",
-            "" if actor.sign_age_s is None else f"{actor.sign_age_s:.0f} s ago",
-        )
+    # 80 columns hold it: nodes stand above their actors, and only where there are several.
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("actor", "state", "weights", "restarts", "tokens/s", "GiB", "last sign"):
+        table.add_column(column, no_wrap=True)
+    nodes = list(dict.fromkeys(actor.node or "" for actor in status.actors))
+    for node in nodes:
+        if len(nodes) > 1:
+            table.add_section()
+            table.add_row(Text(f"node {node}" if node else "no node yet", "dim"))
+        for actor in status.actors:
+            if (actor.node or "") == node:
+                table.add_row(*_actor(actor))
     heading = Text.assemble((status.run, "bold"), f"  {state or status.state}")
     return Group(heading, Text(", ".join(parts)), table)
+
+
+def _actor(actor: ActorStatus) -> tuple[str, ...]:
+    return (
+        actor.name,
+        actor.state,
+        "" if actor.version is None else f"v{actor.version}",
+        str(actor.restarts),
+        "" if actor.tokens_per_second is None else f"{actor.tokens_per_second:.0f}",
+        "" if actor.rss is None else f"{actor.rss / 2**30:.1f}",
+        "" if actor.sign_age_s is None else f"{actor.sign_age_s:.0f} s ago",
+    )
 
 
 def _number(value: float) -> str:

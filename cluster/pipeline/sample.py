@@ -33,7 +33,7 @@ def sample_all(
     responses: list[Response] = []
     lost = 0
     with progress_bars(console, what) as progress:
-        progress(done, done + len(requests))
+        progress(done, done + len(requests), note="starting engines, then the first round")
         for sampled in sample_in_rounds(cluster.rollouts(), requests, cluster.engines):
             chunk = [response for response in sampled if response is not None]
             keep(chunk)

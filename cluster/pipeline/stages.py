@@ -1,5 +1,6 @@
 """The stages of a run, each reading what the one before wrote into the run folder."""
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -55,8 +56,12 @@ from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import calibration_bins, reward_metrics
 from fgaif.tracking import Tracker
-from fgaif.types import GenerationRequest, Json, Prompt, Response, Segment
+from fgaif.types import GenerationRequest, Json, Prompt, Response, Segment, StepReport
 from fgaif.versions import untested_engine
+
+log = logging.getLogger(__name__)
+
+_LOGGED = ("kl/response", "length/tokens", "mismatch/mean", "seconds/total")
 
 
 def run_stages(
@@ -102,6 +107,7 @@ def _run_over_cluster(
     if warning := untested_engine():
         console.print(warning, style="yellow", markup=False)
     roles = stage_roles(config, [plan.stage for plan in plans])
+    console.print("starting Ray" if not config.cluster.address else "joining the Ray cluster")
     with Cluster(config, roles, live=True) as cluster:
         run = Run(config, cluster, console)
         stage_status.keep_values()
@@ -112,8 +118,11 @@ def _run_over_cluster(
             run.prepare(plan, stage_status)
             if cluster.live:
                 cluster.live.publisher.stage(plan.stage)
+            start = time.monotonic()
+            log.info("%s begins", plan.stage)
             with stage_status.record(config, plan.stage):
                 run.stage(plan.stage)
+            log.info("%s is done after %.1f s", plan.stage, time.monotonic() - start)
 
 
 def make_report(config: Config, console: Console, wall_seconds: float | None = None) -> Path:
@@ -123,6 +132,13 @@ def make_report(config: Config, console: Console, wall_seconds: float | None = N
     console.print(console_table(config.run_dir))
     console.print(f"report: {path}")
     return path
+
+
+def step_line(report: StepReport) -> str:
+    """The metrics of a step that people look at first, for the log."""
+    known = {name: report.metrics.get(name) for name in _LOGGED}
+    known |= {n: v for n, v in report.metrics.items() if n.startswith(("reward/", "hallu/"))}
+    return ", ".join(f"{name} {value:.4g}" for name, value in known.items() if value is not None)
 
 
 class Run:
@@ -225,10 +241,11 @@ class Run:
             checkpoint = resolve_checkpoint(config.feedback.local_verifier)
             judge_name = checkpoint_digest(checkpoint)[:16]
         start = time.monotonic()
+        starting = "" if judges is None else "starting the verifier"
         with progress_bars(self._console, "labelling responses") as progress:
 
             def report(done: int, total: int, usage: Usage | None) -> None:
-                note = ""
+                note = starting if done == len(labels) else ""
                 if usage and usage.requests:
                     rate = usage.replies / (time.monotonic() - start)
                     note = f"{rate:.1f}/s, {usage.line()}"
@@ -247,6 +264,9 @@ class Run:
         labels = label_store(self._dir / "feedback" / "labels.jsonl", kinds)
         check_order(labels, response_store(self._dir / "responses" / "responses.jsonl"))
         labeled = list(labels)
+        self._say(
+            f"starting the training of {len(kinds)} reward models on {len(labeled)} responses"
+        )
         with progress_bars(self._console, *kinds) as progress:
             train_rewards(
                 self._config,
@@ -335,6 +355,7 @@ class Run:
         ):
             for report in driver.run():
                 tracker.log(report)
+                log.info("step %d/%d: %s", report.step, config.ppo.steps, step_line(report))
                 display.update(report)
                 if self._cluster.live:
                     self._cluster.live.step(report)
@@ -424,6 +445,7 @@ class Run:
         return SceneFacts(self._config.kind_names).parse(response, segments).malformed
 
     def _say(self, line: str) -> None:
+        log.info("%s", line)
         self._console.print(line, markup=False, soft_wrap=True)
 
     def _open(self, name: str, limit: int) -> Source:
