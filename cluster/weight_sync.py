@@ -58,8 +58,8 @@ def check_load(
             f"weights version {version}: log-probs of the probe differ by {mean:.3g} on average "
             f"between the learner and {engine}, more than {limit:.3g}, where the checkpoint's own "
             f"differ by {noise:.3g} and the version changes them by {probe.effect:.3g}: the engine "
-            "does not run the learner's weights; resume with ppo.resume=latest, and report it if "
-            "it comes again"
+            "does not run the learner's weights; run the command again, which goes on from the "
+            "last checkpoint, and report it if it comes again"
         )
     return SyncCheck(
         arrived=loaded.arrived.share,
@@ -73,8 +73,8 @@ def check_version(engine: str, version: int, confirmed: int) -> None:
     """Raise SyncError unless the engine has confirmed this version."""
     if confirmed != version:
         raise SyncError(
-            f"weights version {version}: {engine} confirmed version {confirmed}; restart the run "
-            "from its last checkpoint (ppo.resume=latest)"
+            f"weights version {version}: {engine} confirmed version {confirmed}; run the "
+            "command again, which goes on from the last checkpoint"
         )
 
 
@@ -92,8 +92,9 @@ def _check_arrived(engine: str, version: int, arrived: Arrived) -> None:
     raise SyncError(
         f"weights version {version}: {arrived.share:.1%} of the update is in {engine}'s weights, "
         f"and {share:.1%} in those of {name}. If it merges adapters (cluster.engine.adapters) in "
-        "bfloat16, rounding loses updates so small: set cluster.engine.adapters=unmerged and go on "
-        "with ppo.resume=latest; otherwise it holds another adapter than the learner"
+        "bfloat16, rounding loses updates so small: set cluster.engine.adapters=unmerged and run "
+        "again, which goes on from the last checkpoint; otherwise it holds another adapter than "
+        "the learner"
     )
 
 

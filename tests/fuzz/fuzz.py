@@ -37,6 +37,7 @@ def main() -> None:
     """Run and report; exit code 1 if a reader did anything else than read or refuse."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000, help="damaged files per reader")
+    parser.add_argument("--start", type=int, default=0, help="first seed: others, other damage")
     parser.add_argument("--memory-gib", type=float, default=8, help="address space of the process")
     parser.add_argument("--only", help="a part of a reader's name")
     options = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
             if options.only and options.only not in reader.name:
                 continue
             found: Counter[str] = Counter()
-            for seed in range(options.count):
+            for seed in range(options.start, options.start + options.count):
                 outcome = attempt(reader, damaged(reader.seed, seed), Path(scratch))
                 if outcome not in ("read", "refused"):
                     print(f"{reader.name}, seed {seed}: {outcome}", file=sys.stderr)
