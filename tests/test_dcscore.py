@@ -84,7 +84,7 @@ def test_an_empty_answer_is_silent_and_not_wrong() -> None:
 
 @pytest.mark.parametrize(
     ("matches", "facts", "reason"),
-    [(Scripted(FAILED), "", "unmatched"), (Scripted(), "no list", "unextracted")],
+    [(Scripted(FAILED, FAILED), "", "unmatched"), (Scripted(), "no list", "unextracted")],
 )
 def test_what_fails_is_left_out(matches: Scripted, facts: str, reason: str) -> None:
     with pytest.raises(DataError, match=f"no answer of 1 could be scored.*'answers_{reason}': 1"):
