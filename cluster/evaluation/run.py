@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -28,6 +29,7 @@ from fgaif.eval.benchmark_results import (
     write_scored,
 )
 from fgaif.eval.benchmarks import benchmark_names, load_benchmark
+from fgaif.eval.checks import general_checks, warned
 from fgaif.eval.coverage import bought_with_coverage
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
@@ -45,6 +47,8 @@ from fgaif.types import Json
 if TYPE_CHECKING:
     from cluster.evaluation.generate import ModelSpec
     from cluster.groups.rollout_group import RolloutGroup
+
+log = logging.getLogger(__name__)
 
 
 def run_benchmarks(
@@ -239,7 +243,12 @@ def _with_provenance(prepared: PreparedBenchmark, scored: Scored, settings: Sett
     if settings.corruption is not None:
         about["corruption"] = f"{settings.corruption} seed {settings.seed}"
     skipped = sum(len(part.skipped) for part in prepared.questions)
-    return replace(scored, provenance=about, counts={**scored.counts, "images_unusable": skipped})
+    counted = replace(
+        scored, provenance=about, counts={**scored.counts, "images_unusable": skipped}
+    )
+    descriptions = load_benchmark(scored.benchmark).descriptions
+    general = warned(log, general_checks(counted, descriptions=descriptions))
+    return replace(counted, warnings=(*counted.warnings, *general))
 
 
 def _report(

@@ -20,7 +20,12 @@ from fgaif.data.coco import read_coco
 from fgaif.errors import ConfigError, DataError
 from fgaif.eval.answers import Caption, image_finder, read_captions
 from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark, needed
-from fgaif.eval.benchmarks.chair import OUR_TABLE, caption_stats, coco_truth, official_annotations
+from fgaif.eval.benchmarks.chair import (
+    caption_stats,
+    coco_truth,
+    official_annotations,
+    with_own_table,
+)
 from fgaif.eval.figures import Figure
 from fgaif.eval.judge import PROMPTS, Judgement, Progress, failures, judge_all
 from fgaif.eval.questions import QuestionSet
@@ -201,19 +206,20 @@ def prepare_object_halbench(
         vocabulary = coco_vocabulary(options.synonyms)
         given = read_object_answers(answers, None if sets else options.questions)
         truth = coco_truth(images, vocabulary)
-        about = {} if options.synonyms else {"synonyms": OUR_TABLE}
+        own_table = (lambda scored: scored) if options.synonyms else with_own_table
         if not by_judge:
             found = [vocabulary.mentions(answer.text) for answer in given]
             scored = score_object_halbench(given, found, truth)
-            return replace(scored, provenance={**about, "objects": "by rule"})
+            return own_table(replace(scored, provenance={"objects": "by rule"}))
         long = [a for a in given if len(a.text.split()) > _FEW_WORDS]
         judgements = await _listed(long, prompt, judges, progress)
         lists = {a.id: j.value for a, j in zip(long, judgements, strict=True)}
         kept = [a for a in given if lists.get(a.id, []) is not None]
         mentions = [listed_mentions(lists.get(a.id) or [], vocabulary) for a in kept]
         scored = score_object_halbench(kept, mentions, truth)
-        about |= {"judge": judges.needed_judge.name, "prompt": prompt.version}
-        return replace(scored, provenance=about, counts={**scored.counts, **failures(judgements)})
+        about = {"judge": judges.needed_judge.name, "prompt": prompt.version}
+        counts = {**scored.counts, **failures(judgements)}
+        return own_table(replace(scored, provenance=about, counts=counts))
 
     return PreparedBenchmark(
         benchmark="object-halbench",

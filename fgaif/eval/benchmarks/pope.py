@@ -17,6 +17,7 @@ import typer
 from fgaif.errors import ConfigError, DataError
 from fgaif.eval.answers import AnswerRow, image_name, read_answers
 from fgaif.eval.benchmark import Benchmark, EvalContext, Judges, PreparedBenchmark
+from fgaif.eval.checks import MANY_DISAGREE, MANY_UNREAD, warned
 from fgaif.eval.figures import Figure
 from fgaif.eval.judge import Progress
 from fgaif.eval.pope_questions import STRATEGIES, read_questions
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 """What the official evaluation adds to each question."""
-_MANY_UNREAD = 0.1
 COLUMNS = (
     "questions", "true", "correct", "said_yes", "hits",
     "strict_correct", "strict_said_yes", "strict_hits", "strict_unreadable",
@@ -80,7 +80,8 @@ def score_pope(
     recall and F1 are 0 where nothing is to divide by.
 
     Questions without an answer are left out and counted, as are answers without a question.
-    Answers that the two rules read differently are counted (``rules_disagree``) and warned about.
+    Answers that the two rules read differently are counted (``rules_disagree``), and warned about
+    above one in a hundred.
 
     Raises:
         DataError: the splits differ, or answers fit no question.
@@ -94,18 +95,16 @@ def score_pope(
     rows, items = [], []
     unanswered = unasked = 0
     disagree: list[AnswerRow] = []
+    accidental: list[str] = []
     for index, split in enumerate(splits):
         paired, left_over = pair_answers(questions[split], answers[split])
         if not paired:
             raise DataError(f"POPE: {split}: no answer fits a question; check ids and files")
         if left_over and all(a.question is None and a.image is None for a in answers[split]):
-            log.warning(
-                "POPE: %s: %d of %d answers fit no question, and none says what it answers: if "
-                "their ids count over several splits, they may answer other questions than these; "
-                "give the questions of all splits",
-                split,
-                left_over,
-                len(answers[split]),
+            accidental.append(
+                f"POPE: {split}: {left_over} of {len(answers[split])} answers fit no question, and "
+                "none says what it answers: if their ids count over several splits, they may "
+                "answer other questions than these; give the questions of all splits"
             )
         unanswered, unasked = unanswered + len(questions[split]) - len(paired), unasked + left_over
         for question in questions[split]:
@@ -120,7 +119,6 @@ def score_pope(
                 rows.append(row.ravel())
                 items.append(_item(split, question, found))
     stats = np.array(rows)
-    _warn_of_readings(disagree, stats.reshape(-1, width))
     return Scored(
         benchmark="pope",
         ids=tuple(item["id"] for item in items),
@@ -135,6 +133,7 @@ def score_pope(
             "answers_without_question": unasked,
             "rules_disagree": len(disagree),
         },
+        warnings=warned(log, accidental, _reading_checks(disagree, stats.reshape(-1, width))),
     )
 
 
@@ -148,30 +147,26 @@ def _item(split: str, question: YesNoQuestion, answer: AnswerRow) -> Json:
     }
 
 
-def _warn_of_readings(disagree: Sequence[AnswerRow], stats: Stats) -> None:
+def _reading_checks(disagree: Sequence[AnswerRow], stats: Stats) -> list[str]:
     """Say where the headline figures may not be what the answers say."""
     sums = stats.sum(axis=0)
     total, unread = (int(sums[COLUMNS.index(name)]) for name in ("questions", "strict_unreadable"))
-    if disagree:
+    found = []
+    if len(disagree) > MANY_DISAGREE * total:
         example = disagree[0]
-        log.warning(
-            "POPE: official and strict rule disagree on %d of %d answers, as %s: %.80r, which the "
-            "official rule reads as %s; accuracy, precision, recall and F1 follow the official "
-            "rule: see strict_accuracy and so on, or take stop marks and what follows the answer "
-            "out of the file",
-            len(disagree),
-            total,
-            example.where,
-            example.text,
-            "yes" if read_answer(example.text) else "no",
+        found.append(
+            f"POPE: official and strict rule disagree on {len(disagree)} of {total} answers, as "
+            f"{example.where}: {example.text!r:.80}, which the official rule reads as "
+            f"{'yes' if read_answer(example.text) else 'no'}; accuracy, precision, recall and F1 "
+            "follow the official rule: see strict_accuracy and so on, or take stop marks and what "
+            "follows the answer out of the file"
         )
-    if unread >= _MANY_UNREAD * total:
-        log.warning(
-            "POPE: %d of %d answers begin with neither yes nor no; the official rule takes them "
-            "for yes unless it finds a no, the strict rule counts them as wrong",
-            unread,
-            total,
+    if unread > MANY_UNREAD * total:
+        found.append(
+            f"POPE: {unread} of {total} answers begin with neither yes nor no; the official rule "
+            "takes them for yes unless it finds a no, the strict rule counts them as wrong"
         )
+    return found
 
 
 def answer_stats(yes: bool, strict: bool | None, label: bool) -> Stats:
