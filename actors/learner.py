@@ -21,12 +21,11 @@ from actors.progress import advance
 from actors.settings import LearnerSettings
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.hub import name_base
-from fgaif.lvlm.inputs import Encoder, image_token_count
+from fgaif.lvlm.inputs import load_encoder
 from fgaif.lvlm.logprobs import next_token_logprobs, response_logprobs
 from fgaif.lvlm.model import (
     attach_lora,
     load_lvlm,
-    load_processor,
     project,
     resolve_checkpoint,
 )
@@ -78,11 +77,7 @@ class LearnerActor:
         base = load_lvlm(checkpoint, dtype=policy.dtype, device=device, attention=policy.attention)
         if policy.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        self._encoder = Encoder(
-            load_processor(checkpoint),
-            image_tokens=image_token_count(base.config),
-            max_image_pixels=config.data.max_image_pixels,
-        )
+        self._encoder = load_encoder(checkpoint, max_image_pixels=config.data.max_image_pixels)
         model = attach_lora(base, policy.lora, config.seed, projector=policy.train_projector)
         set_vision_aside(base, projector=not policy.train_projector)
         self._engine = LoraEngine(
@@ -258,7 +253,7 @@ class LearnerActor:
     def _logprobs(self, responses: Sequence[Response]) -> Tensor:
         """Log-probs (B, T) of the responses under the policy, zero at padding."""
         advance(sum(len(response.token_ids) for response in responses))
-        batch = self._encoder.encode(responses, self._like, pixels=False)
+        batch = self._encoder.encode(responses, self._like)
         compute = self._seeing(
             [response.prompt.image for response in responses],
             partial(response_logprobs, batch=batch, temperature=self._config.policy.temperature),

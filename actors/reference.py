@@ -11,14 +11,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from actors.progress import advance
 from actors.settings import ReferenceSettings
 from fgaif.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fgaif.errors import CheckpointError, ConfigError
 from fgaif.lvlm.features import FeatureCache
-from fgaif.lvlm.inputs import EncodedBatch, Encoder, image_token_count
+from fgaif.lvlm.inputs import EncodedBatch, Encoder, load_encoder
 from fgaif.lvlm.logprobs import gather_hidden, hidden_logprobs
 from fgaif.lvlm.model import (
     attach_lora,
@@ -26,7 +26,6 @@ from fgaif.lvlm.model import (
     last_hidden,
     load_adapter,
     load_lvlm,
-    load_processor,
     resolve_checkpoint,
     without_dropout,
 )
@@ -53,7 +52,7 @@ class _Reader:
         """Encoded responses and their last hidden states (B, L, D)."""
         advance(sum(len(response.token_ids) for response in responses))
         like = base_of(self.model).get_input_embeddings().weight
-        batch = self.encoder.encode(responses, like, pixels=False)
+        batch = self.encoder.encode(responses, like)
         features = self.features([response.prompt.image for response in responses])
         return batch, last_hidden(self.model, batch.input_ids, features)
 
@@ -192,7 +191,7 @@ class ReferenceActor:
             torch.cuda.set_rng_state(rng["rng.cuda"])
         self._updates = int(facts["updates"])
 
-    def _load(self, path: Path) -> LlavaForConditionalGeneration:
+    def _load(self, path: Path) -> PreTrainedModel:
         policy = self._config.policy
         model = load_lvlm(
             path, dtype=policy.dtype, device=str(self._device), attention=policy.attention
@@ -202,11 +201,7 @@ class ReferenceActor:
         return model
 
     def _reader(self, model: nn.Module, path: Path) -> _Reader:
-        encoder = Encoder(
-            load_processor(path),
-            image_tokens=image_token_count(base_of(model).config),
-            max_image_pixels=self._config.data.max_image_pixels,
-        )
+        encoder = load_encoder(path, max_image_pixels=self._config.data.max_image_pixels)
         return _Reader(model=model, encoder=encoder, features=FeatureCache(base_of(model), encoder))
 
     def _check_vocabulary(self) -> None:

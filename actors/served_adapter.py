@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from fgaif.errors import ConfigError
-from fgaif.lvlm.model import LORA_LEAVES
+from fgaif.lvlm.families.base import LORA_LEAVES
 from fgaif.lvlm.weights import PEFT_PREFIX, split_tensors
 from fgaif.types import FloatArray, Json, WeightsManifest
 

@@ -15,9 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.numpy import save
-from transformers import LlavaConfig
+from transformers import AutoConfig, BatchFeature
 
 from actors.progress import advance
 from actors.served_adapter import lora_settings, write_adapter
@@ -26,8 +27,8 @@ from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.errors import CheckpointError, ConfigError, DataError, SyncError
 from fgaif.lvlm.allocator import return_freed_tensors
 from fgaif.lvlm.arrival import Sums, add_sums, arrived
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.model import load_processor
+from fgaif.lvlm.families.base import require_served_adapters
+from fgaif.lvlm.inputs import load_encoder
 from fgaif.lvlm.sizes import read_facts
 from fgaif.lvlm.weights import parts, split_tensors
 from fgaif.types import Arrived, FloatArray, Json, Prompt, WeightsManifest
@@ -74,15 +75,16 @@ class VllmEngine:
         for name, value in (ENVIRONMENT if on_gpu else ENVIRONMENT | CPU_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
         from vllm import LLM
+        from vllm.multimodal import MULTIMODAL_REGISTRY
 
         if not on_gpu:
             return_freed_tensors(read_facts(model_dir).parameters)
-        processor = load_processor(model_dir)
-        model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
+        self.encoder = load_encoder(model_dir, max_image_pixels=config.data.max_image_pixels)
         self.max_model_len = context_length(model_dir, config)
         self._unmerged = adapters and not config.merges_adapters
         settings = engine_settings(config, self.max_model_len, on_gpu)
         if self._unmerged:
+            require_served_adapters(self.encoder.family)
             settings |= lora_settings(config.policy.lora.r)
         try:
             llm = LLM(str(model_dir), **settings, **_SYNC)
@@ -92,13 +94,8 @@ class VllmEngine:
             ) from error
         self._llm = llm.llm_engine
         self._room = 2 * engine.max_num_seqs
-        self._dtype = getattr(torch, config.policy.dtype)
-        self._image_tokens = image_token_count(model)
-        self.encoder = Encoder(
-            processor,
-            image_tokens=self._image_tokens,
-            max_image_pixels=config.data.max_image_pixels,
-        )
+        self._like = torch.empty(0, dtype=getattr(torch, config.policy.dtype))
+        self._processor = MULTIMODAL_REGISTRY.create_processor(llm.model_config)
         self._adapter: LoRARequest | None = None
         self._adapters = 0
         self.arrived = Arrived()
@@ -110,32 +107,30 @@ class VllmEngine:
 
     def encode(self, prompt: Prompt, response: Sequence[int] = ()) -> Json:
         """Make vLLM's multimodal input of a prompt and of response ids that follow it."""
-        from vllm.multimodal.inputs import (
-            MultiModalBatchedField,
-            MultiModalFieldElem,
-            MultiModalKwargsItem,
-            MultiModalKwargsItems,
-            PlaceholderRange,
-        )
+        from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
-        ids = self.encoder.prompt_ids(prompt.text)
-        pixels = torch.from_numpy(self.encoder.pixels(prompt.image)).to(self._dtype)
-        element = MultiModalFieldElem(data=pixels, field=MultiModalBatchedField())
-        item = MultiModalKwargsItem({"pixel_values": element})
-        start = ids.index(self.encoder.image_token_id)
+        ids = self.encoder.prompt_ids(prompt)
+        tensors = BatchFeature(dict(self.encoder.tensors(prompt.image, self._like)))
+        # vLLM's own rules for joining the images of several requests.
+        fields = self._processor._get_mm_fields_config(tensors, {})
+        placeholders = np.asarray(ids) == self.encoder.image_token_id
+        (places,) = placeholders.nonzero()
+        start, end = int(places[0]), int(places[-1]) + 1
+        within = torch.from_numpy(placeholders[start:end])
+        place = PlaceholderRange(
+            offset=start, length=end - start, is_embed=None if within.all() else within
+        )
         return {
             "type": "multimodal",
             "prompt_token_ids": [*ids, *response],
-            "mm_kwargs": MultiModalKwargsItems({"image": [item]}),
+            "mm_kwargs": MultiModalKwargsItems.from_hf_inputs(tensors, fields),
             "mm_hashes": {"image": [prompt.image.sha256]},
-            "mm_placeholders": {
-                "image": [PlaceholderRange(offset=start, length=self._image_tokens)]
-            },
+            "mm_placeholders": {"image": [place]},
         }
 
     def check_length(self, prompt: Prompt, new_tokens: int) -> None:
         """Raise DataError if prompt and response together could exceed the context."""
-        length = len(self.encoder.prompt_ids(prompt.text)) + new_tokens
+        length = len(self.encoder.prompt_ids(prompt)) + new_tokens
         if length > self.max_model_len:
             raise DataError(
                 f"prompt {prompt.id}: {length - new_tokens} tokens with the image, plus "
@@ -370,7 +365,7 @@ def _first_ids(tokenizer: Any, word: str) -> set[int]:
 
 def context_length(model_dir: Path, config: EngineSettings) -> int:
     """Tokens of prompt and answer together: as configured, as far as the model goes."""
-    model = LlavaConfig.from_pretrained(model_dir, local_files_only=True)
+    model = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     return min(config.cluster.engine.max_model_len, model.text_config.max_position_embeddings)
 
 

@@ -34,7 +34,8 @@ from vllm.model_executor.model_loader.reload import (
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.arrival import factor_sums, lora_update, merged_sums
-from fgaif.lvlm.export import public_name
+from fgaif.lvlm.families import family_of
+from fgaif.lvlm.families.base import Family
 from fgaif.lvlm.weights import split_tensors, tensor_name
 
 _FUSED = {
@@ -61,7 +62,7 @@ class WeightsCheck:
                 f"{name}: an engine that serves adapters unmerged takes no whole weights of the "
                 "language model"
                 for name in whole
-                if public_name(name).startswith("language_model.")
+                if self.weight_transfer_engine.family.is_language(name)
             ]
             slot = self._lora.lora_config.max_lora_rank
             problems += [
@@ -92,13 +93,14 @@ class WeightsCheck:
             tensors = {tensor_name(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         for module, pair in split_tensors(tensors)[1].items():
             a, b = pair["lora_A"], pair["lora_B"]
-            sums[module] = self._served(public_name(module), a, b, slot, scaling)
+            layer = self.weight_transfer_engine.layer_of(f"{module}.weight")
+            sums[module] = self._served(module, layer, a, b, slot, scaling)
         return sums
 
     def _served(
-        self, name: str, a: Tensor, b: Tensor, slot: int, scaling: float
+        self, name: str, place: str, a: Tensor, b: Tensor, slot: int, scaling: float
     ) -> tuple[float, float]:
-        layer = self._lora.modules.get(_layer_of(f"{name}.weight"))
+        layer = self._lora.modules.get(place)
         if layer is None:
             zero = torch.zeros(())
             return factor_sums(a, b, zero.expand(a.shape), zero.expand(b.shape), scaling)
@@ -150,7 +152,8 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._checkpoint = _Checkpoint(Path(self.model_config.model))
+        self.family: Family = family_of(self.model_config.hf_config)
+        self._checkpoint = _Checkpoint(Path(self.model_config.model), self.family)
         self._incoming: dict[str, Tensor] = {}
         self._scaling = 1.0
         self._changed: set[str] = set()
@@ -173,9 +176,10 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
     def finish_weight_update(self) -> None:
         """Load the version: the layers it names, and those that only the last version named."""
         full, factors = split_tensors(self._incoming)
-        whole = {public_name(name): value for name, value in full.items()}
-        updates = {f"{public_name(module)}.weight": pair for module, pair in factors.items()}
-        named = {_layer_of(name) for name in [*whole, *updates]}
+        public = self.family.public_name
+        whole = {public(name): value for name, value in full.items()}
+        updates = {f"{public(module)}.weight": pair for module, pair in factors.items()}
+        named = {self._layer(name) for name in [*whole, *updates]}
         layers = sorted(named | self._changed)
         self.sums = {}
         modules = dict(self.model.named_modules())
@@ -187,6 +191,14 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
         for module in reloaded:
             finalize_layerwise_reload(module, self.model_config)
         self._changed, self._incoming = named, {}
+
+    def layer_of(self, name: str) -> str:
+        """Layer of vLLM's that holds the parameter of this name in memory."""
+        return self._layer(self.family.public_name(name))
+
+    def _layer(self, public: str) -> str:
+        mapped = self.model.hf_to_vllm_mapper.map_name(public)
+        return _fused(public if mapped is None else mapped)
 
     def shutdown(self) -> None:
         """Do nothing: there is no connection."""
@@ -206,7 +218,10 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
     ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the layers by its name in the checkpoint, computed when it is drawn."""
         dtype = self.model_config.dtype
-        for name in (name for layer in layers for name in self._checkpoint.layers[layer]):
+        members: dict[str, list[str]] = {}
+        for name in self._checkpoint.shapes:
+            members.setdefault(self._layer(name), []).append(name)
+        for name in (name for layer in layers for name in members[layer]):
             value = whole[name] if name in whole else self._checkpoint[name]
             value = value.to(self.device, dtype)
             if name in updates:
@@ -218,7 +233,7 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
 
     def _check(self, name: str, shape: tuple[int, ...]) -> str | None:
         try:
-            expected = self._checkpoint.shapes.get(public_name(name))
+            expected = self._checkpoint.shapes.get(self.family.public_name(name))
         except CheckpointError as error:
             return str(error)
         if expected is None:
@@ -232,7 +247,7 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
         if rank != rank_b:
             return f"{module}: lora_A has rank {rank}, lora_B {rank_b}"
         problem = self._check(f"{module}.weight", (outer, inner))
-        if problem is None and not public_name(module).startswith("language_model."):
+        if problem is None and not self.family.is_language(module):
             return f"{module}: LoRA factors outside the language model"
         return problem
 
@@ -240,18 +255,15 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
 class _Checkpoint:
     """A checkpoint's tensors by public name, read when first asked for and kept on the host."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, family: Family) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.layers: dict[str, list[str]] = {}
-        """Names of the tensors that make up a layer of vLLM's."""
         self._places: dict[str, tuple[Path, str]] = {}
         self._kept: dict[str, Tensor] = {}
         for path in _weight_files(directory):
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - not a mapping
-                    name = public_name(key) if key.startswith(("model.", "lm_head.")) else key
+                    name = family.public_of_file(key)
                     self.shapes[name] = tuple(file.get_slice(key).get_shape())
-                    self.layers.setdefault(_layer_of(name), []).append(name)
                     self._places[name] = path, key
 
     def __getitem__(self, name: str) -> Tensor:
@@ -270,8 +282,8 @@ def _weight_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
-def _layer_of(name: str) -> str:
-    """Layer of vLLM's that holds a tensor with this public name."""
+def _fused(name: str) -> str:
+    """Layer of vLLM's that holds a tensor with this name, before what vLLM fuses is fused."""
     parent, _, leaf = name.rpartition(".")[0].rpartition(".")
     return f"{parent}.{_FUSED.get(leaf, leaf)}" if parent else leaf
 

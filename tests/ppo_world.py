@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from peft import PeftModel
 from PIL import Image
+from torch import Tensor, nn
 
 from fgaif.config import Config, parse_config
 from fgaif.data.images import image_ref
+from fgaif.lvlm.features import FeatureCache
+from fgaif.lvlm.inputs import load_encoder
+from fgaif.lvlm.logprobs import response_logprobs
 from fgaif.ppo.batch import make_batch
 from fgaif.types import Evaluation, FloatArray, Prompt, Response, TrainBatch
 
@@ -54,6 +60,18 @@ def make_responses(folder: Path, count: int, seed: int = 0) -> list[Response]:
             )
         )
     return responses
+
+
+@torch.no_grad()
+def hf_logprobs(
+    model: nn.Module, path: Path, responses: Sequence[Response], *, temperature: float = 1.0
+) -> Tensor:
+    """Log-probs (B, T) of a loaded model, zero at padding, without actors and engines."""
+    encoder = load_encoder(path)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    batch = encoder.encode(responses, base.get_input_embeddings().weight)
+    features = FeatureCache(model, encoder)([response.prompt.image for response in responses])
+    return response_logprobs(model, batch, temperature=temperature, features=features)
 
 
 def make_train_batch(

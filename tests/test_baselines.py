@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from ppo_world import hf_logprobs
 from rich.console import Console
 from transformers import AutoProcessor
 
@@ -32,9 +32,8 @@ from fgaif.data.scenes.files import read_scenes, write_split
 from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import DataError, DivergedError
 from fgaif.feedback.external import given_response
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.logprobs import response_logprobs
-from fgaif.lvlm.model import load_adapter, load_lvlm, load_processor, resolve_checkpoint
+from fgaif.lvlm.inputs import Encoder, load_encoder
+from fgaif.lvlm.model import load_adapter, load_lvlm, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.types import GenerationRequest, Prompt, Response
 
@@ -61,8 +60,7 @@ def pairing(tmp_path_factory: pytest.TempPathFactory) -> Pairing:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    model = load_lvlm(POLICY)
-    return Encoder(load_processor(POLICY), image_tokens=image_token_count(model.config))
+    return load_encoder(POLICY)
 
 
 def config(**baseline: Any) -> Config:
@@ -90,9 +88,7 @@ def logprobs(encoder: Encoder, examples: list[Example], adapter: Path | None) ->
         prompt = Prompt(id="x", image=example.image, text=example.turns[-1][1])
         text = " " + example.chosen
         responses.append(given_response("x", prompt, text, encoder.tokenizer))
-    with torch.no_grad():
-        batch = encoder.encode(responses, next(model.parameters()))
-        return response_logprobs(model, batch, temperature=1.0).sum(1).numpy()
+    return hf_logprobs(model, POLICY, responses).sum(1).numpy()
 
 
 def test_trl_reads_the_ids_that_the_policy_is_given_and_samples(
@@ -111,7 +107,7 @@ def test_trl_reads_the_ids_that_the_policy_is_given_and_samples(
         real = batch["attention_mask"][at].bool()
         sampled = given_response("x", pair.prompt, pair.text, encoder.tokenizer)
         assert batch["input_ids"][at][answer].tolist() == sampled.token_ids.tolist()
-        assert batch["input_ids"][at][real & ~answer].tolist() == encoder.prompt_ids(DESCRIBE)
+        assert batch["input_ids"][at][real & ~answer].tolist() == encoder.prompt_ids(pair.prompt)
 
 
 def test_dpo_lowers_its_loss_and_our_engine_reads_the_adapter(

@@ -216,7 +216,8 @@ def test_image_features_are_those_of_clip_through_the_projector(
     weights = {name.removeprefix("model.mm_projector."): w for name, w in read(source).items()}
     first = nn.functional.linear(hidden, weights["0.weight"], weights["0.bias"])
     wanted = nn.functional.linear(nn.functional.gelu(first), weights["2.weight"], weights["2.bias"])
-    torch.testing.assert_close(image_features(load_lvlm(converted), pixels), wanted)
+    found = image_features(load_lvlm(converted), [{"pixel_values": each[None]} for each in pixels])
+    torch.testing.assert_close(torch.stack([each.rows for each in found]), wanted)
 
 
 def test_the_prompt_is_the_one_of_training_and_images_are_padded(converted: Path) -> None:

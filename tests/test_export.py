@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 from engines import photo_prompts, response_to, rollout_actor
+from ppo_world import hf_logprobs
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.adapters import ADAPTER_FILES
-from fgaif.lvlm.export import export_adapter, export_merged, public_name, save_llava
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.logprobs import response_logprobs
+from fgaif.lvlm.export import export_adapter, export_merged, save_model
+from fgaif.lvlm.families.llava import LLAVA
+from fgaif.lvlm.inputs import load_encoder
 from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
-from fgaif.types import FloatArray, Response
+from fgaif.types import FloatArray, ImageRef, Prompt, Response
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,8 @@ def probe(photos: Path) -> list[Response]:
     return [response_to(prompt, [40, 61, 17, 203, 9, 2]) for prompt in photo_prompts(photos)[:2]]
 
 
-@torch.no_grad()
 def logprobs(model: torch.nn.Module, path: Path, probe: list[Response]) -> FloatArray:
-    count = image_token_count(model.config)
-    encoder = Encoder(load_processor(path), image_tokens=count)
-    batch = encoder.encode(probe, next(model.parameters()))
-    return response_logprobs(model, batch, temperature=1.0).numpy()
+    return hf_logprobs(model, path, probe).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +100,7 @@ def test_an_export_does_not_overwrite(
 
 def test_a_weight_of_no_part_of_llava_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"'model\.audio_tower\.weight'"):
-        public_name("model.audio_tower.weight")
+        LLAVA.public_name("model.audio_tower.weight")
 
 
 def small_update(tiny_llava_dir: Path, folder: Path, scale: float) -> Path:
@@ -122,7 +119,7 @@ def test_an_export_that_would_be_the_base_is_refused(tiny_llava_dir: Path, tmp_p
     """The tiny model keeps its weights in float32, so its rounding is not that of a small update:
     a base that is in bfloat16 already shows it."""
     base = tmp_path / "base"
-    save_llava(
+    save_model(
         load_lvlm(tiny_llava_dir, dtype="float32"),
         load_processor(tiny_llava_dir),
         base,
@@ -314,10 +311,11 @@ def test_a_start_token_that_the_template_writes_is_not_doubled(
 ) -> None:
     shutil.copytree(tiny_llava_dir, tmp_path / "model")
     file = tmp_path / "model" / "chat_template.jinja"
-    plain = Encoder(load_processor(tmp_path / "model"), image_tokens=4)
+    plain = load_encoder(tmp_path / "model")
     file.write_text("{{ bos_token }}" + file.read_text())
-    with_start = Encoder(load_processor(tmp_path / "model"), image_tokens=4)
-    assert with_start.prompt_ids("What?") == plain.prompt_ids("What?")
+    with_start = load_encoder(tmp_path / "model")
+    asked = Prompt(id="", image=ImageRef(path="", sha256=""), text="What?")
+    assert with_start.prompt_ids(asked) == plain.prompt_ids(asked)
     assert with_start.text_ids("What?") == plain.text_ids("What?")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engines import engine_config, photo_prompts, requests, rollout_actor
-from ppo_world import make_responses, make_train_batch, questions, tiny_config
+from ppo_world import hf_logprobs, make_responses, make_train_batch, questions, tiny_config
 
 from actors.deepspeed_setup import free_port
 from actors.learner import LearnerActor
@@ -22,9 +22,7 @@ from fgaif.checkpoint import arrays_digest
 from fgaif.config import Config
 from fgaif.errors import SyncError
 from fgaif.lvlm.export import export_merged
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.logprobs import response_logprobs
-from fgaif.lvlm.model import load_lvlm, load_processor
+from fgaif.lvlm.model import load_lvlm
 from fgaif.lvlm.weights import make_manifest, manifest_from_adapter, parts
 from fgaif.types import FloatArray, Prompt, Response
 
@@ -96,11 +94,10 @@ def scores(actor: RolloutActor, responses: list[Response]) -> FloatArray:
     return np.concatenate(actor.probe_logprobs(responses))
 
 
-@torch.no_grad()
 def hf_scores(model: torch.nn.Module, path: Path, responses: list[Response]) -> FloatArray:
-    encoder = Encoder(load_processor(path), image_tokens=image_token_count(model.config))
-    batch = encoder.encode(responses, next(model.parameters()))
-    return response_logprobs(model, batch, temperature=1.0)[batch.mask].numpy()
+    rows = hf_logprobs(model, path, responses).numpy()
+    pairs = zip(rows, responses, strict=True)
+    return np.concatenate([row[: len(response.token_ids)] for row, response in pairs])
 
 
 def test_engine_and_learner_agree_before_and_after(actor: RolloutActor, trained: Trained) -> None:

@@ -125,11 +125,12 @@ def test_cache_keeps_the_most_recently_used_within_its_bytes() -> None:
     cache, made = PixelCache(max_bytes=24), []
 
     def get(key: str) -> float:
-        def make() -> np.ndarray:
+        def make() -> dict[str, np.ndarray]:
             made.append(key)
-            return np.full(3, ord(key), dtype=np.float32)  # 12 bytes
+            value = np.full(1, ord(key), dtype=np.float32)
+            return {"pixels": value, "sizes": np.zeros(2, np.float32)}  # 12 bytes
 
-        return float(cache.get(key, make)[0])
+        return float(cache.get(key, make)["pixels"][0])
 
     assert [get(key) for key in "abacab"] == [97.0, 98.0, 97.0, 99.0, 97.0, 98.0]
     assert made == ["a", "b", "c", "b"]  # c pushed b out, because a was used after it
@@ -139,7 +140,7 @@ def test_cache_keeps_the_most_recently_used_within_its_bytes() -> None:
 
 def test_cache_does_not_keep_what_is_larger_than_itself() -> None:
     cache = PixelCache(max_bytes=8)
-    assert cache.get("a", lambda: np.zeros(100)).shape == (100,)
+    assert cache.get("a", lambda: {"pixels": np.zeros(100)})["pixels"].shape == (100,)
     assert (len(cache), cache.nbytes) == (0, 0)
 
 

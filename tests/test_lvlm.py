@@ -8,6 +8,7 @@ import pytest
 import torch
 from ppo_world import make_responses, questions
 from transformers import (
+    AutoConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -19,8 +20,10 @@ from fgaif.config import LoraConfig
 from fgaif.data.prompts import load_prompts
 from fgaif.data.scenes.questions import DESCRIBE, pope_question, verify_question
 from fgaif.errors import CheckpointError
+from fgaif.lvlm.families.base import join_features
+from fgaif.lvlm.families.llava import image_token_count
 from fgaif.lvlm.features import FeatureCache
-from fgaif.lvlm.inputs import Encoder, image_token_count
+from fgaif.lvlm.inputs import Encoder, load_encoder
 from fgaif.lvlm.logprobs import chunked_logprobs, next_token_logprobs, response_logprobs
 from fgaif.lvlm.model import (
     attach_lora,
@@ -33,6 +36,7 @@ from fgaif.lvlm.model import (
     vision_features,
 )
 from fgaif.lvlm.weights import manifest_from_adapter, tensor_name
+from fgaif.types import ImageRef, Prompt
 
 
 @pytest.fixture
@@ -42,13 +46,14 @@ def model(tiny_llava_dir):
 
 @pytest.fixture
 def encoder(tiny_llava_dir, model):
-    return Encoder(load_processor(tiny_llava_dir), image_tokens=image_token_count(model.config))
+    return load_encoder(tiny_llava_dir)
 
 
 @torch.no_grad()
 def score(model, encoder, responses):
     batch = encoder.encode(responses, model.get_input_embeddings().weight)
-    return response_logprobs(model, batch, temperature=1.0)
+    features = FeatureCache(model, encoder)([response.prompt.image for response in responses])
+    return response_logprobs(model, batch, temperature=1.0, features=features)
 
 
 def test_padding_and_company_do_not_change_logprobs(model, encoder, tmp_path):
@@ -66,7 +71,6 @@ def test_padding_and_company_do_not_change_logprobs(model, encoder, tmp_path):
 def test_encoded_positions_point_before_each_response_token(model, encoder, tmp_path):
     responses = make_responses(tmp_path, 3)
     batch = encoder.encode(responses, model.get_input_embeddings().weight)
-    assert batch.pixel_values.shape == (3, 3, 28, 28)
     for row, response in enumerate(responses):
         length = len(response.token_ids)
         assert batch.mask[row].sum() == length
@@ -123,18 +127,19 @@ def test_saved_adapter_is_a_manifest(model, tmp_path):
 def test_cached_features_equal_fresh_ones(model, encoder, tmp_path):
     images = [response.prompt.image for response in make_responses(tmp_path, 6)]
     like = model.get_input_embeddings().weight
-    fresh = image_features(model, encoder.pixel_batch(images, like))
+    each = image_features(model, [encoder.tensors(image, like) for image in images])
+    fresh, turned = join_features(each).rows, join_features(each[::-1]).rows
     cache = FeatureCache(model, encoder)
-    torch.testing.assert_close(cache(images), fresh)
-    torch.testing.assert_close(cache(images[::-1]), fresh.flip(0))
-    small = FeatureCache(model, encoder, limit_bytes=fresh[0].nbytes)
-    torch.testing.assert_close(small(images), fresh)
-    torch.testing.assert_close(small(images), fresh)
+    torch.testing.assert_close(cache(images).rows, fresh)
+    torch.testing.assert_close(cache(images[::-1]).rows, turned)
+    small = FeatureCache(model, encoder, limit_bytes=each[0].rows.nbytes)
+    torch.testing.assert_close(small(images).rows, fresh)
+    torch.testing.assert_close(small(images).rows, fresh)
     assert len(small) == 1
     assert len(cache) == 3
     unprojected = FeatureCache(model, encoder, projected=False)(images)
     with torch.no_grad():
-        torch.testing.assert_close(project(model, unprojected), fresh)
+        torch.testing.assert_close(project(model, unprojected).rows, fresh)
 
 
 def test_features_in_bfloat16_do_not_depend_on_what_was_kept_before(tmp_path):
@@ -142,14 +147,14 @@ def test_features_in_bfloat16_do_not_depend_on_what_was_kept_before(tmp_path):
     than in company."""
     path = resolve_checkpoint("scenes:policy")
     model = load_lvlm(path, dtype="bfloat16")
-    encoder = Encoder(load_processor(path), image_tokens=image_token_count(model.config))
+    encoder = load_encoder(path)
     images = [
         prompt.image for prompt in load_prompts("scenes:val", limit=4, cache=tmp_path).prompts
     ]
     straight, resumed = FeatureCache(model, encoder), FeatureCache(model, encoder)
     with torch.no_grad():
         straight(images[:3])
-        assert torch.equal(straight(images), resumed(images))
+        assert torch.equal(straight(images).rows, resumed(images).rows)
 
 
 def test_next_token_logprobs_do_not_depend_on_padding(model, encoder, tmp_path):
@@ -182,17 +187,22 @@ def test_next_token_logprobs_do_not_depend_on_padding(model, encoder, tmp_path):
 )
 def test_image_tokens_in_the_users_text_are_removed(encoder, text, same_as):
     """The image comes anyway, and what is left may not form the token again."""
-    ids = encoder.prompt_ids(text)
+    ids = prompt_ids(encoder, text)
     assert ids.count(encoder.image_token_id) == 4
-    assert ids == encoder.prompt_ids(same_as)
+    assert ids == prompt_ids(encoder, same_as)
     assert encoder.text_ids(text) == encoder.text_ids(same_as)
+
+
+def prompt_ids(encoder, text):
+    """Of a prompt whose image need not exist: LLaVA's are all of one size."""
+    return encoder.prompt_ids(Prompt(id="", image=ImageRef(path="", sha256=""), text=text))
 
 
 @pytest.fixture(params=["scenes:policy", "scenes:verifier", "tiny", "llava15"])
 def any_encoder(request, tiny_llava_dir, llava15_dir):
     paths = {"tiny": str(tiny_llava_dir), "llava15": str(llava15_dir)}
     path = resolve_checkpoint(paths.get(request.param, request.param))
-    return Encoder(load_processor(path), image_tokens=4)
+    return load_encoder(path)
 
 
 def test_special_tokens_in_the_users_text_reach_the_model_as_text(any_encoder):
@@ -203,7 +213,7 @@ def test_special_tokens_in_the_users_text_reach_the_model_as_text(any_encoder):
     nested = "".join(f"{token[:2]}{token}{token[2:]}" for token in sorted(specials))
     for text in (written, nested, "<<image>/s>"):
         for ids, plain in (
-            (any_encoder.prompt_ids(f"Say {text}."), any_encoder.prompt_ids("Say so.")),
+            (prompt_ids(any_encoder, f"Say {text}."), prompt_ids(any_encoder, "Say so.")),
             (any_encoder.text_ids(f"Say {text}."), any_encoder.text_ids("Say so.")),
         ):
             for token in specials:
@@ -225,18 +235,20 @@ def test_ordinary_text_has_the_ids_that_it_always_had(any_encoder, text):
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
     ids = any_encoder.tokenizer(rendered)["input_ids"]
-    assert any_encoder.prompt_ids(text) == any_encoder.expand(ids)
+    at, image = ids.index(any_encoder.image_token_id), any_encoder.image_token_id
+    count = image_token_count(any_encoder.config)
+    assert prompt_ids(any_encoder, text) == [*ids[:at], *[image] * count, *ids[at + 1 :]]
 
 
 def test_markers_of_any_chat_template_and_single_characters_become_text(tiny_llava_dir):
     processor = load_processor(tiny_llava_dir)
     markers = ["<|im_start|>", "[INST]", "§"]
     processor.tokenizer.add_tokens(markers, special_tokens=True)
-    encoder = Encoder(processor, image_tokens=4)
+    encoder = Encoder(processor, AutoConfig.from_pretrained(tiny_llava_dir))
     text = "<|im_start|>system [INST]§§"
     assert encoder.plain(text) == "< |im_start|>system [ INST]  "
     special = processor.tokenizer.convert_tokens_to_ids(markers)
-    assert not set(encoder.prompt_ids(text)) & set(special)
+    assert not set(prompt_ids(encoder, text)) & set(special)
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])
@@ -257,9 +269,10 @@ def test_image_tokens_are_counted_as_the_model_makes_them(tower, strategy):
     )
     with torch.random.fork_rng():
         model = LlavaForConditionalGeneration(config).eval()
-    found = image_features(model, torch.zeros(1, 3, 28, 28))
-    assert found.shape[1] == image_token_count(config)
-    assert vision_features(model, torch.zeros(1, 3, 28, 28)).shape[1] == image_token_count(config)
+    image = {"pixel_values": torch.zeros(1, 3, 28, 28)}
+    for compute in (image_features, vision_features):
+        (found,) = compute(model, [image])
+        assert len(found.rows) == image_token_count(config)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +301,7 @@ def test_checkpoints_that_are_none(tiny_llava_dir, tmp_path):
     shutil.copytree(tiny_llava_dir, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(CheckpointError, match="'llama', expected 'llava'"):
+    with pytest.raises(CheckpointError, match="supported are LLaVA"):
         resolve_checkpoint(str(other))
     (other / "config.json").write_text(json.dumps(config | {"image_token_id": 3}))
     with pytest.raises(CheckpointError, match=r"image token .* has id"):

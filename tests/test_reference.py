@@ -3,15 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from ppo_world import make_responses, make_train_batch, tiny_config, with_attention_dropout
+from ppo_world import (
+    hf_logprobs,
+    make_responses,
+    make_train_batch,
+    tiny_config,
+    with_attention_dropout,
+)
 from transformers import LlavaForConditionalGeneration
 
 from actors.reference import ReferenceActor
 from fgaif.config import Config, LoraConfig
 from fgaif.errors import CheckpointError
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.logprobs import response_logprobs
-from fgaif.lvlm.model import attach_lora, load_processor
+from fgaif.lvlm.model import attach_lora
 
 
 def step(actor: ReferenceActor, responses, seed: int = 0):
@@ -30,10 +34,7 @@ def test_reference_stays_while_values_learn(tiny_llava_dir, tmp_path):
     after = actor.evaluate(responses)
 
     model = LlavaForConditionalGeneration.from_pretrained(tiny_llava_dir).eval()
-    encoder = Encoder(load_processor(tiny_llava_dir), image_tokens=image_token_count(model.config))
-    with torch.no_grad():
-        encoded = encoder.encode(responses, model.get_input_embeddings().weight)
-        plain = response_logprobs(model, encoded, temperature=0.7).numpy()
+    plain = hf_logprobs(model, tiny_llava_dir, responses, temperature=0.7).numpy()
     for row, first, second in zip(plain, before, after, strict=True):
         width = len(first.values)
         np.testing.assert_allclose(first.reference_logprobs, row[:width], atol=1e-5)

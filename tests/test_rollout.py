@@ -13,8 +13,8 @@ from engines import engine_config, photo_prompts, requests, response_to, rollout
 from actors.rollout import RolloutActor, _forced
 from actors.vllm_engine import answer_ids
 from fgaif.errors import CheckpointError, DataError
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.model import load_lvlm, load_processor
+from fgaif.lvlm.inputs import load_encoder
+from fgaif.lvlm.model import load_lvlm
 from fgaif.types import Prompt, Response
 
 
@@ -33,15 +33,14 @@ class HuggingFace:
 
     def __init__(self, path: Path) -> None:
         self.model = load_lvlm(path, dtype="float32")
-        count = image_token_count(self.model.config)
-        self.encoder = Encoder(load_processor(path), image_tokens=count)
+        self.encoder = load_encoder(path)
 
     @torch.no_grad()
     def logits(self, response: Response) -> torch.Tensor:
         """(T, V): row t predicts token t of the response."""
-        prompt = self.encoder.prompt_ids(response.prompt.text)
+        prompt = self.encoder.prompt_ids(response.prompt)
         ids = torch.tensor([[*prompt, *response.token_ids.tolist()]])
-        pixels = torch.from_numpy(self.encoder.pixels(response.prompt.image))[None]
+        pixels = torch.from_numpy(self.encoder.pixels(response.prompt.image)["pixel_values"])
         logits = self.model(input_ids=ids, pixel_values=pixels).logits[0]
         return logits[len(prompt) - 1 : -1]
 

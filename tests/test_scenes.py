@@ -34,7 +34,7 @@ from fgaif.data.scenes.world import (
     split_seed,
 )
 from fgaif.feedback.segment import split_offsets
-from fgaif.lvlm.export import public_name
+from fgaif.lvlm.families.llava import LLAVA
 from fgaif.scene_models.measure import (
     caption,
     caption_report,
@@ -362,9 +362,9 @@ def test_checkpoints_round_trip_under_public_names(tmp_path: Path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor.half().float())
     assert processor.tokenizer.encode("There is a moon.")[0] == BOS_ID
-    assert public_name("lm_head.weight") == "language_model.lm_head.weight"
+    assert LLAVA.public_name("lm_head.weight") == "language_model.lm_head.weight"
     with pytest.raises(ValueError, match=r"head\.weight"):
-        public_name("head.weight")
+        LLAVA.public_name("head.weight")
 
 
 @pytest.fixture(scope="module")

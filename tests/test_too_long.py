@@ -97,7 +97,7 @@ def test_room_for_no_prompt_is_refused_before_anything_is_sampled(
 def test_prompts_up_to_the_context_fit() -> None:
     image = ImageRef(path="a.png", sha256="a" * 64)
     prompts = [Prompt(id=str(n), image=image, text="x" * n) for n in (3, 5, 4, 6)]
-    fitting, skipped = split_by_length(prompts, len, 5)
+    fitting, skipped = split_by_length(prompts, lambda prompt: len(prompt.text), 5)
     assert [prompt.id for prompt in fitting] == ["3", "5", "4"]
     assert [(item.row, item.reason) for item in skipped] == [("prompt 6", "6 tokens")]
 

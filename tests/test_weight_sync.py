@@ -10,15 +10,15 @@ import pytest
 import torch
 from engines import photo_prompts, requests, response_to, rollout_actor
 from peft import PeftModel
+from ppo_world import hf_logprobs
 
 from actors.rollout import RolloutActor
 from cluster.roles import Probe, SyncCheck
 from cluster.weight_sync import check_load, sync
 from fgaif.config import LoraConfig
 from fgaif.errors import SyncError
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.logprobs import response_logprobs
-from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor
+from fgaif.lvlm.inputs import load_encoder
+from fgaif.lvlm.model import attach_lora, load_lvlm
 from fgaif.lvlm.weights import make_manifest
 from fgaif.pending import Pending, Ready, Then
 from fgaif.types import (
@@ -142,9 +142,9 @@ class HfLearner:
     """The learner's and the reference's part of a sync, on a PEFT model without DeepSpeed."""
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
+        self.path = path
         model = load_lvlm(path, dtype=dtype)
-        count = image_token_count(model.config)
-        self.encoder = Encoder(load_processor(path), image_tokens=count)
+        self.encoder = load_encoder(path)
         # PEFT keeps adapters of a bfloat16 base in float32; DeepSpeed casts them.
         self.model: PeftModel = attach_lora(model, LORA, seed=0).to(model.dtype)
 
@@ -162,8 +162,7 @@ class HfLearner:
 
     @torch.no_grad()
     def logprobs(self, responses: Sequence[Response]) -> Pending[list[FloatArray]]:
-        batch = self.encoder.encode(responses, next(self.model.parameters()))
-        rows = response_logprobs(self.model, batch, temperature=1.0).numpy()
+        rows = hf_logprobs(self.model, self.path, responses).numpy()
         return Ready([row[: len(r.token_ids)] for row, r in zip(rows, responses, strict=True)])
 
     def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
@@ -223,7 +222,7 @@ def test_samples_do_not_use_prefixes_cached_under_old_weights(
 ) -> None:
     """The prompt fills several cache blocks, so its keys and values are found again."""
     prompts = photo_prompts(photos, text="There is a small red star above the square. " * 12)[:1]
-    assert len(learner.encoder.prompt_ids(prompts[0].text)) > 100
+    assert len(learner.encoder.prompt_ids(prompts[0])) > 100
     actor.generate(requests(prompts))
     learner.randomise(5)
     actor.load_weights(learner.publish(1).result())

@@ -126,7 +126,7 @@ def _host_caches(role: Role, config: Config, models: Models) -> int:
         "rollout": data.feedback_prompts + data.ppo_prompts,
         "judge": data.feedback_prompts,
     }.get(role, data.ppo_prompts)
-    pixels = min(_PIXEL_CACHE, images * 3 * model.image_size**2 * 4)
+    pixels = min(_PIXEL_CACHE, images * model.pixel_values * 4)
     if role in ("rollout", "judge"):
         return pixels
     projected = not (role == "learner" and config.policy.train_projector)
@@ -261,7 +261,7 @@ def vision_peak(model: ModelFacts, images: int, width: int) -> int:
     tokens = images * model.vision_tokens
     kept = (model.vision_layers + 1) * model.vision_hidden
     mlp = 3 * model.vision_ffn + model.vision_hidden
-    pixels = images * 3 * model.image_size**2 * (4 if width == 4 else 4 + width)
+    pixels = images * model.pixel_values * 4  # in float32 joined, in 16 bits also one by one
     return pixels + tokens * width * (kept + max(mlp, 3 * model.hidden))
 
 

@@ -20,7 +20,10 @@ from fgaif.data.sources import QUESTIONS, require_questions
 from fgaif.errors import DataError, FgaifError
 from fgaif.feedback.external import look_at_responses
 from fgaif.feedback.models import check_prompts
-from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.lvlm.checkpoint_files import read_json
+from fgaif.lvlm.families import family_of_type
+from fgaif.lvlm.families.base import Family, require_served_adapters
+from fgaif.lvlm.model import load_processor, resolve_checkpoint
 
 _LEAST_FREE = 256 * 2**20
 """Bytes; results, logs and stores of the smallest run fit."""
@@ -58,7 +61,7 @@ def _looks(config: Config, stage: Stage) -> dict[str, Look]:
     data, feedback, anchor = config.data, config.feedback, config.ppo.anchor
     rows = partial(look_at_prompts, root=data.image_root, max_pixels=data.max_image_pixels)
     policy: dict[str, Look] = {
-        "policy.model": partial(resolve_checkpoint, config.policy.model),
+        "policy.model": partial(_look_at_policy, config),
         "dir": partial(_require_room, config.run_dir),
     }
     train: dict[str, Look] = {"data.train": partial(rows, data.train)}
@@ -76,7 +79,7 @@ def _looks(config: Config, stage: Stage) -> dict[str, Look]:
     if stage == "annotate":
         return policy | _models(config, feedback.extractor, *feedback.verifiers)
     if stage == "train-reward":
-        return policy | {"reward.backbone": partial(resolve_checkpoint, config.reward_backbone)}
+        return policy | {"reward.backbone": partial(_look_at_model, config.reward_backbone)}
     if stage == "train":
         looks: dict[str, Look] = policy | train
         if anchor.weight and anchor.prompts == QUESTIONS:
@@ -93,6 +96,20 @@ def _looks(config: Config, stage: Stage) -> dict[str, Look]:
     return {}
 
 
+def _look_at_model(name: str) -> Family:
+    path = resolve_checkpoint(name)
+    load_processor(path)
+    return family_of_type(read_json(path / "config.json")["model_type"])
+
+
+def _look_at_policy(config: Config) -> None:
+    family = _look_at_model(config.policy.model)
+    if config.policy.train_projector:
+        family.require_projector()
+    if not config.merges_adapters:
+        require_served_adapters(family)
+
+
 def _models(config: Config, *asked: str) -> dict[str, Look]:
     """What models of the feedback need: prompts, a checkpoint, keys of endpoints."""
     looks: dict[str, Look] = {"feedback": partial(check_prompts, config)}
@@ -101,7 +118,7 @@ def _models(config: Config, *asked: str) -> dict[str, Look]:
         ("eval.second_verifier", config.eval.second_verifier),
     ):
         if name in asked and name is not None and not name.startswith(API):
-            looks[key] = partial(resolve_checkpoint, name)
+            looks[key] = partial(_look_at_model, name)
     for entry in (name.removeprefix(API) for name in asked if name.startswith(API)):
         looks[f"endpoints.{entry}"] = partial(_look_at_endpoint, entry, config)
     return looks

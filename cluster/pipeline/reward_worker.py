@@ -9,11 +9,12 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from actors.deepspeed_setup import deepspeed_config, import_deepspeed, join_process_group
 from cluster.pipeline.reward_task import RewardTask
 from fgaif.config import Config
+from fgaif.lvlm.families.base import ImageFeatures
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
 from fgaif.reward.checkpoint import make_card, save_reward_model
@@ -46,7 +47,7 @@ def run_reward_task(task: RewardTask) -> None:
             model.backbone.unload()
 
 
-def _load_backbone(path: Path, config: Config) -> LlavaForConditionalGeneration:
+def _load_backbone(path: Path, config: Config) -> PreTrainedModel:
     policy = config.policy
     backbone = load_lvlm(
         path, dtype=policy.dtype, device=str(get_device()), attention=policy.attention
@@ -61,7 +62,7 @@ def _train_kind(
     kind: Kind,
     task: RewardTask,
     rows: Sequence[LabeledResponse],
-    backbone: LlavaForConditionalGeneration,
+    backbone: PreTrainedModel,
     encoder: RewardEncoder,
     features: FeatureCache,
 ) -> RewardModel:
@@ -136,7 +137,7 @@ class _ZeroEngine:
             ),
         )
 
-    def __call__(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, features: ImageFeatures, separators: Tensor) -> Tensor:
         return self._engine(input_ids, features, separators)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 from rich.console import Console
-from transformers import LlavaConfig
 
 from actors.vllm_engine import context_length
 from cluster.console import StepDisplay, progress_bars
@@ -50,8 +49,8 @@ from fgaif.feedback.labels import Oracle
 from fgaif.feedback.segment import segment_response
 from fgaif.feedback.store import label_store, response_store
 from fgaif.files import write_json, write_whole
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.model import load_processor, resolve_checkpoint
+from fgaif.lvlm.inputs import load_encoder
+from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import calibration_bins, reward_metrics
@@ -152,10 +151,9 @@ class Run:
         self._policy_path = resolve_checkpoint(config.policy.model)
         self._resume = False
         self._hashes = Hashes(config.run_dir)
-        processor = load_processor(self._policy_path)
-        self._tokenizer = processor.tokenizer
-        model = LlavaConfig.from_pretrained(self._policy_path, local_files_only=True)
-        self._encoder = Encoder(processor, image_tokens=image_token_count(model))
+        pixels = config.data.max_image_pixels
+        self._encoder = load_encoder(self._policy_path, max_image_pixels=pixels)
+        self._tokenizer = self._encoder.tokenizer
 
     def prepare(self, plan: StagePlan, stage_status: StageStatus) -> None:
         """Go on with what is there, or move it aside; nothing that was finished is removed."""
@@ -370,7 +368,7 @@ class Run:
         new = self._config.policy.max_new_tokens
         context = context_length(self._policy_path, self._config)
         fitting, skipped = split_by_length(
-            prompts, lambda text: len(self._encoder.prompt_ids(text)), context - new
+            prompts, lambda prompt: len(self._encoder.prompt_ids(prompt)), context - new
         )
         note_too_long(self._dir, stage, len(skipped))
         if not skipped:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from peft import set_peft_model_state_dict
-from transformers import AutoConfig, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from fgaif.baselines.chat_text import ChatText
 from fgaif.baselines.files import Example
@@ -29,12 +29,11 @@ from fgaif.errors import ConfigError, DataError, DivergedError
 from fgaif.files import write_json, write_whole
 from fgaif.lvlm.adapters import ADAPTER_FILES, check_adapter_loaded, read_adapter
 from fgaif.lvlm.checkpoint_files import read_tensors
-from fgaif.lvlm.inputs import Encoder, image_token_count
+from fgaif.lvlm.inputs import load_encoder
 from fgaif.lvlm.model import (
     attach_lora,
     load_adapter,
     load_lvlm,
-    load_processor,
     resolve_checkpoint,
 )
 from fgaif.reward.checkpoint import checkpoint_digest
@@ -144,7 +143,7 @@ def train_baseline(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULT, {"done": False, "settings": settings})
     path = resolve_checkpoint(config.policy.model)
-    processor = load_processor(path)
+    encoder = load_encoder(path, max_image_pixels=config.data.max_image_pixels)
     loaded = load_lvlm(path, dtype=config.policy.dtype, attention=config.policy.attention)
     policy = config.policy
     model = (
@@ -152,15 +151,10 @@ def train_baseline(
         if start is None
         else load_adapter(loaded, start, trainable=True)
     )
-    encoder = Encoder(
-        processor,
-        image_tokens=image_token_count(AutoConfig.from_pretrained(path, local_files_only=True)),
-        max_image_pixels=config.data.max_image_pixels,
-    )
     rows = make_dataset(method, examples, ChatText(encoder))
     checkpoints = folder / CHECKPOINTS
     follow = _Follow(report)
-    trainer = _trainer(method, model, rows, processor, config, checkpoints, follow)
+    trainer = _trainer(method, model, rows, encoder.processor, config, checkpoints, follow)
     trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(checkpoints)
     if checkpoint is not None:

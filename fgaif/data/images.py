@@ -5,7 +5,7 @@ import io
 import stat
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -42,6 +42,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes an image with this EXIF orientation upright."""
+_SIDEWAYS = (5, 6, 7, 8)
+"""Orientations of which the file's height is the image's width."""
 _SHOWN = 200
 
 Picture: TypeAlias = str | Path | bytes | Image.Image
@@ -145,6 +147,21 @@ def read_image(ref: ImageRef, max_pixels: int = MAX_PIXELS) -> ImageFile:
     return _header(ref.path, content, max_pixels)
 
 
+def image_size(ref: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of an image as :func:`load_image` gives it, from the header alone.
+
+    Raises:
+        DataError: as ``load_image``.
+    """
+    content = ref.content if isinstance(ref, ImageBytes) else _read(ref.path, None)[1]
+
+    def upright(image: Image.Image) -> tuple[int, int]:
+        turned = _orientation(image) in _SIDEWAYS
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+    return _decode(ref.path, content, max_pixels, upright)
+
+
 def load_image(ref: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image to RGB, upright (EXIF) and on white where it is transparent.
 
@@ -163,31 +180,37 @@ def decode_image(name: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Ima
 
 
 class PixelCache:
-    """Arrays by key, at most ``max_bytes`` in all; the least recently used go first."""
+    """Groups of arrays by key, at most ``max_bytes`` in all; the least recently used go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._arrays: OrderedDict[str, NDArray[Any]] = OrderedDict()
+        self._groups: OrderedDict[str, Mapping[str, NDArray[Any]]] = OrderedDict()
         self.nbytes = 0
 
-    def get(self, key: str, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """Return the array of ``key``, made by ``make()`` if it is not there.
+    def get(
+        self, key: str, make: Callable[[], Mapping[str, NDArray[Any]]]
+    ) -> Mapping[str, NDArray[Any]]:
+        """Return the group of ``key``, made by ``make()`` if it is not there.
 
-        An array larger than the limit is returned but not kept.
+        A group larger than the limit is returned but not kept.
         """
-        if key in self._arrays:
-            self._arrays.move_to_end(key)
-            return self._arrays[key]
-        array = np.asarray(make())
-        if array.nbytes <= self._max_bytes:
-            self._arrays[key] = array
-            self.nbytes += array.nbytes
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        group = make()
+        if (size := _nbytes(group)) <= self._max_bytes:
+            self._groups[key] = group
+            self.nbytes += size
             while self.nbytes > self._max_bytes:
-                self.nbytes -= self._arrays.popitem(last=False)[1].nbytes
-        return array
+                self.nbytes -= _nbytes(self._groups.popitem(last=False)[1])
+        return group
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._groups)
+
+
+def _nbytes(group: Mapping[str, NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in group.values())
 
 
 def _read(path: str | Path, root: Path | None) -> tuple[ImageRef, bytes]:

@@ -60,18 +60,18 @@ class PromptSet:
 
 
 def split_by_length(
-    prompts: Sequence[Prompt], length: Callable[[str], int], longest: int
+    prompts: Sequence[Prompt], length: Callable[[Prompt], int], longest: int
 ) -> tuple[list[Prompt], list[Skipped]]:
     """Part those that fit from those that are too long, each in order.
 
     Args:
-        length: tokens of a prompt's text as the engine reads it, with the image.
+        length: tokens of a prompt as the engine reads it, with the image.
         longest: most tokens of a prompt.
     """
     fitting: list[Prompt] = []
     skipped: list[Skipped] = []
     for prompt in prompts:
-        if (tokens := length(prompt.text)) <= longest:
+        if (tokens := length(prompt)) <= longest:
             fitting.append(prompt)
         else:
             skipped.append(Skipped(row=f"prompt {prompt.id}", reason=f"{tokens} tokens"))

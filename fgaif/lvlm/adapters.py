@@ -10,14 +10,16 @@ from torch import Tensor
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.checkpoint_files import read_json, read_tensors
+from fgaif.lvlm.families import LANGUAGE_PARTS, PROJECTOR_PARTS
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_PROJECTOR = "multi_modal_projector"
 _PREFIX = "base_model.model."
+_FACTOR = re.compile(rf".+\.({'|'.join(LANGUAGE_PARTS)})\..+\.lora_([AB])\.weight")
+_WHOLE = re.compile(rf".+\.({'|'.join(PROJECTOR_PARTS)})\..+")
 # Names of adapters that were trained before transformers 4.52.
 _OLD_NAMES = (
     (f"{_PREFIX}language_model.model.", f"{_PREFIX}model.language_model."),
-    (f"{_PREFIX}{_PROJECTOR}.", f"{_PREFIX}model.{_PROJECTOR}."),
+    (f"{_PREFIX}multi_modal_projector.", f"{_PREFIX}model.multi_modal_projector."),
 )
 
 
@@ -41,12 +43,13 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     patterns = ("use_dora", "alpha_pattern", "rank_pattern", "lora_bias", "use_qalora")
     other = [key for key in patterns if getattr(config, key, None)]
     other += ["bias"] if config.bias != "none" else []
-    others = set(config.modules_to_save or ()) - {_PROJECTOR}
+    others = set(config.modules_to_save or ()) - set(PROJECTOR_PARTS)
     other += ["modules_to_save"] if others else []
     if other:
+        whole = " or ".join(PROJECTOR_PARTS)
         raise CheckpointError(
             f"{directory}/adapter_config.json: {', '.join(other)} is set; only adapters with one "
-            f"rank and one alpha are supported, and of whole modules {_PROJECTOR} alone"
+            f"rank and one alpha are supported, and of whole modules {whole} alone"
         )
     return config
 
@@ -68,19 +71,20 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     file = directory / ADAPTER_FILES[1]
     tensors = {_present_name(name): tensor for name, tensor in read_tensors(file).items()}
     for name, tensor in tensors.items():
-        factor = re.fullmatch(r".+\.language_model\..+\.lora_([AB])\.weight", name)
-        if factor is None and f".{_PROJECTOR}." not in name:
+        found = _FACTOR.fullmatch(name)
+        if found is None and not _WHOLE.fullmatch(name):
             raise CheckpointError(
-                f"{file}: {name} belongs to no part of a LLaVA model that can be adapted (its "
-                "language model by LoRA, its projector whole); was the adapter trained on another "
+                f"{file}: {name} belongs to no part of a model that can be adapted (its language "
+                "model by LoRA, its projector whole); was the adapter trained on another "
                 "architecture, or on the language model alone?"
             )
-        if factor is None:
+        if found is None:
             continue
-        other = name.replace(f".lora_{factor[1]}.", f".lora_{'BA'[factor[1] == 'B']}.")
+        factor = found[2]
+        other = name.replace(f".lora_{factor}.", f".lora_{'BA'[factor == 'B']}.")
         if other not in tensors:
             raise CheckpointError(f"{file}: {name} is there and {other} is not; copy it again")
-        rank = tensor.shape[0 if factor[1] == "A" else -1] if tensor.ndim == 2 else 0
+        rank = tensor.shape[0 if factor == "A" else -1] if tensor.ndim == 2 else 0
         if rank != config.r:
             raise CheckpointError(
                 f"{file}: {name} has shape {tuple(tensor.shape)}, but adapter_config.json says "

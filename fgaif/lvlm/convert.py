@@ -39,10 +39,10 @@ from transformers import (
 from fgaif.errors import CheckpointError, first_line
 from fgaif.lvlm.adapters import ADAPTER_FILES
 from fgaif.lvlm.checkpoint_files import in_original_layout, read_json, read_tensors
-from fgaif.lvlm.export import public_name
+from fgaif.lvlm.families.base import LORA_LEAVES
+from fgaif.lvlm.families.llava import LLAVA
 from fgaif.lvlm.hub import FILES, hub_folder, split_name
 from fgaif.lvlm.hub import reference as name_of
-from fgaif.lvlm.model import LORA_LEAVES, LORA_TARGETS
 from fgaif.types import Json
 
 SOURCE_FILES = (*FILES, "*.bin", "*.model")
@@ -144,7 +144,8 @@ def check_shapes(config: LlavaConfig, found: Mapping[str, Iterable[int]]) -> Non
     """
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    wanted = {public_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+    held = model.state_dict().items()
+    wanted = {LLAVA.public_name(name): tuple(value.shape) for name, value in held}
     shapes = {name: tuple(shape) for name, shape in found.items()}
     for what, names in (
         ("is missing", wanted.keys() - shapes.keys()),
@@ -358,7 +359,7 @@ def _convert_adapter(folder: Path, out: Path) -> None:
         r=int(settings["r"]),
         lora_alpha=settings["lora_alpha"],
         lora_dropout=settings.get("lora_dropout") or 0.0,
-        target_modules=LORA_TARGETS,
+        target_modules=LLAVA.lora_targets,
         bias="none",
         inference_mode=True,
         base_model_name_or_path=Path(str(settings.get("base_model_name_or_path"))).name,

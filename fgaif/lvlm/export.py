@@ -1,4 +1,4 @@
-"""Write LLaVA checkpoints that both transformers and vLLM load."""
+"""Write checkpoints that both transformers and vLLM load."""
 
 import copy
 import shutil
@@ -12,11 +12,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
 from fgaif.lvlm.arrival import arrived, merged_sums
+from fgaif.lvlm.families import family_of
 from fgaif.lvlm.hub import model_name
 from fgaif.lvlm.model import load_adapter, load_lvlm, load_processor
 from fgaif.types import Arrived
@@ -24,26 +25,16 @@ from fgaif.types import Arrived
 LEAST_SURVIVING = 0.95
 """Share of an update below which rounding is refused, unless the caller accepts it."""
 
-# In-memory prefix (transformers 5) -> prefix in the public llava-1.5 checkpoints. vLLM refuses a
-# CLIP tower without `vision_model.`, which transformers 5 drops when it saves.
-_PUBLIC_PREFIXES = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
-)
-
 _CARD = """---
 base_model: {base}
 library_name: transformers
 pipeline_tag: image-text-to-text
-tags: [fgaif, llava]
+tags: [fgaif, {model_type}]
 ---
 # {name}
 
-A LLaVA policy aligned by fine-grained AI feedback (FGAIF, arXiv 2404.05046) and exported with its
-LoRA adapter merged into the weights.
+A {family} policy aligned by fine-grained AI feedback (FGAIF, arXiv 2404.05046) and exported with
+its LoRA adapter merged into the weights.
 
 - base checkpoint: `{base}`
 - adapter: `{adapter}` (r = {r}, alpha = {alpha})
@@ -54,25 +45,13 @@ LoRA adapter merged into the weights.
 The adapter itself lies in `adapter/`, unrounded: load it with PEFT on the base checkpoint, or serve
 it with vLLM's `--enable-lora`.
 
-The merged checkpoint loads with `transformers.LlavaForConditionalGeneration.from_pretrained` and
+The merged checkpoint loads with `transformers.AutoModelForImageTextToText.from_pretrained` and
 with vLLM. Licence and limits are those of the base checkpoint.
 """
 
 
-def public_name(name: str) -> str:
-    """The public llava-1.5 name of a parameter of ``LlavaForConditionalGeneration``.
-
-    Raises:
-        CheckpointError: the name belongs to no part of LLaVA.
-    """
-    for prefix, public in _PUBLIC_PREFIXES:
-        if name.startswith(prefix):
-            return public + name.removeprefix(prefix)
-    raise CheckpointError(f"weight {name!r} belongs to no part of a LLaVA model")
-
-
-def save_llava(
-    model: LlavaForConditionalGeneration,
+def save_model(
+    model: PreTrainedModel,
     processor: Any,
     directory: Path,
     *,
@@ -129,6 +108,8 @@ def export_merged(
     card = _CARD.format(
         name=out_dir.name,
         base=model_name(base_dir),
+        family=family_of(adapted.get_base_model().config).name,
+        model_type=adapted.get_base_model().config.model_type,
         adapter=adapter_dir.name,
         r=settings.r,
         alpha=settings.lora_alpha,
@@ -138,7 +119,7 @@ def export_merged(
         weakest=kept.weakest,
     )
     try:
-        save_llava(adapted.merge_and_unload(), processor, partial, dtype=getattr(torch, dtype))
+        save_model(adapted.merge_and_unload(), processor, partial, dtype=getattr(torch, dtype))
         _copy_adapter(adapter_dir, partial / "adapter")
         (partial / "README.md").write_text(card, encoding="utf-8")
         if out_dir.exists():
@@ -189,8 +170,9 @@ def _copy_adapter(adapter_dir: Path, folder: Path) -> None:
         shutil.copyfile(adapter_dir / name, folder / name)
 
 
-def _public_weights(model: LlavaForConditionalGeneration) -> Iterator[tuple[str, Tensor]]:
+def _public_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    family = family_of(model.config)
     tied = model.config.tie_word_embeddings or model.config.text_config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
         if not (tied and name == "lm_head.weight"):
-            yield public_name(name), tensor
+            yield family.public_name(name), tensor

@@ -4,10 +4,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fgaif.lvlm.families.base import ImageFeatures, join_features
 from fgaif.lvlm.inputs import Encoder
-from fgaif.lvlm.model import base_of, image_features, vision_features
+from fgaif.lvlm.model import base_of, image_features, model_family, vision_features
 from fgaif.types import ImageRef
 
 _LIMIT_BYTES = 2**30
@@ -20,8 +21,12 @@ def set_vision_aside(model: nn.Module, *, projector: bool) -> None:
     them by. The caches of two ranks miss different images, and a forward pass of sharded weights
     that only one rank makes hangs for ever.
     """
-    parent = base_of(model).model
-    for name in ("vision_tower", "multi_modal_projector") if projector else ("vision_tower",):
+    family = model_family(model)
+    paths = [family.tower, *family.loose]
+    paths += [family.projector] if projector and family.projector else []
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        parent = base_of(model).get_submodule(owner)
         part = getattr(parent, name)
         delattr(parent, name)
         parent.__dict__[name] = part  # an attribute set in the usual way would be a module again
@@ -46,20 +51,20 @@ class FeatureCache:
         self._encoder = encoder
         self._like = base_of(model).get_input_embeddings().weight
         self._free = limit_bytes
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
 
-    def __call__(self, images: Sequence[ImageRef]) -> Tensor:
-        """Features (B, image tokens, width) of the images, on the model's device."""
+    def __call__(self, images: Sequence[ImageRef]) -> ImageFeatures:
+        """Features of the images, in order, on the model's device."""
         wanted = {image.sha256: image for image in images}
         missing = [image for digest, image in wanted.items() if digest not in self._kept]
         found = {digest: self._kept[digest] for digest in wanted if digest in self._kept}
         if missing:
-            rows = [row for part in self._parts(missing) for row in self._fresh(part)]
-            found |= {image.sha256: row for image, row in zip(missing, rows, strict=True)}
+            fresh = [each for part in self._parts(missing) for each in self._fresh(part)]
+            found |= {image.sha256: each for image, each in zip(missing, fresh, strict=True)}
         for digest, features in found.items():
             self._keep(digest, features)
         device = self._like.device
-        return torch.stack([found[image.sha256].to(device) for image in images])
+        return join_features([moved(found[image.sha256], device) for image in images])
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -72,14 +77,24 @@ class FeatureCache:
             return [images]
         return [[image] for image in images]
 
-    def _fresh(self, images: list[ImageRef]) -> Tensor:
-        return self._compute(self._model, self._encoder.pixel_batch(images, self._like))
+    def _fresh(self, images: list[ImageRef]) -> list[ImageFeatures]:
+        tensors = [self._encoder.tensors(image, self._like) for image in images]
+        return self._compute(self._model, tensors)
 
-    def _keep(self, digest: str, features: Tensor) -> None:
+    def _keep(self, digest: str, features: ImageFeatures) -> None:
         if digest in self._kept:
             self._kept.move_to_end(digest)
             return
-        self._kept[digest] = features.to("cpu", copy=True)
-        self._free -= features.nbytes
+        self._kept[digest] = moved(features, torch.device("cpu"), copy=True)
+        self._free -= features.rows.nbytes
         while self._free < 0:
-            self._free += self._kept.popitem(last=False)[1].nbytes
+            self._free += self._kept.popitem(last=False)[1].rows.nbytes
+
+
+def moved(features: ImageFeatures, device: torch.device, *, copy: bool = False) -> ImageFeatures:
+    """The features on a device, of their own memory with ``copy``."""
+    grids = features.grids
+    return ImageFeatures(
+        rows=features.rows.to(device, copy=copy),
+        grids=None if grids is None else grids.to(device, copy=copy),
+    )

@@ -3,15 +3,19 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
-from fgaif.data.images import PixelCache, load_image
+from fgaif.data.images import PixelCache, image_size, load_image
 from fgaif.errors import DataError
-from fgaif.types import FloatArray, ImageRef, Prompt, Response
+from fgaif.lvlm.families import family_of
+from fgaif.lvlm.families.base import Pixels, Tensors
+from fgaif.lvlm.model import load_processor
+from fgaif.types import ImageRef, Prompt, Response
 
 _CACHE_BYTES = 256 * 2**20
 _PROMPTS = 10_000
@@ -21,13 +25,12 @@ _PROMPTS = 10_000
 class EncodedBatch:
     """Prompts with responses, right-padded, on one device.
 
-    ``input_ids`` (B, L) hold prompt (image placeholders expanded) and response; ``pixel_values``
-    (B, 3, H, W); ``positions`` (B, T) index the hidden state that predicts response token t;
-    ``targets`` (B, T) are the response ids; ``mask`` (B, T) is 1 at response tokens.
+    ``input_ids`` (B, L) hold prompt (image placeholders expanded) and response; ``positions``
+    (B, T) index the hidden state that predicts response token t; ``targets`` (B, T) are the
+    response ids; ``mask`` (B, T) is 1 at response tokens.
     """
 
     input_ids: Tensor
-    pixel_values: Tensor
     positions: Tensor
     targets: Tensor
     mask: Tensor
@@ -36,19 +39,22 @@ class EncodedBatch:
 class Encoder:
     """Tokenises prompts and preprocesses images of one checkpoint, caching pixels by content."""
 
-    def __init__(
-        self, processor: Any, *, image_tokens: int, max_image_pixels: int = 50_000_000
-    ) -> None:
+    def __init__(self, processor: Any, config: Any, *, max_image_pixels: int = 50_000_000) -> None:
+        """``processor`` and ``config`` are transformers' of the checkpoint."""
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.image_token: str = processor.image_token
-        self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        self.family = family_of(config)
+        self.image_token = self.family.image_token(processor)
+        """Stands for an image in a rendered prompt."""
+        self.image_token_id = int(config.image_token_id)
+        """Stands for one feature of an image in token ids; no response may hold it."""
         self.pad_id: int = self.tokenizer.pad_token_id or 0
+        self.config = config
         self._special = _special_pattern(self.tokenizer)
-        self._image_tokens = image_tokens
         self._max_pixels = max_image_pixels
         self._pixels = PixelCache(_CACHE_BYTES)
-        self._prompts: dict[str, list[int]] = {}
+        self._placed: dict[str, str] = {}
+        self._prompts: dict[tuple[str, str], list[int]] = {}
 
     def render(self, text: str) -> str:
         """Apply the chat template to a user's text and one image.
@@ -60,13 +66,19 @@ class Encoder:
         message = {"role": "user", "content": [{"type": "image"}, said]}
         return self.processor.apply_chat_template([message], add_generation_prompt=True)
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of the rendered prompt with the image placeholder expanded."""
-        if text not in self._prompts:
+        key = prompt.text, self.placeholders(prompt.image)
+        if key not in self._prompts:
             if len(self._prompts) >= _PROMPTS:
                 self._prompts.clear()
-            self._prompts[text] = self.expand(self._tokenize(self.render(text)))
-        return self._prompts[text]
+            rendered = self._expand(self.render(prompt.text), prompt.image)
+            self._prompts[key] = self._tokenize(rendered)
+        return self._prompts[key]
+
+    def raw_ids(self, text: str, image: ImageRef) -> list[int]:
+        """Token ids of an image and a text after it, without a chat template."""
+        return list(self.tokenizer(self._expand(self._written + text, image))["input_ids"])
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a prompt without an image, its text treated as in ``render``."""
@@ -102,30 +114,36 @@ class Encoder:
                 text = text.replace(form, "")
         return text
 
-    def expand(self, ids: Sequence[int]) -> list[int]:
-        """Repeat the single image placeholder once per image feature."""
-        if list(ids).count(self.image_token_id) != 1:
-            raise DataError(f"a prompt must hold {self.image_token!r} exactly once, ids {ids}")
-        at = list(ids).index(self.image_token_id)
-        return [*ids[:at], *[self.image_token_id] * self._image_tokens, *ids[at + 1 :]]
+    @property
+    def _written(self) -> str:
+        return self.family.written(self.processor)
 
-    def pixels(self, image: ImageRef) -> FloatArray:
-        """Preprocessed pixels (3, H, W) of an image, from the cache if it was seen."""
+    def placeholders(self, image: ImageRef) -> str:
+        """What stands for the image in a prompt's text: a placeholder for each of its features."""
+        if image.sha256 not in self._placed:
+            if len(self._placed) >= _PROMPTS:
+                self._placed.clear()
+            shown = _Shown(self, image)
+            self._placed[image.sha256] = self.family.expand(self.processor, self.config, shown)
+        return self._placed[image.sha256]
+
+    def _expand(self, text: str, image: ImageRef) -> str:
+        """Put an image's placeholders where the text has the token of one image."""
+        if text.count(self.image_token) != 1:
+            raise DataError(f"a prompt must hold {self.image_token!r} exactly once: {text[:200]!r}")
+        return text.replace(self.image_token, self.placeholders(image))
+
+    def pixels(self, image: ImageRef) -> Pixels:
+        """Preprocessed arrays of an image, from the cache if it was seen."""
         return self._pixels.get(image.sha256, lambda: self._preprocess(image))
 
-    def pixel_batch(self, images: Sequence[ImageRef], like: Tensor) -> Tensor:
-        """Stack images to (B, 3, H, W) on the device and in the dtype of ``like``."""
-        stacked = torch.from_numpy(np.stack([self.pixels(image) for image in images]))
-        return stacked.to(device=like.device, dtype=like.dtype)
+    def tensors(self, image: ImageRef, like: Tensor) -> Tensors:
+        """The same on the device of ``like``, floats in its dtype."""
+        return {name: as_tensor(value, like) for name, value in self.pixels(image).items()}
 
-    def encode(
-        self, responses: Sequence[Response], like: Tensor, *, pixels: bool = True
-    ) -> EncodedBatch:
-        """Pad prompts and responses to one batch; ``like`` gives device and pixel dtype.
-
-        Without ``pixels``, for callers that keep image features, ``pixel_values`` are (0,).
-        """
-        prompts = [self.prompt_ids(response.prompt.text) for response in responses]
+    def encode(self, responses: Sequence[Response], like: Tensor) -> EncodedBatch:
+        """Pad prompts and responses to one batch on the device of ``like``."""
+        prompts = [self.prompt_ids(response.prompt) for response in responses]
         rows = [
             [*prompt, *response.token_ids.tolist()]
             for prompt, response in zip(prompts, responses, strict=True)
@@ -141,11 +159,6 @@ class Encoder:
         device = like.device
         return EncodedBatch(
             input_ids=input_ids.to(device),
-            pixel_values=(
-                self.pixel_batch([r.prompt.image for r in responses], like)
-                if pixels
-                else like.new_empty(0)
-            ),
             positions=positions.to(device),
             targets=targets.to(device),
             mask=mask.to(device),
@@ -153,14 +166,47 @@ class Encoder:
 
     def encode_prompts(self, prompts: Sequence[Prompt], like: Tensor) -> tuple[Tensor, Tensor]:
         """Right-pad prompts alone: ids (B, L) and the index (B,) of each last prompt token."""
-        rows = [self.prompt_ids(prompt.text) for prompt in prompts]
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
         last = torch.tensor([len(row) - 1 for row in rows])
         return pad_rows(rows, self.pad_id).to(like.device), last.to(like.device)
 
-    def _preprocess(self, image: ImageRef) -> FloatArray:
-        picture = load_image(image, self._max_pixels)
-        output = self.processor.image_processor(images=picture, return_tensors="np")
-        return np.asarray(output["pixel_values"][0], dtype=np.float32)
+    def size(self, image: ImageRef) -> tuple[int, int]:
+        """Height and width of an image before it is preprocessed."""
+        return image_size(image, self._max_pixels)
+
+    def _preprocess(self, image: ImageRef) -> Pixels:
+        return self.family.preprocess(self.processor, load_image(image, self._max_pixels))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """See :class:`fgaif.lvlm.families.base.Shown`."""
+
+    encoder: Encoder
+    image: ImageRef
+
+    def size(self) -> tuple[int, int]:
+        return self.encoder.size(self.image)
+
+    def pixels(self) -> Pixels:
+        return self.encoder.pixels(self.image)
+
+
+def load_encoder(path: Path, *, max_image_pixels: int = 50_000_000) -> Encoder:
+    """The encoder of a checkpoint folder.
+
+    Raises:
+        CheckpointError: as :func:`fgaif.lvlm.model.load_processor`.
+    """
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    return Encoder(load_processor(path), config, max_image_pixels=max_image_pixels)
+
+
+def as_tensor(array: Any, like: Tensor) -> Tensor:
+    """An array on the device of ``like``, and in its dtype if it holds floats."""
+    tensor = torch.from_numpy(array)
+    dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(device=like.device, dtype=dtype)
 
 
 def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
@@ -176,15 +222,3 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     for index, row in enumerate(rows):
         padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
     return padded
-
-
-def image_token_count(config: Any) -> int:
-    """Number of image features per image of a LLaVA config (336 px, patch 14: 576).
-
-    The strategy "default" leaves out the tower's first feature, whatever it is: of CLIP's that is
-    [CLS], SigLIP has none.
-    """
-    vision = config.vision_config
-    patches = int((vision.image_size // vision.patch_size) ** 2)
-    with_cls = "siglip" not in vision.model_type
-    return patches + with_cls - (config.vision_feature_select_strategy == "default")

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fgaif.lvlm.families.base import ImageFeatures
 from fgaif.lvlm.inputs import EncodedBatch
-from fgaif.lvlm.model import base_of, image_features, last_hidden
+from fgaif.lvlm.model import base_of, last_hidden
 
 CHUNK = 2048
 """Rows of logits that exist at a time."""
@@ -38,19 +39,12 @@ def chunked_logprobs(
 
 
 def response_logprobs(
-    model: nn.Module,
-    batch: EncodedBatch,
-    *,
-    temperature: float,
-    features: Tensor | None = None,
+    model: nn.Module, batch: EncodedBatch, *, temperature: float, features: ImageFeatures
 ) -> Tensor:
     """Log-probabilities (B, T) of the response tokens, zero where ``batch.mask`` is 0.
 
-    ``features`` (B, image tokens, D) are the images' where they are known already (the vision tower
-    is frozen); otherwise they are computed from ``batch.pixel_values``.
+    ``features`` are the images' of the batch, in order.
     """
-    if features is None:
-        features = image_features(model, batch.pixel_values)
     return hidden_logprobs(
         model, last_hidden(model, batch.input_ids, features), batch, temperature=temperature
     )
@@ -71,12 +65,12 @@ def hidden_logprobs(
 
 
 def next_token_logprobs(
-    model: nn.Module, input_ids: Tensor, last: Tensor, features: Tensor
+    model: nn.Module, input_ids: Tensor, last: Tensor, features: ImageFeatures
 ) -> Tensor:
     """Log-probabilities (B, V) of the token after each prompt.
 
     ``input_ids`` (B, L) right-padded, ``last`` (B,) the index of each prompt's last token,
-    ``features`` (B, image tokens, D) of the images.
+    ``features`` those of the images, in order.
     """
     hidden = last_hidden(model, input_ids, features)
     rows = torch.arange(hidden.shape[0], device=hidden.device)

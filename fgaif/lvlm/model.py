@@ -1,5 +1,6 @@
-"""Load a LLaVA checkpoint, attach LoRA to its language model, run its hidden states."""
+"""Load a checkpoint of any family, attach LoRA to its language model, run its hidden states."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,20 +9,19 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fgaif.errors import CheckpointError
+from fgaif.errors import CheckpointError, DataError
 from fgaif.lvlm.adapters import check_adapter_loaded, read_adapter
 from fgaif.lvlm.allocator import return_freed_tensors
 from fgaif.lvlm.checkpoint_files import check_weights, in_original_layout, read_json
+from fgaif.lvlm.families import family_of, family_of_type
+from fgaif.lvlm.families.base import Family, ImageFeatures, Tensors
 
 if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic
     from fgaif.config import LoraConfig
 
-# Anchored: short names such as "q_proj" also match CLIP, where vLLM would silently ignore them.
-LORA_LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA_TARGETS = rf".*language_model\..*\.({'|'.join(LORA_LEAVES)})"
 _SCENES = "scenes:"
 _TEMPLATE_PROBE = "What is in the image?"
 
@@ -31,8 +31,8 @@ def resolve_checkpoint(name: str) -> Path:
     into a checked checkpoint path.
 
     Raises:
-        CheckpointError: not a directory, nothing that the hub gives, no config.json, not a LLaVA
-            architecture, in LLaVA's original layout, quantised, or with damaged files.
+        CheckpointError: not a directory, nothing that the hub gives, no config.json, of no family
+            that is supported, in LLaVA's original layout, quantised, or with damaged files.
     """
     if name.startswith(_SCENES):
         path = Path(__file__).parents[1] / "data" / "scenes" / "models" / name.removeprefix(_SCENES)
@@ -45,7 +45,7 @@ def resolve_checkpoint(name: str) -> Path:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(
-            f"model {name!r}: {config_file} does not exist; give a directory with a LLaVA "
+            f"model {name!r}: {config_file} does not exist; give a directory with a "
             "checkpoint (config.json, *.safetensors, tokenizer and processor files), or a model of "
             "the Hugging Face Hub as ORG/NAME@REVISION (@main: its newest)"
         )
@@ -60,11 +60,10 @@ def resolve_checkpoint(name: str) -> Path:
         raise CheckpointError(
             f"model {name!r}: quantised checkpoints are not supported; use the one in 16 or 32 bit"
         )
-    if config.get("model_type") != "llava":
-        raise CheckpointError(
-            f"model {name!r}: model_type is {config.get('model_type')!r}, expected 'llava' "
-            "(LlavaForConditionalGeneration); other architectures are not supported"
-        )
+    try:
+        family_of_type(config.get("model_type"))
+    except CheckpointError as error:
+        raise CheckpointError(f"model {name!r}: {error}") from error
     check_weights(path)
     return path
 
@@ -85,20 +84,24 @@ def load_processor(path: str | Path) -> Any:
         raise CheckpointError(
             f"{path}: cannot load the processor: {type(error).__name__}: {error}"
         ) from error
-    image_token = getattr(processor, "image_token", "<image>")
-    vocabulary = processor.tokenizer.get_vocab()
-    config = read_json(path / "config.json")
-    expected = config.get("image_token_id", config.get("image_token_index"))
-    if vocabulary.get(image_token) != expected:
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    family = family_of(config)
+    token = getattr(processor.tokenizer, "image_token", None) or processor.image_token
+    found = processor.tokenizer.get_vocab().get(token)
+    if found != config.image_token_id:
         raise CheckpointError(
-            f"{path}: image token {image_token!r} has id {vocabulary.get(image_token)} in the "
-            f"tokenizer but config.json says {expected}; add the token or correct the config"
+            f"{path}: image token {token!r} has id {found} in the tokenizer but config.json says "
+            f"{config.image_token_id}; add the token or correct the config"
         )
     if not processor.chat_template:
         raise CheckpointError(
             f"{path}: no chat template; save one with the processor (chat_template.jinja)"
         )
-    _check_template(path, processor, image_token)
+    _check_template(path, processor, family.image_token(processor))
+    try:
+        family.check(processor, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return processor
 
 
@@ -113,19 +116,19 @@ def _check_template(path: Path, processor: Any, image_token: str) -> None:
         raise CheckpointError(
             f"{path}: its chat template cannot write a message with an image "
             f"({type(error).__name__}: {error}); it may be one for text alone: take that of the "
-            "LLaVA checkpoint that this one was made from"
+            "checkpoint that this one was made from"
         ) from error
     if rendered.count(image_token) != 1 or _TEMPLATE_PROBE not in rendered:
         raise CheckpointError(
             f"{path}: its chat template writes {rendered[:200]!r} for an image and "
             f"{_TEMPLATE_PROBE!r}: {image_token!r} must be there once, and the text; it may be one "
-            "for text alone: take that of the LLaVA checkpoint that this one was made from"
+            "for text alone: take that of the checkpoint that this one was made from"
         )
 
 
 def load_lvlm(
     path: str | Path, *, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa"
-) -> LlavaForConditionalGeneration:
+) -> PreTrainedModel:
     """Load the checkpoint in evaluation mode with every parameter frozen.
 
     ``path`` is a directory, or a name as in :func:`resolve_checkpoint`.
@@ -135,7 +138,7 @@ def load_lvlm(
     """
     path = _resolved(path)
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(
+        model, info = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
@@ -158,7 +161,7 @@ def load_lvlm(
 
 
 def attach_lora(
-    model: LlavaForConditionalGeneration, lora: "LoraConfig", seed: int, *, projector: bool = False
+    model: PreTrainedModel, lora: "LoraConfig", seed: int, *, projector: bool = False
 ) -> PeftModel:
     """Add a fresh LoRA adapter on the language model's linear layers; only it is trainable.
 
@@ -166,12 +169,14 @@ def attach_lora(
     ``projector`` the adapter also holds a trainable copy of the multi-modal projector; where the
     adapter is disabled, the model runs the frozen one.
     """
+    family = family_of(model.config)
+    whole = [family.require_projector().rpartition(".")[2]] if projector else None
     settings = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=LORA_TARGETS,
-        modules_to_save=["multi_modal_projector"] if projector else None,
+        target_modules=family.lora_targets,
+        modules_to_save=whole,
         bias="none",
     )
     with torch.random.fork_rng():
@@ -181,9 +186,7 @@ def attach_lora(
     return peft_model
 
 
-def load_adapter(
-    model: LlavaForConditionalGeneration, adapter: Path, *, trainable: bool = False
-) -> PeftModel:
+def load_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool = False) -> PeftModel:
     """Load a saved adapter directory onto its backbone.
 
     Raises:
@@ -214,8 +217,9 @@ def without_dropout(model: nn.Module) -> None:
 
 def check_adapter_anchored(model: PeftModel) -> None:
     """Raise CheckpointError if adapter weights sit outside the language model, or none exist."""
+    language = f".{family_of(base_of(model).config).language}."
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
-    outside = [name for name in names if ".language_model." not in name]
+    outside = [name for name in names if language not in name]
     if outside or not names:
         raise CheckpointError(
             f"LoRA weights outside the language model: {outside[:3]} (of {len(names)}); the "
@@ -223,8 +227,8 @@ def check_adapter_anchored(model: PeftModel) -> None:
         )
 
 
-def base_of(model: nn.Module) -> LlavaForConditionalGeneration:
-    """The LLaVA model inside an optional PEFT wrapper."""
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The model inside an optional PEFT wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -232,42 +236,55 @@ def _resolved(path: str | Path) -> Path:
     return resolve_checkpoint(path) if isinstance(path, str) else path
 
 
+def model_family(model: nn.Module) -> Family:
+    """The family of a loaded model."""
+    return family_of(base_of(model).config)
+
+
 @torch.no_grad()
-def image_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Project images into the language model's space: (B, 3, H, W) -> (B, image tokens, D).
+def image_features(model: nn.Module, images: Sequence[Tensors]) -> list[ImageFeatures]:
+    """Each image's features in the language model's space.
 
     Vision tower and projector are frozen, so no graph is kept.
     """
-    output = base_of(model).get_image_features(pixel_values=pixel_values, return_dict=True)
-    return torch.stack(list(output.pooler_output))
+    return model_family(model).features(base_of(model), images)
 
 
 @torch.no_grad()
-def vision_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """What the projector is given: (B, 3, H, W) -> (B, image tokens, width of the vision tower)."""
-    base = base_of(model)
-    hidden = base.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    layers = base.config.vision_feature_layer
-    first = int(base.config.vision_feature_select_strategy == "default")  # leaves out [CLS]
-    chosen = [layers] if isinstance(layers, int) else layers
-    return torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
+def vision_features(model: nn.Module, images: Sequence[Tensors]) -> list[ImageFeatures]:
+    """What the projector is given, of each image; for families whose projector can be trained."""
+    compute = model_family(model).unprojected
+    assert compute is not None, "attach_lora refuses the projectors of other families"
+    return compute(base_of(model), images)
 
 
-def project(model: nn.Module, features: Tensor) -> Tensor:
-    """Project vision features into the language model's space, with gradient: -> (B, N, D)."""
-    projected: Tensor = base_of(model).model.multi_modal_projector(features)
-    return projected
+def project(model: nn.Module, features: ImageFeatures) -> ImageFeatures:
+    """Project vision features into the language model's space, with gradient."""
+    compute = model_family(model).project
+    assert compute is not None, "attach_lora refuses the projectors of other families"
+    return compute(base_of(model), features)
 
 
-def last_hidden(model: nn.Module, input_ids: Tensor, features: Tensor) -> Tensor:
+def last_hidden(model: nn.Module, input_ids: Tensor, features: ImageFeatures) -> Tensor:
     """Last hidden state (B, L, D) of right-padded ``input_ids`` (B, L) with images placed.
 
     Padding is on the right and attention is causal, so no mask is needed: padded positions see
     the text, never the other way round.
+
+    Raises:
+        DataError: the ids have placeholders for more or fewer features.
     """
     base = base_of(model)
     embeddings = base.get_input_embeddings()(input_ids)
-    placeholders = (input_ids == base.config.image_token_id).unsqueeze(-1)
-    embeddings = embeddings.masked_scatter(placeholders, features.to(embeddings.dtype))
-    language_model = base.model.language_model
-    return language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    placeholders = input_ids == base.config.image_token_id
+    rows = features.rows[:, : embeddings.shape[-1]]
+    if (count := int(placeholders.sum())) != len(rows):
+        raise DataError(
+            f"{count} image placeholders for {len(rows)} image features; the processor's files do "
+            "not belong to the checkpoint's weights: copy both from one place"
+        )
+    embeddings = embeddings.masked_scatter(placeholders.unsqueeze(-1), rows.to(embeddings.dtype))
+    family = model_family(model)
+    language_model = base.get_submodule(family.language)
+    told = family.positions(base, input_ids, features)
+    return language_model(inputs_embeds=embeddings, use_cache=False, **told).last_hidden_state

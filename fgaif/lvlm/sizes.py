@@ -1,4 +1,4 @@
-"""Sizes of a LLaVA checkpoint: parameters by part and shapes, without reading or making weights."""
+"""Sizes of a checkpoint: parameters by part and shapes, without reading or making weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from fgaif.config import LoraConfig
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.checkpoint_files import read_header
-from fgaif.lvlm.inputs import image_token_count
+from fgaif.lvlm.families import family_of
+from fgaif.lvlm.families.base import LORA_LEAVES
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -36,7 +37,7 @@ class ModelFacts:
     vocabulary: int
     max_length: int
     image_tokens: int
-    image_size: int
+    pixel_values: int
     vision_hidden: int
     vision_ffn: int
     vision_layers: int
@@ -63,34 +64,44 @@ def read_facts(path: Path) -> ModelFacts:
         shapes |= {name: item["shape"] for name, item in read_header(file).items()}
     if not shapes:
         raise CheckpointError(f"{path}: no *.safetensors weights; pickled weights are not loaded")
-    return _facts(LlavaConfig.from_pretrained(path, local_files_only=True), shapes)
+    return _facts(AutoConfig.from_pretrained(path, local_files_only=True), shapes)
 
 
-def config_facts(config: LlavaConfig) -> ModelFacts:
+def config_facts(config: PretrainedConfig) -> ModelFacts:
     """Facts of the model that a configuration describes; nothing is allocated.
 
     ``config_facts(LlavaConfig())`` are those of LLaVA-1.5-7B but for 64 rows of the vocabulary.
     """
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     return _facts(config, {name: tuple(p.shape) for name, p in model.named_parameters()})
 
 
-def _facts(config: LlavaConfig, shapes: Shapes) -> ModelFacts:
-    text, vision = config.text_config, config.vision_config
+def _facts(config: PretrainedConfig, shapes: Shapes) -> ModelFacts:
+    family, text = family_of(config), config.text_config
+    vision = family.vision(config)
+    held = {family.public_of_file(name): shape for name, shape in shapes.items()}
 
-    def count(part: str) -> int:
-        return sum(math.prod(shape) for name, shape in shapes.items() if part in name)
+    def count(part: str | None) -> int:
+        prefix = None if part is None else family.public_of_file(f"{part}.")
+        return sum(
+            math.prod(shape)
+            for name, shape in held.items()
+            if prefix is not None and name.startswith(prefix)
+        )
 
-    tower, projector = count("vision_tower"), count("multi_modal_projector")
+    tower, projector = count(family.tower), count(family.projector)
+    layers = family.public_of_file(f"{family.language}.layers.")
     return ModelFacts(
-        language=count("") - tower - projector,
+        language=sum(map(math.prod, held.values())) - tower - projector,
         vision=tower,
         projector=projector,
         linears=tuple(
             (shape[0], shape[1])
-            for name, shape in sorted(shapes.items())
-            if "language_model" in name and len(shape) == 2 and "_proj" in name
+            for name, shape in sorted(held.items())
+            if len(shape) == 2
+            and name.startswith(layers)
+            and name.removesuffix(".weight").endswith(LORA_LEAVES)
         ),
         hidden=text.hidden_size,
         ffn=text.intermediate_size,
@@ -100,10 +111,10 @@ def _facts(config: LlavaConfig, shapes: Shapes) -> ModelFacts:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocabulary=text.vocab_size,
         max_length=text.max_position_embeddings,
-        image_tokens=image_token_count(config),
-        image_size=vision.image_size,
-        vision_hidden=vision.hidden_size,
-        vision_ffn=vision.intermediate_size,
-        vision_layers=vision.num_hidden_layers,
-        vision_tokens=(vision.image_size // vision.patch_size) ** 2 + 1,
+        image_tokens=vision.image_tokens,
+        pixel_values=vision.pixel_values,
+        vision_hidden=vision.hidden,
+        vision_ffn=vision.ffn,
+        vision_layers=vision.layers,
+        vision_tokens=vision.tokens,
     )

@@ -7,8 +7,9 @@ from typing import TypeVar
 import numpy as np
 
 from fgaif.checkpoint import arrays_digest
+from fgaif.errors import CheckpointError
 from fgaif.lvlm.adapters import adapter_scaling, read_adapter
-from fgaif.lvlm.export import public_name
+from fgaif.lvlm.families import in_memory
 from fgaif.types import FloatArray, WeightsManifest
 
 PEFT_PREFIX = "base_model.model."
@@ -28,13 +29,14 @@ def tensor_name(parameter: str) -> str:
     ``model.multi_modal_projector.linear_1.bias``; on disk PEFT leaves out the adapter's name.
 
     Raises:
-        CheckpointError: neither a LoRA factor nor a weight of a LLaVA model.
+        CheckpointError: neither a LoRA factor nor a weight of any family's models.
     """
     name = parameter.removeprefix(PEFT_PREFIX).replace(_TRAINED_COPY, ".")
     module, dot, rest = name.rpartition(".lora_")
     if dot:
         return f"{module}.lora_{rest[0]}"
-    public_name(name)
+    if not in_memory(name):
+        raise CheckpointError(f"weight {name!r} belongs to no part of a supported model")
     return name
 
 

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from fgaif.errors import CheckpointError, DataError
-from fgaif.lvlm.inputs import Encoder, image_token_count, pad_rows
+from fgaif.lvlm.inputs import Encoder, load_encoder, pad_rows
 from fgaif.lvlm.model import load_processor
-from fgaif.types import Response, Segment
+from fgaif.types import Prompt, Response, Segment
 
 _QUESTIONS = 1_000
 
@@ -50,7 +49,7 @@ class RewardEncoder:
         if separator is None:
             raise CheckpointError("the reward model's tokenizer has no EOS token to separate with")
         self._separator = int(separator)
-        self._heads: dict[str, list[int]] = {}
+        self._heads: dict[tuple[str, str], list[int]] = {}
 
     def row(self, response: Response, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
         """Ids of one response and the columns of its separators.
@@ -58,7 +57,7 @@ class RewardEncoder:
         Raises:
             DataError: the response holds the image placeholder.
         """
-        ids = list(self._head(response.prompt.text))
+        ids = list(self._head(response.prompt))
         columns = []
         for segment in segments:
             ids += self._segment_ids(response, segment)
@@ -80,18 +79,17 @@ class RewardEncoder:
             separators=torch.tensor(separators, dtype=torch.long).view(-1, 2).to(device),
         )
 
-    def _head(self, question: str) -> list[int]:
-        if question not in self._heads:
+    def _head(self, prompt: Prompt) -> list[int]:
+        key = prompt.text, self.encoder.placeholders(prompt.image)
+        if key not in self._heads:
             if len(self._heads) >= _QUESTIONS:
                 self._heads.clear()
             token = self.encoder.image_token
-            safe = self.encoder.plain(question.replace(token, token.strip("<>")))
-            text = f"{token}\nPrompt: {safe} \n"
-            ids = self.encoder.tokenizer(text)["input_ids"]
+            safe = self.encoder.plain(prompt.text.replace(token, token.strip("<>")))
+            ids = self.encoder.raw_ids(f"\nPrompt: {safe} \n", prompt.image)
             # Some tokenizers close every text with EOS, which here would be a separator.
-            ids = ids[:-1] if ids[-1] == self._separator else ids
-            self._heads[question] = self.encoder.expand(ids)
-        return self._heads[question]
+            self._heads[key] = ids[:-1] if ids[-1] == self._separator else ids
+        return self._heads[key]
 
     def _segment_ids(self, response: Response, segment: Segment) -> list[int]:
         token_id = self.encoder.image_token_id
@@ -110,13 +108,9 @@ class RewardEncoder:
 
 def load_reward_encoder(backbone: Path, policy: Path, *, max_image_pixels: int) -> RewardEncoder:
     """Encoder of a backbone for the responses of a policy; compares their vocabularies."""
-    processor = load_processor(backbone)
-    config = AutoConfig.from_pretrained(backbone, local_files_only=True)
-    same = policy == backbone or tokenizer_digest(processor.tokenizer) == tokenizer_digest(
+    encoder = load_encoder(backbone, max_image_pixels=max_image_pixels)
+    same = policy == backbone or tokenizer_digest(encoder.tokenizer) == tokenizer_digest(
         load_processor(policy).tokenizer
-    )
-    encoder = Encoder(
-        processor, image_tokens=image_token_count(config), max_image_pixels=max_image_pixels
     )
     return RewardEncoder(encoder, reads_policy_ids=same)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fgaif.config import Config, RewardConfig
 from fgaif.errors import ConfigError
+from fgaif.lvlm.families.base import ImageFeatures
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm, resolve_checkpoint
 from fgaif.reward.checkpoint import checkpoint_digest, make_card, save_reward_model
@@ -32,7 +33,7 @@ class PlainEngine:
         self._optimizer, self._schedule = make_optimizer(model, config, steps)
         self.steps = 0
 
-    def __call__(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, features: ImageFeatures, separators: Tensor) -> Tensor:
         """See :class:`fgaif.reward.train.Engine`, here and below."""
         return self.model(input_ids, features, separators)
 

@@ -1,4 +1,4 @@
-"""Reward models: a LLaVA backbone with LoRA and a 3-class head read at every segment's end."""
+"""Reward models: a backbone with LoRA and a 3-class head read at every segment's end."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fgaif.lvlm.families.base import ImageFeatures
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import attach_lora, base_of, last_hidden
 from fgaif.reward.inputs import RewardEncoder
@@ -25,8 +26,8 @@ class SegmentModel(Protocol):
 
     score_shape: tuple[int, ...]
 
-    def __call__(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
-        """Logits for ``input_ids`` (B, L), ``features`` (B, I, D), ``separators`` (N, 2)."""
+    def __call__(self, input_ids: Tensor, features: ImageFeatures, separators: Tensor) -> Tensor:
+        """Logits for ``input_ids`` (B, L), the images' ``features``, ``separators`` (N, 2)."""
         ...
 
 
@@ -40,7 +41,7 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, features: ImageFeatures, separators: Tensor) -> Tensor:
         """Return float32 logits (N, C) at ``separators`` (N, 2), rows of (batch row, column)."""
         hidden = last_hidden(self.backbone, input_ids, features)
         return self.head(hidden[separators[:, 0], separators[:, 1]]).float()
@@ -64,7 +65,7 @@ class SharedRewardModels(nn.Module):
         # PEFT's own set_adapter searches the whole model, a third of the time of a short text.
         self._adapted = [part for part in backbone.modules() if isinstance(part, BaseTunerLayer)]
 
-    def forward(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, features: ImageFeatures, separators: Tensor) -> Tensor:
         """Return float32 logits (N, K, C)."""
         logits = []
         for adapter, head in zip(self.adapters, self.heads, strict=True):

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fgaif.config import RewardConfig
 from fgaif.errors import DataError
+from fgaif.lvlm.families.base import ImageFeatures
 from fgaif.lvlm.features import FeatureCache
 from fgaif.reward.dataset import RewardData, class_weights, plan_batches
 from fgaif.reward.inputs import RewardEncoder
@@ -39,7 +40,7 @@ class Engine(Protocol):
     rank: int
     world_size: int
 
-    def __call__(self, input_ids: Tensor, features: Tensor, separators: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, features: ImageFeatures, separators: Tensor) -> Tensor:
         """Logits (N, C), with a graph."""
         ...
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fgaif.data.scenes.draw import CELL, IMAGE_SIZE
-from fgaif.lvlm.export import save_llava
+from fgaif.lvlm.export import save_model
 from fgaif.scene_models.tokenizer import BOS_ID, EOS_ID, IMAGE_ID, PAD_ID
 
 HIDDEN = 128
@@ -74,7 +74,7 @@ def save_checkpoint(
     model.generation_config = GenerationConfig(
         bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
     )
-    save_llava(model, processor, directory, dtype=torch.float16)
+    save_model(model, processor, directory, dtype=torch.float16)
 
 
 def load_checkpoint(directory: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,8 +36,7 @@ from rich.table import Table
 from cluster.memory.actors import MIB, PARTS, PROMPT_TEXT, actor_memory
 from fgaif.config import Config, parse_config
 from fgaif.data.images import image_ref
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.model import load_processor
+from fgaif.lvlm.inputs import Encoder, load_encoder
 from fgaif.lvlm.sizes import read_facts
 from fgaif.types import DEFAULT_KINDS as KINDS
 from fgaif.types import LabeledResponse, Prompt, Response, Segment
@@ -114,12 +114,7 @@ def configuration(model: Path, role: str, dtype: str, run_dir: Path) -> Config:
 
 def encoder_of(model: Path) -> Encoder:
     """The encoder that the roles use."""
-    from transformers import LlavaConfig
-
-    config = LlavaConfig.from_pretrained(model)
-    return Encoder(
-        load_processor(model), image_tokens=image_token_count(config), max_image_pixels=10**8
-    )
+    return load_encoder(model, max_image_pixels=10**8)
 
 
 def answers(model: Path, folder: Path) -> list[Response]:
@@ -127,7 +122,10 @@ def answers(model: Path, folder: Path) -> list[Response]:
     rng = np.random.default_rng(0)
     encoder = encoder_of(model)
     text, length = "Describe this image", read_facts(model).image_tokens + PROMPT_TEXT
-    while len(encoder.prompt_ids(text + " image")) <= length:
+    blank = folder / "blank.png"
+    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)).save(blank)
+    asked = Prompt(id="blank", image=image_ref(blank), text=text)
+    while len(encoder.prompt_ids(replace(asked, text=text + " image"))) <= length:
         text += " image"
     found = []
     for index in range(IMAGES):

@@ -27,8 +27,8 @@ from actors.rollout import RolloutActor
 from fgaif.config import Config, LoraConfig, parse_config
 from fgaif.data.images import load_image
 from fgaif.data.prompts import load_prompts
-from fgaif.lvlm.inputs import Encoder, image_token_count
-from fgaif.lvlm.model import attach_lora, load_lvlm, load_processor, resolve_checkpoint
+from fgaif.lvlm.inputs import load_encoder
+from fgaif.lvlm.model import attach_lora, load_lvlm, resolve_checkpoint
 from fgaif.lvlm.weights import make_manifest
 from fgaif.types import GenerationRequest, Prompt, WeightsManifest
 
@@ -91,18 +91,17 @@ def hugging_face_tokens(
     model_dir: Path, prompts: Sequence[Prompt], tokens: int, batch: int
 ) -> Callable[[], int]:
     """Return a function that samples every prompt with Hugging Face ``generate``."""
-    model, processor = load_lvlm(model_dir, dtype="float32"), load_processor(model_dir)
-    count = image_token_count(model.config)
-    encoder = Encoder(processor, image_tokens=count)
-    eos = processor.tokenizer.eos_token_id
+    model, encoder = load_lvlm(model_dir, dtype="float32"), load_encoder(model_dir)
+    eos = encoder.tokenizer.eos_token_id
 
     @torch.no_grad()
     def sample() -> int:
         total = 0
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
-            ids = torch.tensor([encoder.prompt_ids(prompt.text) for prompt in part])
-            pixels = encoder.pixel_batch([prompt.image for prompt in part], torch.empty(0))
+            ids = torch.tensor([encoder.prompt_ids(prompt) for prompt in part])
+            seen = [encoder.tensors(prompt.image, torch.empty(0)) for prompt in part]
+            pixels = torch.cat([each["pixel_values"] for each in seen])
             output = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels,
                 do_sample=True, max_new_tokens=tokens, pad_token_id=0, top_k=0,
@@ -141,7 +140,7 @@ def measure(model: Path, prompts: Sequence[Prompt], tokens: int, rounds: int) ->
     report = {"actor_ready_seconds": actor_seconds}
     report["engine_ready_seconds"] = ray.get(actor.stats.remote()).ready_seconds
     bare = ray.remote(BareVllm).options(**options).remote(model, config)
-    encoder = Encoder(load_processor(model), image_tokens=1)
+    encoder = load_encoder(model)
     texts = [encoder.render(prompt.text) for prompt in prompts]
     images = [load_image(prompt.image) for prompt in prompts]
     requests = [

@@ -53,10 +53,11 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from fgaif.lvlm.arrival import arrived, factor_sums, lora_update, merged_sums
-from fgaif.lvlm.inputs import EncodedBatch, image_token_count
+from fgaif.lvlm.families.base import ImageFeatures, join_features
+from fgaif.lvlm.families.llava import LLAVA, image_token_count
+from fgaif.lvlm.inputs import EncodedBatch
 from fgaif.lvlm.logprobs import gather_hidden, hidden_logprobs, response_logprobs
 from fgaif.lvlm.model import (
-    LORA_TARGETS,
     attach_lora,
     image_features,
     last_hidden,
@@ -235,15 +236,22 @@ def make_batch(shape: Shape, size: int, device: str, dtype: torch.dtype) -> Enco
     start = shape.length - shape.response
     ids = torch.randint(IMAGE_ID + 1, shape.vocab, (size, shape.length), generator=generator)
     ids[:, 1 : 1 + start - shape.prompt] = IMAGE_ID
-    side = shape.image_size
     positions = torch.arange(start - 1, shape.length - 1).expand(size, -1)
     return EncodedBatch(
         input_ids=ids.to(device),
-        pixel_values=torch.randn(size, 3, side, side, generator=generator).to(device, dtype),
         positions=positions.to(device),
         targets=ids[:, start:].to(device),
         mask=torch.ones(size, shape.response, dtype=torch.bool, device=device),
     )
+
+
+def see(model: nn.Module, shape: Shape, size: int) -> ImageFeatures:
+    """Features of random images, in the dtype and on the device of the model."""
+    weight = next(model.parameters())
+    generator = torch.Generator().manual_seed(2)
+    side = shape.image_size
+    pixels = torch.randn(size, 1, 3, side, side, generator=generator).to(weight)
+    return join_features(image_features(model, [{"pixel_values": each} for each in pixels]))
 
 
 def linear_weights(shape: Shape) -> tuple[int, int]:
@@ -291,7 +299,7 @@ class MasterAdamW:
 
 
 def learner_step(
-    model: nn.Module, optimizer: MasterAdamW, batch: EncodedBatch, features: Tensor
+    model: nn.Module, optimizer: MasterAdamW, batch: EncodedBatch, features: ImageFeatures
 ) -> Tensor:
     """One PPO optimiser step on a whole minibatch; returns the loss."""
     logprobs = response_logprobs(model, batch, temperature=1.0, features=features)
@@ -321,7 +329,7 @@ def learner_row(bench: Bench, checkpointing: bool) -> Row:
 
     def prepare(size: int) -> Callable[[], object]:
         batch = make_batch(shape, size, bench.device, bench.dtype)
-        features = image_features(model, batch.pixel_values)
+        features = see(model, shape, size)
         return lambda: learner_step(model, optimizer, batch, features)
 
     size, seconds = largest(bench, prepare, model)
@@ -366,11 +374,11 @@ def reference(bench: Bench) -> list[Row]:
     trained = [*(p for p in model.parameters() if p.requires_grad), *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
 
-    def values(batch: EncodedBatch, features: Tensor) -> Tensor:
+    def values(batch: EncodedBatch, features: ImageFeatures) -> Tensor:
         hidden = last_hidden(model, batch.input_ids, features)
         return head(gather_hidden(hidden, batch.positions).float())[..., 0]
 
-    def work(batch: EncodedBatch, features: Tensor) -> None:
+    def work(batch: EncodedBatch, features: ImageFeatures) -> None:
         with torch.no_grad():
             with model.disable_adapter():
                 hidden = last_hidden(model, batch.input_ids, features)
@@ -388,7 +396,7 @@ def reference(bench: Bench) -> list[Row]:
 
     def prepare(size: int) -> Callable[[], object]:
         batch = make_batch(shape, size, bench.device, bench.dtype)
-        features = image_features(model, batch.pixel_values)
+        features = see(model, shape, size)
         return lambda: work(batch, features)
 
     size, seconds = largest(bench, prepare, model)
@@ -405,7 +413,7 @@ def reference(bench: Bench) -> list[Row]:
 
 def shared_models(base: nn.Module, shape: Shape) -> SharedRewardModels:
     """All kinds on one base, each an adapter and a head, in the base's dtype."""
-    lora = PeftLoraConfig(r=shape.r, lora_alpha=shape.alpha, target_modules=LORA_TARGETS)
+    lora = PeftLoraConfig(r=shape.r, lora_alpha=shape.alpha, target_modules=LLAVA.lora_targets)
     first, *rest = DEFAULT_KINDS
     # PEFT would keep adapters of a bfloat16 base in float32 and cast at every layer.
     model = get_peft_model(base, lora, adapter_name=first, autocast_adapter_dtype=False)
@@ -444,7 +452,7 @@ def scoring(bench: Bench) -> list[Row]:
     merged = RewardModel(base, new_head(base, shape)).eval()
 
     def score(model: nn.Module) -> None:
-        model(batch.input_ids, image_features(base, batch.pixel_values), ends)
+        model(batch.input_ids, see(base, shape, size), ends)
 
     for layout, copies in (("three merged", len(DEFAULT_KINDS)), ("one shared base", 1)):
         model = merged if copies > 1 else shared_models(base, shape)
@@ -540,7 +548,7 @@ def zero_off(bench: Bench, updates: int = 16, lr: float = 3e-5) -> list[Row]:
         optimizer = MasterAdamW(model, lr, masters=masters)
         start = [value.detach().clone().float() for value in optimizer.masters]
         batch = make_batch(shape, 2, device, dtype)
-        features = image_features(model, batch.pixel_values)
+        features = see(model, shape, 2)
         for _ in range(updates):
             learner_step(model, optimizer, batch, features)
         moved[label] = [

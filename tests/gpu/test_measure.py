@@ -88,7 +88,7 @@ def test_step_flops_are_what_torch_counts() -> None:
     model = measure.trainable(TINY, "cpu", torch.float32, checkpointing=False)
     optimizer = measure.MasterAdamW(model, lr=1e-6)
     batch = measure.make_batch(TINY, 2, "cpu", torch.float32)
-    features = measure.image_features(model, batch.pixel_values)
+    features = measure.see(model, TINY, 2)
     with FlopCounterMode(display=False) as counter:
         measure.learner_step(model, optimizer, batch, features)
     by_operator = counter.get_flop_counts()["Global"]

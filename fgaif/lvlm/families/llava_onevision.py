@@ -1,0 +1,37 @@
+"""LLaVA-OneVision: LLaVA-NeXT's tiles on a SigLIP tower, pooled where there are very many."""
+
+from typing import Any
+
+from fgaif.lvlm.families.base import Family, VisionFacts
+from fgaif.lvlm.families.llava_next import (
+    PUBLIC,
+    check,
+    expand,
+    features,
+    patches,
+    tiles,
+    tower_facts,
+)
+
+_POOLED_FROM = 1.1
+"""Tokens are pooled where their number is larger than the square of this times the limit's."""
+
+
+def _vision(config: Any) -> VisionFacts:
+    _, tiled, rows = tiles(config)
+    limit = int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * patches(config) ** 2
+    most = min(tiled, int(limit * _POOLED_FROM**2))
+    return tower_facts(config, most + rows + patches(config) ** 2)
+
+
+LLAVA_ONEVISION = Family(
+    name="LLaVA-OneVision",
+    model_types=("llava_onevision",),
+    public=PUBLIC,
+    features=features,
+    vision=_vision,
+    loose=("model.image_newline",),
+    expand=expand,
+    check=check,
+    serves_adapters=False,
+)

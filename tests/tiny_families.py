@@ -1,0 +1,227 @@
+"""Random checkpoints of every family: true layout, tokens, processor and template, small sizes.
+
+Each has two layers, a few hundred thousand weights, and some dozen tokens to an image at most.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    SiglipVisionConfig,
+)
+
+from fgaif.lvlm.export import save_model
+
+QWEN_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+# As the published checkpoints write a conversation.
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_level(specials: Sequence[str], **named: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with these special tokens first and nothing put before a text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in specials],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    bpe.train_from_iterator(tiny.SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", **named)
+
+
+def text_config(tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
+    """Two narrow layers, grouped queries; heads of 32, the least that vLLM's CPU kernels take."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,  # the default makes so narrow a model almost uniform
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **more,
+    }
+
+
+def save(directory: Path, config: PreTrainedConfig, processor: Any, seed: int = 0) -> Path:
+    """Write a random model under the names of published checkpoints, and its processor."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config).eval()
+    tokenizer = processor.tokenizer
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    save_model(model, processor, directory)
+    return directory
+
+
+def _qwen_tokenizer() -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    tokenizer = byte_level(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            *(("image", "image_pad"), ("video", "video_pad")),
+            *(("vision_start", "vision_start"), ("vision_end", "vision_end")),
+        )
+    }
+    return tokenizer, ids
+
+
+MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
+# From 2 x 2 to 4 x 5 merged patches of 28 x 28 pixels.
+QWEN_SIZE = {"shortest_edge": 4 * 28 * 28, "longest_edge": 20 * 28 * 28}
+
+
+def qwen2_5_vl(directory: Path) -> Path:
+    """Qwen2.5-VL: windows of 2 x 2 merged patches, full attention in the last layer."""
+    tokenizer, ids = _qwen_tokenizer()
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+        "out_hidden_size": 64, "window_size": 56, "fullatt_block_indexes": [1],
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text_config(tokenizer, rope_parameters=MROPE), vision_config=vision, **ids
+    )
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=QWEN_SIZE), tokenizer, Qwen2VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    )  # fmt: skip
+    return save(directory, config, processor)
+
+
+def qwen2_vl(directory: Path) -> Path:
+    """Qwen2-VL: the same tokens and positions, a plain tower, tied embeddings as in its 2B."""
+    tokenizer, ids = _qwen_tokenizer()
+    vision = {
+        "depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    text = text_config(tokenizer, rope_parameters=MROPE, tie_word_embeddings=True)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=QWEN_SIZE), tokenizer, Qwen2VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    )  # fmt: skip
+    return save(directory, config, processor)
+
+
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84]]
+TILES = {"image_grid_pinpoints": PINPOINTS, "size": {"shortest_edge": 28}}
+MISTRAL_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ ' [/INST]' }}{% else %}{{ ' ' + message['content'][0]['text'] + '</s>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def llava_next(directory: Path) -> Path:
+    """LLaVA-NeXT on Mistral: a CLIP tower, tiles of 28 pixels, at most four of them."""
+    tokenizer = tiny.byte_level_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        image_size=28, patch_size=14, projection_dim=32, initializer_factor=2.0,
+    )  # fmt: skip
+    text = MistralConfig(**text_config(tokenizer, head_dim=32, sliding_window=None))
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=text, image_grid_pinpoints=PINPOINTS,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=4,
+    )  # fmt: skip
+    images = LlavaNextImageProcessor(crop_size={"height": 28, "width": 28}, **TILES)
+    processor = LlavaNextProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=MISTRAL_TEMPLATE,
+    )  # fmt: skip
+    return save(directory, config, processor)
+
+
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}"
+    "{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def llava_onevision(directory: Path) -> Path:
+    """LLaVA-OneVision on Qwen2: a SigLIP tower without a head, all of its layers."""
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+    tokenizer = byte_level(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=28, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=Qwen2Config(**text_config(tokenizer)),
+        image_grid_pinpoints=PINPOINTS, vision_aspect_ratio="anyres_max_2",
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+    )  # fmt: skip
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(**TILES | {"size": {"height": 28, "width": 28}}),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=ONEVISION_TEMPLATE,
+        vision_aspect_ratio="anyres_max_2",
+    )
+    return save(directory, config, processor)
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "llava": tiny.build_tiny_llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+}
