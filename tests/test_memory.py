@@ -185,6 +185,7 @@ def test_unknown_devices_are_said_in_a_line(one_gpu: Config, llava15: Models) ->
     assert not plan.problems
     assert "\n" not in plan.unknown
     assert "--assume" in plan.unknown
+    assert not plan.fits
 
 
 def test_actors_without_gpus_share_the_host(tiny_llava_dir: Path) -> None:
@@ -193,6 +194,7 @@ def test_actors_without_gpus_share_the_host(tiny_llava_dir: Path) -> None:
     plan = plan_memory(config, devices=Devices(gpus=(), host=64 * GIB, found="made up"))
     assert {load.gpu for load in plan.loads} == {None}
     assert not plan.problems
+    assert (plan.fits, plan.unknown) == ("fits (made up)", "")
     small = Devices(gpus=(), host=2 * GIB, found="made up")
     with pytest.raises(ConfigError, match=r"host would hold .* of 2\.0: .*Ray and the driver"):
         check_memory(config, devices=small)

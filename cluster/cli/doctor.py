@@ -287,9 +287,10 @@ def check_plan(plan: MemoryPlan, config: Config) -> Finding:
             found="\n".join(plan.problems),
             advice=advise(plan, config),
         )
-    if plan.unknown:
+    if not plan.fits:
         return Finding(level="warn", subject=subject, found="not compared", advice=plan.unknown)
-    return Finding(level="ok", subject=subject, found=f"fits ({plan.devices.found})")
+    found = "; ".join(filter(None, (plan.fits, plan.unknown)))
+    return Finding(level="ok", subject=subject, found=found)
 
 
 def _torch_cuda() -> str | None:

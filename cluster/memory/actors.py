@@ -495,16 +495,20 @@ def _engine(
     run = Pass(rows=1, length=batched, width=w, adapter_width=w, lora=lora)
     images = max(1, min(engine.max_num_seqs, batched // model.image_tokens))
     logits = engine.max_num_seqs * model.vocabulary * (w + 3 * 4)
-    probe = min(batched, context) * model.vocabulary * (w + 8) if role == "rollout" else 0
+    # Of a probe: logits and two tensors of log-probs. On the CPU ranks are counted without a
+    # compiler: one of log-probs, a mask, and the mask in 64 bits to be summed.
+    scored = min(batched, context) * model.vocabulary
+    probe = scored * (w + (8 if on_gpu else 13)) if role == "rollout" else 0
     body = inference_peak(model, run, adapted=adapters > 0)
     activations = max(body, logits, probe)
     if not on_gpu:
         # Embeddings and head are kept beside the copies that vLLM packs for its kernels, and what
-        # adapters are merged into beside the checkpoint's. An adapter served unmerged is gathered
-        # for every token, and converted.
+        # adapters are merged into beside the checkpoint's; a version comes in float32. An adapter
+        # served unmerged is gathered for every token, and converted.
         weights += 2 * model.vocabulary * model.hidden * w
         if role == "rollout" and config.merges_adapters:
             weights += sum(rows * columns for rows, columns in model.linears) * w
+            copy = 4 * model.lora_parameters(lora)
         gathered = batched * max(model.ffn, model.hidden) * (4 if w == 4 else w + 4)
         found = ActorMemory(
             weights=weights,

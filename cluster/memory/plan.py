@@ -119,6 +119,14 @@ class MemoryPlan:
             return f"the host's memory is not known ({self.devices.found}), so it is not compared"
         return ""
 
+    @property
+    def fits(self) -> str:
+        """What was compared, in one line, where all of that fits; empty where nothing was."""
+        compared = {load.gpu is not None for load in self.loads if load.size is not None}
+        if self.problems or not (self.unknown == "" or True in compared):
+            return ""
+        return f"{'the GPUs have room' if self.unknown else 'fits'} ({self.devices.found})"
+
 
 def memory_table(plan: MemoryPlan) -> Table:
     """Render a plan: a block per phase and device, a row per actor, its parts in GiB."""
@@ -294,8 +302,8 @@ def show_memory(
     if plan.unknown:
         console.print(plan.unknown, soft_wrap=True, markup=False)
     refuse(plan, config, roles)
-    if not plan.unknown:
-        console.print(f"fits ({devices.found})", markup=False)
+    if plan.fits:
+        console.print(plan.fits, markup=False)
 
 
 def refuse(

@@ -188,6 +188,7 @@ def rollout(config: Config, responses: list[Response], folder: Path) -> object:
     ]
     engine.generate(asked)
     manifest = make_manifest(tensors, scaling=1.0, version=1)
+    del tensors  # the learner's; an engine has the version alone
     engine.load_weights(manifest, responses)
     engine.generate(asked)
     return engine
