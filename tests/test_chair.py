@@ -1,5 +1,6 @@
 """CHAIR: words to objects, the rules of the official script, and the figures by hand."""
 
+import json
 import os
 import re
 from collections import Counter
@@ -8,9 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fgaif.data.coco import CocoImage
 from fgaif.errors import DataError
 from fgaif.eval.answers import Caption, read_captions
-from fgaif.eval.benchmarks.chair import caption_stats, chair_figures, chair_truth, score_chair
+from fgaif.eval.benchmarks.chair import (
+    caption_stats,
+    chair_figures,
+    chair_truth,
+    images_listed,
+    score_chair,
+)
 from fgaif.eval.vocabulary import Vocabulary, coco_vocabulary, singular
 
 COCO = coco_vocabulary()
@@ -230,3 +238,18 @@ def test_the_official_table_and_ours_agree_on_most_mentions_of_real_captions() -
         ours, theirs = (Counter(table.mentions(caption.text)) for table in (COCO, official))
         common, both = common + (ours & theirs).total(), both + ours.total() + theirs.total()
     assert 2 * common / both > 0.98
+
+
+def test_a_list_of_images_can_be_captioned_in_place_of_drawn_ones(tmp_path: Path) -> None:
+    """Rows of captions name 7 twice and 3, once by number and once by file name."""
+    images = {
+        i: CocoImage(id=i, file_name=f"COCO_val2014_{i:012}.jpg", objects=("dog",), captions=())
+        for i in (3, 5, 7)
+    }
+    rows = [{"image_id": 7}, {"image": "COCO_val2014_000000000003.jpg"}, {"image_id": 7}]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [image.id for image in images_listed(images, path)] == [3, 7]
+    path.write_text(json.dumps({"image_id": 9}))
+    with pytest.raises(DataError, match="'9': expected an image that --annotations know"):
+        images_listed(images, path)

@@ -63,6 +63,12 @@ def main(
     show_list: Annotated[
         bool, typer.Option("--list", help="Name all benchmarks with what they need.")
     ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check-setup", metavar="DIR", help="Is a result's set-up that of published figures?"
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder for the comparison's tables.")
     ] = None,
@@ -71,16 +77,21 @@ def main(
 ) -> None:
     """Compare two models, list the benchmarks, or choose one."""
     if context.invoked_subcommand is not None and (
-        compare or show_list or output or as_json or seed
+        compare or show_list or check or output or as_json or seed
     ):
         raise ConfigError(
-            "--compare stands alone, as does --list, and options of a benchmark after its name: "
-            f"fgaif eval {context.invoked_subcommand} ... --json"
+            "--compare stands alone, as do --check-setup and --list, and options of a benchmark "
+            f"after its name: fgaif eval {context.invoked_subcommand} ... --json"
         )
     if compare is not None:
         from cluster.evaluation.run import run_comparison
 
         run_comparison(*compare, output, seed=seed, as_json=as_json, console=out)
+        raise typer.Exit
+    if check is not None:
+        from cluster.evaluation.run import run_check
+
+        run_check(check, as_json=as_json, console=out)
         raise typer.Exit
     if show_list:
         _print_benchmarks(as_json)

@@ -5,9 +5,10 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from fgaif.eval.benchmark_results import (
 from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 from fgaif.eval.checks import general_checks, warned
 from fgaif.eval.coverage import bought_with_coverage
+from fgaif.eval.expected import check_setup, image_list_digest, setup_lines
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
     comparison_table,
@@ -151,6 +153,30 @@ def run_comparison(
         console.print(for_console(table))
 
 
+def run_check(folder: Path, *, as_json: bool, console: Console) -> None:
+    """Hold the results of a folder against the table of expected set-ups and figures.
+
+    Raises:
+        DataError: the folder holds no results.
+    """
+    found = check_setup(folder)
+    if as_json:
+        _print_json(found)
+        return
+    for line, style in setup_lines(found):
+        console.print(line, style=style or None, highlight=False, markup=False, soft_wrap=True)
+
+
+def shared_prompt(prompts: Iterable[str]) -> str:
+    """Return the prompt of all questions, or where they differ the last lines that all end in."""
+    texts = set(prompts)
+    if len(texts) == 1:
+        return texts.pop()
+    backwards = zip(*(text[::-1] for text in texts), strict=False)
+    shared = "".join(letters[0] for letters in takewhile(lambda row: len(set(row)) == 1, backwards))
+    return "".join(shared[::-1].partition("\n")[1:])
+
+
 def write_tables(folder: Path, images: Path | None, seed: int = 0) -> None:
     """Write ``results.{json,md,html}`` over all benchmarks of a result folder."""
     scored = [read_scored(folder, name) for name in benchmarks_in(folder)]
@@ -236,10 +262,14 @@ async def _score_one(
 
 def _with_provenance(prepared: PreparedBenchmark, scored: Scored, settings: Settings) -> Scored:
     about = dict(scored.provenance) | file_digests(prepared.files)
+    if images := [str(item["image"]) for item in scored.items if item.get("image")]:
+        about["images"] = image_list_digest(images)
     if settings.model is not None:
         about |= {"model": f"{settings.model.name} {settings.model.digest}"}
         if prepared.questions:
             about["max_new_tokens"] = str(prepared.questions[0].max_new_tokens)
+            about["decoding"] = "greedy"
+            about["asked"] = shared_prompt(prompt.text for prompt in prepared.questions[0].prompts)
     if settings.corruption is not None:
         about["corruption"] = f"{settings.corruption} seed {settings.seed}"
     skipped = sum(len(part.skipped) for part in prepared.questions)

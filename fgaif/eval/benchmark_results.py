@@ -157,11 +157,14 @@ def _nested(figures: Mapping[str, Any]) -> Json:
     return tree
 
 
-def _figure(tree: Mapping[str, Any], name: str) -> float | None:
-    """Look a figure up by its whole name, or part by part where groups are nested."""
+def figure_in(tree: Mapping[str, Any], name: str) -> float | None:
+    """Look a figure of a result up by its whole name, or part by part where groups are nested.
+
+    None if it has no value, or is not there.
+    """
     place: Any = tree
     for part in [name] if name in tree else name.split("/"):
-        place = place[part]
+        place = place.get(part) if isinstance(place, Mapping) else None
     value: float | None = place
     return value
 
@@ -172,5 +175,5 @@ def _as_before(metrics: Mapping[str, float], tree: Mapping[str, Any]) -> bool:
         math.isnan(value) if old is None else math.isclose(value, old, abs_tol=1e-9)
         for name, value in metrics.items()
         if name in tree["intervals"]
-        for old in [_figure(tree, name)]
+        for old in [figure_in(tree, name)]
     )

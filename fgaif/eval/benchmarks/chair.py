@@ -24,6 +24,7 @@ from fgaif.eval.checks import language_check, warned
 from fgaif.eval.figures import Figure
 from fgaif.eval.judge import Progress
 from fgaif.eval.questions import QuestionSet
+from fgaif.eval.rows import read_rows
 from fgaif.eval.scored import Scored, Stats
 from fgaif.eval.vocabulary import Vocabulary, coco_vocabulary
 from fgaif.types import Json
@@ -208,6 +209,10 @@ class ChairOptions:
         typer.Option(help="CHAIR's own synonyms.txt, or a table like it; default: ours of COCO."),
     ] = None
     count: Annotated[int, typer.Option(min=1, help="Annotated images drawn for --model.")] = 500
+    subset: Annotated[
+        Path | None,
+        typer.Option(help="File of rows with image_id: --model describes these images instead."),
+    ] = None
     prompt: Annotated[str, typer.Option(help="What --model is asked.")] = DESCRIBE
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Length limit of generated answers.")
@@ -238,6 +243,8 @@ def prepare_chair(options: ChairOptions, context: EvalContext) -> PreparedBenchm
     questions: tuple[QuestionSet, ...] = ()
     if builder is not None:
         drawn = draw_images(images, options.count, context.seed)
+        if options.subset is not None:
+            drawn = images_listed(images, options.subset)
         rows = [(str(image.id), image.file_name, options.prompt) for image in drawn]
         questions = (builder.build("chair", rows, options.max_new_tokens),)
     file = questions[0].file if questions else needed(options.captions, "chair", "--captions")
@@ -270,6 +277,23 @@ def draw_images(images: Mapping[int, CocoImage], count: int | None, seed: int) -
     if count is None or count >= len(known):
         return known
     return sorted(random.Random(f"chair {seed}").sample(known, count), key=lambda image: image.id)
+
+
+def images_listed(images: Mapping[int, CocoImage], path: Path) -> list[CocoImage]:
+    """Return the annotated images that a file's rows name by ``image_id`` or ``image``.
+
+    Raises:
+        DataError: the file cannot be used, or one of its images is not annotated.
+    """
+    named = {image_name(image.file_name): image for image in images.values()}
+    found: dict[int, CocoImage] = {}
+    for row in read_rows(path):
+        name = image_name(row.identity("image_id", "image"))
+        image = named.get(name) or (images.get(int(name)) if name.isdecimal() else None)
+        if image is None:
+            raise row.wrong("image_id", name, "an image that --annotations know")
+        found[image.id] = image
+    return sorted(found.values(), key=lambda image: image.id)
 
 
 def coco_truth(
