@@ -48,6 +48,8 @@ STYLE = {
     "svg.hashsalt": "fgaif",
     "font.family": "sans-serif",
 }
+FEW = 20
+"""Segments of a bin below which its share is little more than chance."""
 _ERRORS = {"any": "any kind", "chair_s": "CHAIR$_s$", "chair_i": "CHAIR$_i$"}
 """Bars after those of the kinds."""
 _OF_KINDS = {"reward per response": "reward", "hallucinated share of segments": "hallu"}
@@ -69,31 +71,37 @@ def errors_figure(
     evals: Mapping[Phase, EvalReport],
     judge: str = "",
     spreads: Mapping[Mode, Spreads] | None = None,
+    *,
+    narrow: bool = False,
 ) -> Figure | None:
     """Bars of every hallucination figure, sampled and greedy; None without an evaluation.
 
-    The judge is named above, and intervals are drawn where they are known.
+    The judge is named above, and intervals are drawn where they are known. ``narrow`` puts the
+    panels under each other, for a page as wide as a telephone.
     """
     if not evals:
         return None
     kinds = list(next(iter(evals.values())).sampled.kinds)
     names = [*map(words, kinds), *_ERRORS.values()]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
+        size, (rows, columns) = ((4.6, 5.6), (2, 1)) if narrow else ((10, 3.2), (1, 2))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(rows, columns, sharey=True)
         if judge:
-            figure.suptitle(f"hallucinated share of captions, judged by {judge}", fontsize=10)
+            said = f"hallucinated share of captions,\njudged by {judge}"
+            figure.suptitle(said if narrow else said.replace("\n", " "), fontsize=10)
         for axes, mode in zip(panels, MODES[::-1], strict=True):
             axes.set_title(f"{mode} captions")
             for place, phase in enumerate(phase for phase in PHASES if phase in evals):
                 found = (spreads or {}).get(mode, {})
                 _bars(axes, place, phase, getattr(evals[phase], mode), found)
-            axes.set_xticks([i + 0.2 for i in range(len(names))], names)
+            turned = 30 if narrow and len(names) > 4 else 0
+            axes.set_xticks([i + 0.2 for i in range(len(names))], names, rotation=turned)
             axes.tick_params(axis="x", length=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panels[0].legend(loc="upper left", ncols=2)
+            axes.legend(loc="upper left", ncols=2)
         low, high = panels[0].get_ylim()
-        panels[0].set_ylim(low, high * 1.15 or 1)
+        panels[0].set_ylim(low, min(high * 1.2, 1) or 1)
         return _laid_out(figure)
 
 
@@ -127,7 +135,9 @@ def _bars(axes: Axes, place: int, phase: Phase, metrics: CaptionMetrics, spreads
     axes.bar_label(bars, labels, padding=1.5, fontsize=7.5, color=INK)
 
 
-def curves_figure(steps: Sequence[StepReport], colours: Mapping[Kind, str]) -> Figure | None:
+def curves_figure(
+    steps: Sequence[StepReport], colours: Mapping[Kind, str], *, narrow: bool = False
+) -> Figure | None:
     """One small panel per metric of the PPO loop; None without steps or known metrics.
 
     ``colours`` are those of the kinds, in order.
@@ -139,10 +149,11 @@ def curves_figure(steps: Sequence[StepReport], colours: Mapping[Kind, str]) -> F
     panels = [(title, lines) for title, lines in (*by_kind, *_PANELS) if known & set(lines)]
     if not panels:
         return None
-    rows = -(-len(panels) // 4)
+    columns, width = (1, 4.6) if narrow else (4, 12)
+    rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 2.3 * rows), layout="constrained")
-        grid = figure.subplots(rows, 4, squeeze=False).flat
+        figure = Figure(figsize=(width, (1.9 if narrow else 2.3) * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (title, lines) in zip(grid, panels, strict=False):
             axes.set_title(title, fontsize=9)
             for name, label in lines.items():
@@ -159,7 +170,7 @@ def curves_figure(steps: Sequence[StepReport], colours: Mapping[Kind, str]) -> F
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             if not {*lines, *(name.partition("/")[0] for name in lines)} & _SIGNED:
                 axes.set_ylim(bottom=0)
-            if title.startswith("hallucinated"):
+            if len(lines) > 1:
                 axes.legend()
         for axes in list(figure.axes)[len(panels) :]:
             axes.remove()
@@ -167,42 +178,64 @@ def curves_figure(steps: Sequence[StepReport], colours: Mapping[Kind, str]) -> F
         return _laid_out(figure)
 
 
-def calibration_figure(rewards: Mapping[str, Json], colours: Mapping[Kind, str]) -> Figure | None:
+def calibration_figure(
+    rewards: Mapping[str, Json], colours: Mapping[Kind, str], *, narrow: bool = False
+) -> Figure | None:
     """Reliability of each reward model; None if no card has ``calibration``.
 
     ``colours`` are those of the kinds, in order.
 
-    A card's ``calibration`` is a list of bins, each ``{"confidence", "accuracy", "count"}``.
+    A card's ``calibration`` is a list of bins, each ``{"confidence", "accuracy", "count"}``. Bins
+    of few segments say little: they are rings, and no line leads to them.
     """
     cards = {kind: rewards[kind]["calibration"] for kind in colours if _has_bins(rewards, kind)}
     if not cards:
         return None
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.2 * len(cards), 3.1), layout="constrained")
-        panels = figure.subplots(1, len(cards), sharey=True, squeeze=False)[0]
+        count = len(cards)
+        size, (rows, columns) = (
+            ((4.6, 3.0 * count), (count, 1)) if narrow else ((3.2 * count, 3.1), (1, count))
+        )
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for axes, (kind, bins) in zip(panels, cards.items(), strict=True):
-            filled = [row for row in bins if row["count"]]
-            total = sum(row["count"] for row in filled)
-            axes.plot([0, 1], [0, 1], color=INK, alpha=0.35, linewidth=1, linestyle="--")
-            axes.plot(
-                [row["confidence"] for row in filled],
-                [row["accuracy"] for row in filled],
-                color=colours[kind],
-                linewidth=1.2,
-            )
-            axes.scatter(
-                [row["confidence"] for row in filled],
-                [row["accuracy"] for row in filled],
-                s=[12 + 180 * row["count"] / total for row in filled],
-                color=colours[kind],
-                alpha=0.75,
-            )
+            _calibration(axes, bins, colours[kind])
             axes.set_title(words(kind))
             axes.set_xlabel("confidence of the model")
-            axes.set_xlim(0.3, 1.02)
-            axes.set_ylim(0, 1.05)
         panels[0].set_ylabel("share that is right")
         return _laid_out(figure)
+
+
+def _calibration(axes: Axes, bins: Sequence[Json], colour: str) -> None:
+    filled = [row for row in bins if row["count"]]
+    total = sum(row["count"] for row in filled)
+    many = [row for row in filled if row["count"] >= FEW]
+    axes.plot([0, 1], [0, 1], color=INK, alpha=0.35, linewidth=1, linestyle="--", label="honest")
+    axes.plot(
+        [row["confidence"] for row in many],
+        [row["accuracy"] for row in many],
+        color=colour,
+        linewidth=1.2,
+    )
+    for rows, label in ((many, "segments"), ([r for r in filled if r not in many], f"under {FEW}")):
+        if rows:
+            axes.scatter(
+                [row["confidence"] for row in rows],
+                [row["accuracy"] for row in rows],
+                s=[14 + 180 * row["count"] / total for row in rows],
+                color=colour if rows is many else "none",
+                edgecolors=colour,
+                alpha=0.75,
+                label=label,
+                clip_on=False,
+            )
+    axes.set_xlim(0.3, 1)
+    axes.set_ylim(0, 1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    legend = axes.legend(loc="lower right")
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([30])  # type: ignore[union-attr]
 
 
 def _laid_out(figure: Figure) -> Figure:
@@ -221,10 +254,13 @@ def save_png(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, facecolor="white")
 
 
-def to_svg(figure: Figure) -> str:
-    """Return a figure as an ``<svg>`` element without a ground; its ink is ``currentColor``."""
+def to_svg(figure: Figure, name: str = "") -> str:
+    """Return a figure as an ``<svg>`` element without a ground; its ink is ``currentColor``.
+
+    ``name`` keeps its ids apart from those of other figures of the page.
+    """
     stream = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE | {"svg.hashsalt": f"fgaif {name}"}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")

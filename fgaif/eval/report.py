@@ -32,6 +32,8 @@ from fgaif.files import write_whole
 from fgaif.tracking import Metric, explain
 from fgaif.types import ImageRef, Json, PopeMetrics
 
+NARROW = "_narrow"
+"""After the names of figures that are drawn for a narrow page."""
 _NO_VIEW = ("length", "repetition", "malformed")
 """Figures that depend on no judge: shown once."""
 EXAMPLES = 8
@@ -73,19 +75,31 @@ def build_report(run_dir: Path, wall_seconds: float | None = None) -> Path:
     results = read_run(run_dir)
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "hallucination": errors_figure(results.evals, results.judge, results.spreads),
-        "ppo": curves_figure(results.steps, results.colours),
-        "calibration": calibration_figure(results.rewards, results.colours),
-    }
+    figures = draw_figures(results)
     for name, figure in figures.items():
-        (folder / f"{name}.png").unlink(missing_ok=True)
-        if figure is not None:
-            save_png(figure, folder / f"{name}.png")
+        if not name.endswith(NARROW):
+            (folder / f"{name}.png").unlink(missing_ok=True)
+            if figure is not None:
+                save_png(figure, folder / f"{name}.png")
     tree = results.to_json(wall_seconds)
     write_whole(folder / "report.json", json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
     write_whole(folder / "report.html", render_html(results, tree, figures))
     return folder / "report.html"
+
+
+def draw_figures(results: RunOutcome) -> dict[str, Figure | None]:
+    """The report's figures by name, each for a wide page and, as ``NAME_narrow``, for a narrow."""
+    colours, judge = results.colours, results.judge
+    figures: dict[str, Figure | None] = {}
+    for suffix, narrow in (("", False), (NARROW, True)):
+        figures |= {
+            f"hallucination{suffix}": errors_figure(
+                results.evals, judge, results.spreads, narrow=narrow
+            ),
+            f"ppo{suffix}": curves_figure(results.steps, colours, narrow=narrow),
+            f"calibration{suffix}": calibration_figure(results.rewards, colours, narrow=narrow),
+        }
+    return figures
 
 
 def console_table(run_dir: Path) -> Group:
@@ -155,7 +169,9 @@ def render_html(results: RunOutcome, tree: Json, figures: dict[str, Figure | Non
         tables=list(_tables(results)) if results.evals else [],
         pope=_pope_tables(results),
         kind_colours=results.colours,
-        figures={name: to_svg(figure) for name, figure in figures.items() if figure is not None},
+        figures={
+            name: to_svg(figure, name) for name, figure in figures.items() if figure is not None
+        },
         metrics=list(_last_values(results)),
         examples=list(_examples(results)),
         phases=PHASES,

@@ -41,6 +41,8 @@ class FigureRow:
     meaning: str
     cells: tuple[str, ...]
     bar: tuple[float, float, float] | None
+    scale: tuple[str, str]
+    """The ends of the bar's axis, as text."""
     verdict: str = ""
 
 
@@ -68,12 +70,14 @@ def results_table(
             title=title_of(figure, name),
             meaning=figure.meaning,
             cells=(figure.show(estimate.value), _interval(estimate, figure)),
-            bar=_bar(estimate, 0.0, _top(scored.benchmark, figure, estimates)),
+            bar=_bar(estimate, 0.0, top),
+            scale=(_end(figure, 0.0), _end(figure, top)),
         )
         for scored, estimates in results
         for name, estimate in estimates.items()
         if not _repeats(name, estimates) and not _empty(name, estimate.value)
         for figure in [_figure(scored.benchmark, name)]
+        for top in [_top(scored.benchmark, figure, estimates)]
     ]
     return FigureTable(
         title=title,
@@ -109,6 +113,7 @@ def comparison_table(title: str, comparisons: Sequence[Comparison]) -> FigureTab
                         _p(found.p_holm),
                     ),
                     bar=_bar(found.difference, -reach, reach),
+                    scale=(_end(figure, -reach), _end(figure, reach, sign="+")),
                     verdict=_verdict(figure, found.difference.value, found.p_holm),
                 )
             )
@@ -166,7 +171,7 @@ def render_page(
     )
     return environment.get_template("benchmarks.html.jinja").render(
         title=title,
-        tables=[(table, list(_with_headings(table.lines))) for table in tables],
+        tables=[(table, list(_with_scales(table.lines))) for table in tables],
         worst=worst,
     )
 
@@ -202,11 +207,7 @@ def _signed(figure: Figure, value: float | None) -> str:
 
 
 def _interval(estimate: Estimate, figure: Figure, sign: str = "") -> str:
-    if estimate.low is None or estimate.high is None:
-        return ""
-    scale, places = (100, 1) if figure.share else (1, 2)
-    ends = (f"{scale * end:{sign}.{places}f}" for end in (estimate.low, estimate.high))
-    return f"[{', '.join(ends)}]".replace("-", "−")
+    return figure.show_range(estimate.low, estimate.high, sign)
 
 
 def _repeats(name: str, figures: Mapping[str, object]) -> bool:
@@ -259,6 +260,12 @@ def _highest(estimates: Iterable[Estimate]) -> float:
     return max(ends, default=0.0) or 1.0
 
 
+def _end(figure: Figure, value: float, sign: str = "") -> str:
+    """An end of an axis: no more digits than it needs."""
+    text = f"{100 * value:{sign}.3g} %" if figure.share else f"{value:{sign}.3g}"
+    return text.replace("-", "−")
+
+
 def _bar(estimate: Estimate, low: float, high: float) -> tuple[float, float, float] | None:
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return None
@@ -297,6 +304,17 @@ def _with_headings(lines: Sequence[FigureRow]) -> Iterator[tuple[FigureRow, bool
         new = before is None or line.benchmark != before.benchmark
         yield line, new, bool(line.group) and (new or before is None or line.group != before.group)
         before = line
+
+
+def _with_scales(
+    lines: Sequence[FigureRow],
+) -> Iterator[tuple[FigureRow, bool, bool, bool]]:
+    """Like :func:`_with_headings`, and whether the scale below a bar is to be shown: on the last
+    row of those in a benchmark that have the same."""
+    rows = list(_with_headings(lines))
+    for (line, benchmark, group), after in zip(rows, [*rows[1:], None], strict=True):
+        last = after is None or after[1] or after[0].scale != line.scale
+        yield line, benchmark, group, last
 
 
 def _full(line: FigureRow) -> str:
