@@ -37,20 +37,25 @@ class RolloutActor:
         """Sample one response per request, in order, stamped with the version of the weights.
 
         Log-probs are those of the distribution sampled from: after temperature, image token banned.
-        The same requests give the same responses, bit for bit on the CPU, whatever this or another
-        engine did before.
+        Those of a request's prefix are zero. The same requests give the same responses, bit for bit
+        on the CPU, whatever this or another engine did before.
 
         Raises:
             DataError: prompt and response together could exceed the engine's context.
         """
         self._engine.forget()
         for request in requests:
-            self._engine.check_length(request.prompt, request.max_new_tokens)
+            new_tokens = len(request.prefix) + request.max_new_tokens
+            self._engine.check_length(request.prompt, new_tokens)
         outputs = self._engine.run(
-            (self._engine.encode(request.prompt), self._parameters(request)) for request in requests
+            (self._engine.encode(request.prompt, request.prefix), self._parameters(request))
+            for request in requests
         )
         texts = self._engine.encoder.tokenizer.batch_decode(
-            [output.outputs[0].token_ids for output in outputs],
+            [
+                [*request.prefix, *output.outputs[0].token_ids]
+                for request, output in zip(requests, outputs, strict=True)
+            ],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
@@ -139,12 +144,15 @@ class RolloutActor:
 
     def _response(self, request: GenerationRequest, output: "RequestOutput", text: str) -> Response:
         completion = output.outputs[0]
+        before = len(request.prefix)
         return Response(
             prompt=request.prompt,
             sample=request.sample,
             text=text,
-            token_ids=np.asarray(completion.token_ids, dtype=np.int64),
-            rollout_logprobs=np.asarray(completion.logprobs.logprobs, dtype=np.float32),
+            token_ids=np.asarray([*request.prefix, *completion.token_ids], dtype=np.int64),
+            rollout_logprobs=np.asarray(
+                [0.0] * before + list(completion.logprobs.logprobs), dtype=np.float32
+            ),
             finish="stop" if completion.finish_reason == "stop" else "length",
             policy_version=self._version,
         )

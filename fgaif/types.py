@@ -61,13 +61,17 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One response to sample; ``seed`` makes it independent of batching, temperature 0 greedy."""
+    """One response to sample; ``seed`` makes it independent of batching, temperature 0 greedy.
+
+    ``prefix`` are ids that the response begins with; ``max_new_tokens`` come after them.
+    """
 
     prompt: Prompt
     sample: int = 0
     seed: int = 0
     temperature: float = 1.0
     max_new_tokens: int = 128
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny import byte_level_tokenizer
 
 from actors.scorer import ScoringActor
 from fgaif.config import Config, LoraConfig, RewardShapeConfig
-from fgaif.data.images import ImageBytes, load_image
+from fgaif.data.images import load_image
 from fgaif.feedback.facts import SceneFacts
 from fgaif.lvlm.model import load_lvlm
 from fgaif.reward.checkpoint import RewardCard, checkpoint_digest, save_reward_model
@@ -24,13 +25,18 @@ from fgaif.reward.model import new_reward_model, trainable_state
 from fgaif.serving.api_errors import invalid
 from fgaif.serving.schema import (
     CardOut,
-    GenerateRequest,
-    GenerateResponse,
     ModelOut,
     ModelsResponse,
     ReloadResponse,
 )
-from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput, TextScorer
+from fgaif.serving.scoring import (
+    Refused,
+    Sampled,
+    SampleInput,
+    ScoreInput,
+    ScoreOutput,
+    TextScorer,
+)
 from fgaif.types import DEFAULT_KINDS, FloatArray, ImageRef, Response, Segment
 
 TEXT = (
@@ -89,8 +95,8 @@ class LocalBackend:
             raise answer.error()
         return answer
 
-    async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:
-        return GenerateResponse(text=f"{request.prompt} {image.sha256[:4]}", finish="stop")
+    async def generate(self, item: SampleInput) -> Sampled:
+        return sampled(f"{item.prompt} {item.image.sha256[:4]}")
 
     async def models(self) -> ModelsResponse:
         return ModelsResponse(models=[self.actor.info()])
@@ -141,8 +147,20 @@ def text_scorer(scorer: StubScorer, shape: RewardShapeConfig | None = None) -> T
     )
 
 
+@cache
+def _tokenizer() -> Any:
+    return byte_level_tokenizer()
+
+
+def sampled(text: str) -> Sampled:
+    """An answer as a policy with the byte-level tokenizer would have sampled it."""
+    tokenizer = _tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Sampled(text=text, token_ids=(*ids, tokenizer.eos_token_id), finish="stop")
+
+
 class StubBackend:
-    """A backend without a model; ``delay`` seconds long."""
+    """A backend without a model; ``delay`` seconds long. ``answers`` are sampled in turn."""
 
     def __init__(
         self,
@@ -152,6 +170,8 @@ class StubBackend:
     ) -> None:
         self.delay = delay
         self.version = "stub"
+        self.answers: list[str] = [TEXT]
+        self.asked: list[SampleInput] = []
         self._scorer = text_scorer(scorer or StubScorer(), shape)
 
     async def score(self, item: ScoreInput) -> ScoreOutput:
@@ -161,8 +181,9 @@ class StubBackend:
             raise answer.error()
         return answer
 
-    async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:
-        return GenerateResponse(text=request.prompt, finish="stop")
+    async def generate(self, item: SampleInput) -> Sampled:
+        self.asked.append(item)
+        return sampled(self.answers[(len(self.asked) - 1) % len(self.answers)])
 
     async def models(self) -> ModelsResponse:
         card = CardOut(

@@ -106,6 +106,18 @@ def test_greedy_takes_the_most_likely_token(
         torch.testing.assert_close(taken, logits.amax(-1), atol=1e-4, rtol=0)
 
 
+def test_a_prefix_is_gone_on_from(actor: RolloutActor, prompts: list[Prompt]) -> None:
+    asked = requests(prompts[:2], temperature=0.0)
+    for request, whole in zip(asked, actor.generate(asked), strict=True):
+        prefix = tuple(whole.token_ids[:3].tolist())
+        left = request.max_new_tokens - len(prefix)
+        (rest,) = actor.generate([replace(request, prefix=prefix, max_new_tokens=left)])
+        assert rest.token_ids.tolist() == whole.token_ids.tolist()
+        assert rest.text == whole.text
+        assert not rest.rollout_logprobs[:3].any()
+        np.testing.assert_allclose(rest.rollout_logprobs[3:], whole.rollout_logprobs[3:], atol=1e-4)
+
+
 def test_eos_ends_a_response_and_belongs_to_it(
     actor: RolloutActor, prompts: list[Prompt], hugging_face: HuggingFace
 ) -> None:

@@ -4,11 +4,21 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from serving_samples import TEXT, StubBackend, StubScorer, call, data_uri, png, text_scorer
+from serving_samples import (
+    TEXT,
+    StubBackend,
+    StubScorer,
+    call,
+    data_uri,
+    png,
+    sampled,
+    text_scorer,
+)
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
@@ -18,7 +28,7 @@ from fgaif.errors import ConfigError
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.app import create_app
 from fgaif.serving.middleware import foreign
-from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput
+from fgaif.serving.scoring import Refused, Sampled, SampleInput, ScoreInput, ScoreOutput
 
 KEY = "a-key-of-the-tests-0123456789"
 URI = data_uri(png())
@@ -431,3 +441,88 @@ def test_the_key_comes_from_a_file_or_the_environment(
             read_serve_key(settings())
     with pytest.raises(ConfigError, match="key_file"):
         read_serve_key(settings("serve.key_file=/nowhere/key"))
+
+
+def test_texts_are_ranked_by_what_ppo_pays_for_them() -> None:
+    texts = ["a dog", "a dog on the couch and a cat", "a dog on it"]
+    service = client()
+    answer = service.post("/v1/rank", json={"image": URI, "texts": texts}).json()
+    totals = [result["total"] for result in answer["results"]]
+    assert [result["text"] for result in answer["results"]] == texts
+    assert answer["order"] == sorted(range(3), key=lambda at: -totals[at])
+    assert len(set(totals)) == 3
+    assert answer["model"]["version"] == "stub"
+    same = service.post("/v1/rank", json={"image": URI, "texts": ["a dog"] * 3}).json()
+    assert same["order"] == [0, 1, 2]
+    one = service.post("/v1/rank", json={"image": URI, "texts": ["a dog"]})
+    assert error(one)["field"] == "texts"
+
+
+def test_the_policy_answers_alone_without_being_scored() -> None:
+    backend = StubBackend()
+    answer = client(backend=backend).post("/v1/generate", json={"image": URI, "seed": 3}).json()
+    assert answer["text"] == TEXT
+    assert answer["rewards"] is answer["result"] is answer["resampled"] is None
+    (asked,) = backend.asked
+    assert (asked.temperature, asked.seed, asked.prefix) == (0.0, 3, ())
+
+
+def test_the_best_of_several_answers_is_given() -> None:
+    backend = StubBackend()
+    backend.answers = ["a dog", "a dog on the couch and a cat", "a dog on it"]
+    asked = {"image": URI, "best_of": 3, "seed": 3, "max_new_tokens": 40}
+    answer = client(backend=backend).post("/v1/generate", json=asked).json()
+    assert len(answer["rewards"]) == 3
+    assert answer["text"] == backend.answers[1]
+    assert answer["result"]["total"] == pytest.approx(max(answer["rewards"]))
+    assert answer["model"]["version"] == "stub"
+    assert len({item.seed for item in backend.asked}) == 3
+    assert backend.asked[0].seed == 3
+    assert {item.temperature for item in backend.asked} == {1.0}
+
+
+def test_an_answer_that_never_ended_loses_what_ppo_takes_for_it() -> None:
+    class Endless(StubBackend):
+        async def generate(self, item: SampleInput) -> Sampled:
+            answer = await super().generate(item)
+            long = answer.text == self.answers[0]
+            return replace(answer, finish="length" if long else "stop")
+
+    backend = Endless(shape=RewardShapeConfig(no_stop_penalty=50.0))
+    backend.answers = ["a dog on the couch and a cat", "a dog"]
+    answer = client(backend=backend).post("/v1/generate", json={"image": URI, "best_of": 2}).json()
+    assert answer["text"] == "a dog"
+    assert answer["rewards"][0] < answer["rewards"][1] - 40
+
+
+def test_a_guarded_answer_goes_on_from_what_was_accepted() -> None:
+    """Short segments are at risk, see StubScorer: the first answer's second one is."""
+    good = "The image features a dog sitting on a couch with a cat. "
+    backend = StubBackend()
+    backend.answers = [f"{good}A dog.", f"{good}A dog sits on the couch beside a small red cat."]
+    guard = {"threshold": 0.2, "tries": 2}
+    asked = {"image": URI, "guard": guard, "max_new_tokens": 100}
+    answer = client(backend=backend).post("/v1/generate", json=asked).json()
+    assert answer["text"] == backend.answers[1]
+    assert (answer["resampled"], answer["finish"], answer["unsafe"]) == (1, "stop", False)
+    first, second = backend.asked
+    assert first.prefix == ()
+    assert 0 < len(second.prefix) < len(sampled(good).token_ids) + 1
+    assert second.max_new_tokens == 100 - len(second.prefix)
+    assert second.seed != first.seed
+    backend = StubBackend()
+    backend.answers = [f"{good}A dog."]
+    answer = client(backend=backend).post("/v1/generate", json=asked).json()
+    assert answer["text"].strip() == good.strip()
+    assert (answer["resampled"], answer["finish"]) == (3, "cut")
+    assert len(backend.asked) == 3
+
+
+def test_a_policy_of_another_vocabulary_is_refused() -> None:
+    class Foreign(StubBackend):
+        async def generate(self, item: SampleInput) -> Sampled:
+            return replace(await super().generate(item), token_ids=(7, 8, 9))
+
+    told = client(backend=Foreign()).post("/v1/generate", json={"image": URI, "best_of": 2})
+    assert told.status_code == 422
+    assert "vocabulary" in error(told)["message"]

@@ -102,7 +102,15 @@ VALID: dict[str, Any] = {
     "/v1/score": {"text": ["A dog. A cat, and a red ball.", "x"], "image": URI, "facts": True},
     "/v1/score/batch": {"items": [{"text": "A dog.", "image": URI, "min_words": 3}]},
     "/get_reward": {"query": ["Q A dog.</s>"], "prompts": ["Q "], "images": [URI]},
-    "/v1/generate": {"image": URI, "prompt": "What?", "temperature": 0.5, "seed": 3},
+    "/v1/generate": {
+        "image": URI,
+        "prompt": "What?",
+        "temperature": 0.5,
+        "seed": 3,
+        "best_of": 2,
+        "guard": {"threshold": 0.3, "tries": 1},
+    },
+    "/v1/rank": {"image": URI, "texts": ["A dog.", "A cat."], "min_words": 3},
     "/v1/models/reload": {"version": "stub"},
 }
 JUNK: list[Any] = [

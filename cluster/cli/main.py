@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.cli.baselines import baseline, pairs
+from cluster.cli.generate import generate
 from cluster.cli.hub import convert, push
 from cluster.cli.jobs import jobs_app, submit
 from cluster.cli.labels import labels_app
@@ -293,7 +294,8 @@ def serve_rewards(
     host: Annotated[str, typer.Option(help="Others can reach all but 127.0.0.1.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     policy: Annotated[
-        str | None, typer.Option(help="Checkpoint that answers /v1/generate; default: none.")
+        str | None,
+        typer.Option(help="CHECKPOINT[+ADAPTER] that answers /v1/generate; default: none."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the Serve config file.")
@@ -370,6 +372,7 @@ app.command()(push)
 app.command()(convert)
 app.command()(pairs)
 app.command()(baseline)
+app.command()(generate)
 app.add_typer(eval_app)
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from fgaif.config import Config, with_overrides
-from fgaif.errors import ActorError, CheckpointError
+from fgaif.errors import ActorError
 from fgaif.eval.judge import Progress
 from fgaif.eval.questions import QuestionSet
 from fgaif.feedback.store import JsonlStore
 from fgaif.files import write_whole
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
 from fgaif.lvlm.hub import model_name
-from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.lvlm.model import split_model
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.pending import Pending
 from fgaif.reward.checkpoint import checkpoint_digest
@@ -49,16 +49,7 @@ class ModelSpec:
         Raises:
             CheckpointError: no such checkpoint, or no adapter in the folder.
         """
-        whole = Path(text).expanduser().is_dir() or "+" not in text
-        name, _, adapter = (text, "", "") if whole else text.rpartition("+")
-        spec = cls(resolve_checkpoint(name), Path(adapter).expanduser() if adapter else None)
-        for file in ADAPTER_FILES if spec.adapter else ():
-            if not (spec.adapter / file).is_file():  # type: ignore[operator]
-                raise CheckpointError(
-                    f"--model {text}: {spec.adapter}/{file} does not exist; give a LoRA adapter's "
-                    "folder after the +"
-                )
-        return spec
+        return cls(*split_model(text, "--model"))
 
     @cached_property
     def digest(self) -> str:

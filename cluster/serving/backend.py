@@ -12,18 +12,18 @@ from ray.serve.handle import DeploymentHandle
 
 from fgaif.chat.messages import gather_all
 from fgaif.config import ServeConfig
-from fgaif.data.images import ImageBytes
 from fgaif.errors import CheckpointError
 from fgaif.serving.api_errors import invalid, overloaded, unavailable
 from fgaif.serving.batcher import Batcher
-from fgaif.serving.schema import (
-    GenerateRequest,
-    GenerateResponse,
-    ModelOut,
-    ModelsResponse,
-    ReloadResponse,
+from fgaif.serving.schema import ModelOut, ModelsResponse, ReloadResponse
+from fgaif.serving.scoring import (
+    Refused,
+    Sampled,
+    SampleInput,
+    ScoreInput,
+    ScoreOutput,
+    merge_kinds,
 )
-from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput, merge_kinds
 
 _TRIES = 3
 _SWAP_S = 0.05
@@ -55,11 +55,11 @@ class ServeBackend:
             await asyncio.sleep(_SWAP_S)
         raise unavailable()
 
-    async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:
+    async def generate(self, item: SampleInput) -> Sampled:
         """Let the policy answer."""
         if self._generator is None:
             raise invalid("no policy is served here")
-        answer = await _call(self._generator.generate, (image, request))
+        answer = await _call(self._generator.generate, item)
         if isinstance(answer, Refused):
             raise answer.error()
         return answer

@@ -23,15 +23,14 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.serving.backend import ServeBackend
 from fgaif.chat.messages import gather_all
-from fgaif.config import SCENES_CONFIG, Config, load_config
-from fgaif.data.images import ImageBytes
+from fgaif.config import SCENES_CONFIG, Config, load_config, with_overrides
 from fgaif.errors import ActorError, ConfigError, DataError
 from fgaif.serving.access import read_serve_key
 from fgaif.serving.app import create_app
 from fgaif.serving.batcher import Batcher
 from fgaif.serving.middleware import log_failure
-from fgaif.serving.schema import GenerateRequest, GenerateResponse, ModelOut
-from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput
+from fgaif.serving.schema import ModelOut
+from fgaif.serving.scoring import Refused, Sampled, SampleInput, ScoreInput, ScoreOutput
 from fgaif.types import GenerationRequest, Kind, Prompt
 
 APP = "fgaif"
@@ -59,7 +58,7 @@ class ServeArgs(BaseModel):
     set: tuple[str, ...] = ()
     """Overrides such as `serve.batch.size=32`."""
     policy: str | None = None
-    """Checkpoint to answer /v1/generate."""
+    """CHECKPOINT or CHECKPOINT+ADAPTER to answer /v1/generate."""
     anonymous: bool = False
     """Serve without a key; for machines that nobody else reaches."""
 
@@ -132,31 +131,34 @@ class ScorerReplica:
 class GeneratorReplica:
     """Serve replica with the policy's vLLM engine."""
 
-    def __init__(self, model: Path, config: Config) -> None:
+    def __init__(self, model: Path, config: Config, adapter: Path | None = None) -> None:
         from actors.rollout import RolloutActor
 
         self._actor = RolloutActor(model, config)
+        if adapter is not None:
+            from fgaif.lvlm.weights import manifest_from_adapter
+
+            self._actor.load_weights(manifest_from_adapter(adapter, version=1))
         self._thread = ThreadPoolExecutor(1, "generate")
         self.generate.set_max_batch_size(config.cluster.engine.max_num_seqs)
 
     @serve.batch(batch_wait_timeout_s=0.01)
-    async def generate(
-        self, asked: list[tuple[ImageBytes, GenerateRequest]]
-    ) -> list[GenerateResponse | Refused]:
+    async def generate(self, asked: list[SampleInput]) -> list[Sampled | Refused]:
         """Answer a batch; callers send and get one each."""
         requests = [
             GenerationRequest(
-                prompt=Prompt(id="request", image=image, text=request.prompt),
-                seed=request.seed,
-                temperature=request.temperature,
-                max_new_tokens=request.max_new_tokens,
+                prompt=Prompt(id="request", image=item.image, text=item.prompt),
+                seed=item.seed,
+                temperature=item.temperature,
+                max_new_tokens=item.max_new_tokens,
+                prefix=item.prefix,
             )
-            for image, request in asked
+            for item in asked
         ]
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._answer, requests)
 
-    def _answer(self, requests: list[GenerationRequest]) -> list[GenerateResponse | Refused]:
+    def _answer(self, requests: list[GenerationRequest]) -> list[Sampled | Refused]:
         try:
             answers = self._actor.generate(requests)
         except DataError:
@@ -164,7 +166,12 @@ class GeneratorReplica:
                 return [self._answer([request])[0] for request in requests]
             told = "prompt and max_new_tokens do not fit into the policy's context, or bad image"
             return [Refused(field="prompt", message=told)]
-        return [GenerateResponse(text=answer.text, finish=answer.finish) for answer in answers]
+        return [
+            Sampled(
+                text=answer.text, token_ids=tuple(answer.token_ids.tolist()), finish=answer.finish
+            )
+            for answer in answers
+        ]
 
 
 class Ingress:
@@ -222,10 +229,15 @@ def deploy(config: Config, args: ServeArgs) -> Application:
         scorers.append(scorer.bind(args.rewards, config, kinds))
     generator = None
     if args.policy is not None:
-        from fgaif.lvlm.model import resolve_checkpoint
+        from fgaif.lvlm.adapters import read_adapter_config
+        from fgaif.lvlm.model import split_model
 
+        checkpoint, adapter = split_model(args.policy, "--policy")
+        policy = config
+        if adapter is not None:  # room for it in the engine
+            policy = with_overrides(config, [f"policy.lora.r={read_adapter_config(adapter).r}"])
         made = serve.deployment(name="generator", **options["generator"])(GeneratorReplica)
-        generator = made.bind(resolve_checkpoint(args.policy), config)
+        generator = made.bind(checkpoint, policy, adapter)
     ingress = serve.deployment(name=API, **options[API])(serve.ingress()(Ingress))
     return ingress.bind(config, args.anonymous, scorers, generator)
 

@@ -24,7 +24,7 @@ from cluster.serving.deployments import (
 from cluster.serving.request_heads import CALLBACK
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
-from fgaif.lvlm.model import resolve_checkpoint
+from fgaif.lvlm.model import resolve_checkpoint, split_model
 from fgaif.lvlm.sizes import read_facts
 from fgaif.reward.checkpoint import checked_cards, common_min_words, read_cards, rewards_version
 from fgaif.serving.access import read_serve_key
@@ -196,7 +196,7 @@ def _weights_gib(config: Config, args: ServeArgs, name: str) -> float:
     if name == API:
         return 0.0
     if name == "generator":
-        return read_facts(resolve_checkpoint(str(args.policy))).parameters * width / _GIB
+        return read_facts(split_model(str(args.policy), "--policy")[0]).parameters * width / _GIB
     size = read_facts(resolve_checkpoint(config.reward_backbone))
     adapters = len(config.kinds) if config.serve.placement == "shared" else 0
     lora = adapters * size.lora_parameters(config.reward.lora)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fgaif.errors import CheckpointError, DataError
-from fgaif.lvlm.adapters import check_adapter_loaded, read_adapter
+from fgaif.lvlm.adapters import ADAPTER_FILES, check_adapter_loaded, read_adapter
 from fgaif.lvlm.allocator import return_freed_tensors
 from fgaif.lvlm.checkpoint_files import check_weights, in_original_layout, read_json
 from fgaif.lvlm.families import family_of, family_of_type
@@ -66,6 +66,27 @@ def resolve_checkpoint(name: str) -> Path:
         raise CheckpointError(f"model {name!r}: {error}") from error
     check_weights(path)
     return path
+
+
+def split_model(text: str, option: str) -> tuple[Path, Path | None]:
+    """Read ``CHECKPOINT[+ADAPTER]``; a name that exists with its ``+`` is a checkpoint.
+
+    Args:
+        option: what messages call the text.
+
+    Raises:
+        CheckpointError: no such checkpoint, or no adapter in the folder.
+    """
+    whole = Path(text).expanduser().is_dir() or "+" not in text
+    name, _, behind = (text, "", "") if whole else text.rpartition("+")
+    checkpoint, adapter = resolve_checkpoint(name), Path(behind).expanduser() if behind else None
+    for file in ADAPTER_FILES if adapter is not None else ():
+        if not (adapter / file).is_file():  # type: ignore[operator]
+            raise CheckpointError(
+                f"{option} {text}: {adapter}/{file} does not exist; give a LoRA adapter's folder "
+                "after the +"
+            )
+    return checkpoint, adapter
 
 
 def load_processor(path: str | Path) -> Any:

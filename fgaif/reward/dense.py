@@ -239,9 +239,13 @@ def segment_penalties(
 
 def terminal_reward(response: Response, shape: RewardShapeConfig) -> float:
     """e = -no_stop [the response never ended] - length_penalty max(0, T - length_target)."""
-    never_ended = response.finish == "length"
-    excess = max(0, len(response.token_ids) - shape.length_target)
-    return -shape.no_stop_penalty * never_ended - shape.length_penalty * excess
+    return end_reward(response.finish == "stop", len(response.token_ids), shape)
+
+
+def end_reward(ended: bool, length: int, shape: RewardShapeConfig) -> float:
+    """As :func:`terminal_reward`, of a response of ``length`` tokens."""
+    excess = max(0, length - shape.length_target)
+    return -shape.no_stop_penalty * (not ended) - shape.length_penalty * excess
 
 
 def token_rewards(

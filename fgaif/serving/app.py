@@ -33,6 +33,8 @@ from fgaif.serving.schema import (
     GenerateResponse,
     HealthResponse,
     ModelsResponse,
+    RankRequest,
+    RankResponse,
     ReloadRequest,
     ReloadResponse,
     RewardRequest,
@@ -146,8 +148,17 @@ def _add_scores(app: FastAPI, service: ScoringService) -> None:
 
     @app.post("/v1/generate", **protected)
     async def generate(request: GenerateRequest) -> GenerateResponse:
-        """Let the served policy describe an image; 422 where none is served."""
+        """Let the served policy describe an image; 422 where none is served.
+
+        With `best_of` the reward models choose among several answers; with `guard` sub-sentences
+        that are likely hallucinated are sampled again, or the answer is cut.
+        """
         return await service.generate(request)
+
+    @app.post("/v1/rank", **protected)
+    async def rank(request: RankRequest) -> RankResponse:
+        """Put texts about an image in order, the best first."""
+        return await service.rank(request)
 
 
 def _add_models(app: FastAPI, service: ScoringService) -> None:

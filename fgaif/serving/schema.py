@@ -20,6 +20,7 @@ MAX_ITEMS = 64
 MAX_TEXTS_PER_REQUEST = 512
 MAX_PROMPT_CHARS = 4_000
 MAX_MIN_WORDS = 100
+MAX_BEST_OF = 16
 
 ErrorType = Literal[
     "invalid_request", "unauthorized", "too_large", "overloaded", "timeout", "internal"
@@ -117,15 +118,46 @@ class RewardRequest(_ApiRequest):
         return self
 
 
+class RankRequest(_ApiRequest):
+    """One image and several texts about it, to be put in order."""
+
+    image: ImageText
+    texts: list[Text] = Field(min_length=2, max_length=MAX_TEXTS)
+    prompt: Question = DEFAULT_PROMPT
+    """The question that the texts answer."""
+    min_words: _MinWords | None = None
+    """As in ``/v1/score``."""
+
+
+class GuardRequest(_ApiRequest):
+    """Sub-sentences that are likely hallucinated are sampled again; see docs/serving.md."""
+
+    threshold: float = Field(0.5, ge=0, le=1)
+    """A sub-sentence is dropped where P(hallucinated) of some kind is over this."""
+    tries: _Integer = Field(4, ge=0, le=16)
+    """Times that it is sampled again before the answer is cut in front of it."""
+
+
 class GenerateRequest(_ApiRequest):
     """A question about an image for the served policy."""
 
     image: ImageText
     prompt: Question = DEFAULT_PROMPT
-    temperature: float = Field(0.0, ge=0, le=2)
-    """0 is greedy."""
+    temperature: float | None = Field(None, ge=0, le=2)
+    """0 is greedy. Default: 0, with ``best_of`` or ``guard`` 1."""
     max_new_tokens: _Integer = Field(128, ge=1, le=1024)
     seed: _Integer = Field(0, ge=0, lt=2**31)
+    best_of: _Integer = Field(1, ge=1, le=MAX_BEST_OF)
+    """Sample so many answers and give the one with the highest reward."""
+    guard: GuardRequest | None = None
+    """Have the reward models watch over each answer while it is sampled."""
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature, where it is not given the default."""
+        if self.temperature is not None:
+            return self.temperature
+        return 0.0 if self.best_of == 1 and self.guard is None else 1.0
 
 
 class ReloadRequest(_ApiRequest):
@@ -235,11 +267,33 @@ class RewardResponse(_ApiMessage):
     extra_logs: dict[str, list[float]]
 
 
+class RankResponse(_ApiMessage):
+    """The texts' places, best first, by what PPO pays for them; equal ones keep their order."""
+
+    order: list[int]
+    """Indexes of the texts, the best first."""
+    results: list[TextResult]
+    """In the order of the request."""
+    model: ModelRef
+    timing_ms: Timing
+
+
 class GenerateResponse(_ApiMessage):
-    """The policy's answer; ``finish`` is ``length`` where it was cut."""
+    """The policy's answer; ``finish`` is ``length`` where it was cut at the limit, ``cut`` where a
+    guard found nothing better. The rest is there with ``best_of`` or ``guard``."""
 
     text: str
-    finish: Literal["stop", "length"]
+    finish: Literal["stop", "length", "cut"]
+    result: TextResult | None = None
+    """The answer's scores."""
+    rewards: list[float] | None = None
+    """What each of the ``best_of`` answers is worth, its end included; the best was given."""
+    resampled: int | None = None
+    """Sub-sentences that the guard dropped, of all answers."""
+    unsafe: bool = False
+    """The guard accepted no first sub-sentence; the least risky one is given."""
+    model: ModelRef | None = None
+    """The reward models."""
 
 
 class CardOut(_ApiMessage):

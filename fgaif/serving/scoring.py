@@ -23,6 +23,7 @@ from fgaif.serving.api_errors import ApiError, image_problem, invalid
 from fgaif.serving.schema import FactOut, KindScore, SegmentOut, TextResult
 from fgaif.types import (
     Fact,
+    FinishReason,
     FloatArray,
     ImageRef,
     Kind,
@@ -40,7 +41,8 @@ class ScoreInput:
     """One image and texts about it: what a scoring replica gets for a request.
 
     ``min_words`` None means as trained. With ``sampled``, the texts come from a trainer: special
-    tokens at their end are taken off, and a text may be empty.
+    tokens at their end are taken off, and a text may be empty. ``token_ids`` are those of each text
+    where the served policy sampled them.
     """
 
     image: ImageBytes
@@ -49,6 +51,29 @@ class ScoreInput:
     min_words: int | None = None
     facts: bool = False
     sampled: bool = False
+    token_ids: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleInput:
+    """One answer to sample: what a generating replica gets for a request; ``prefix`` are ids that
+    it begins with, before ``max_new_tokens`` more."""
+
+    image: ImageBytes
+    prompt: str
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    prefix: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """A sampled answer with its ids, those of the prefix first."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,10 +191,10 @@ class TextScorer:
         except DataError as error:
             return Refused(field="image", message=image_problem(error))
         pairs = []
-        for index, text in enumerate(item.texts):
+        for index in range(len(item.texts)):
             field = f"text.{index}" if len(item.texts) > 1 else "text"
             try:
-                pair = self._read(item, self._without_specials(text) if item.sampled else text)
+                pair = self._read(item, index)
                 length = self._scorer.length(*pair)
             except DataError as error:
                 return Refused(field=field, message=str(error))
@@ -182,11 +207,35 @@ class TextScorer:
             pairs.append(pair)
         return pairs
 
-    def _read(self, item: ScoreInput, text: str) -> tuple[Response, tuple[Segment, ...]]:
+    def _read(self, item: ScoreInput, index: int) -> tuple[Response, tuple[Segment, ...]]:
         prompt = Prompt(id="request", image=item.image, text=item.prompt)
-        response = given_response("the text", prompt, text, self._tokenizer)
+        text = item.texts[index]
+        if item.token_ids is not None:
+            response = self._as_sampled(prompt, text, item.token_ids[index])
+        else:
+            text = self._without_specials(text) if item.sampled else text
+            response = given_response("the text", prompt, text, self._tokenizer)
         segments = segment_response(response, self._tokenizer, item.min_words or self._min_words)
         return response, segments
+
+    def _as_sampled(self, prompt: Prompt, text: str, ids: Sequence[int]) -> Response:
+        written = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        if written.split() != text.split():  # a cut may fall before or after a space
+            raise DataError(
+                "the served policy has another vocabulary than the one that the reward models read "
+                "(policy.model); serve that policy"
+            )
+        return Response(
+            prompt=prompt,
+            sample=0,
+            text=written,
+            token_ids=np.array(ids, dtype=np.int64),
+            rollout_logprobs=np.zeros(len(ids), dtype=np.float32),
+            finish="stop",
+            policy_version=0,
+        )
 
     def _without_specials(self, text: str) -> str:
         specials = tuple(token for token in self._tokenizer.all_special_tokens if token)

@@ -9,6 +9,7 @@ from fgaif.chat.messages import gather_all
 from fgaif.config import Config
 from fgaif.data.images import ImageBytes
 from fgaif.serving.api_errors import ApiError, invalid
+from fgaif.serving.generation import generate
 from fgaif.serving.prometheus import Metrics
 from fgaif.serving.request_images import ImageReader
 from fgaif.serving.schema import (
@@ -21,6 +22,8 @@ from fgaif.serving.schema import (
     GenerateResponse,
     ModelRef,
     ModelsResponse,
+    RankRequest,
+    RankResponse,
     ReloadResponse,
     RewardRequest,
     RewardResponse,
@@ -29,7 +32,7 @@ from fgaif.serving.schema import (
     TextResult,
     Timing,
 )
-from fgaif.serving.scoring import ScoreInput, ScoreOutput, text_result
+from fgaif.serving.scoring import Sampled, SampleInput, ScoreInput, ScoreOutput, text_result
 from fgaif.types import Kind
 
 _AT_ONCE = 8
@@ -45,7 +48,7 @@ class Backend(Protocol):
     async def score(self, item: ScoreInput) -> ScoreOutput:
         """Score an item with one version of all kinds."""
 
-    async def generate(self, image: ImageBytes, request: GenerateRequest) -> GenerateResponse:
+    async def generate(self, item: SampleInput) -> Sampled:
         """Let the policy answer; 422 where none is served."""
 
     async def models(self) -> ModelsResponse:
@@ -97,12 +100,34 @@ class ScoringService:
 
     async def results(self, item: ScoreInput) -> tuple[list[TextResult], str]:
         """Score an item; the results in order and the version."""
+        results, scored = await self.scored(item)
+        return results, scored.version
+
+    async def scored(self, item: ScoreInput) -> tuple[list[TextResult], ScoreOutput]:
+        """Score an item; the results in order, and what they were made of."""
         start = time.perf_counter()
         scored = await self.backend.score(item)
         self.metrics.score_seconds.observe(time.perf_counter() - start)
         results = [text_result(text, scored.shape) for text in scored.texts]
         self.metrics.scored(results)
-        return results, scored.version
+        return results, scored
+
+    async def rank(self, request: RankRequest) -> RankResponse:
+        """Put texts in order, by the rewards of one version of the models."""
+        asked = ScoreRequest(
+            text=request.texts,
+            image=request.image,
+            prompt=request.prompt,
+            min_words=request.min_words,
+        )
+        answer = await self.score(asked)
+        totals = [result.total for result in answer.results]
+        return RankResponse(
+            order=sorted(range(len(totals)), key=lambda at: -totals[at]),
+            results=answer.results,
+            model=answer.model,
+            timing_ms=answer.timing_ms,
+        )
 
     async def batch(self, request: BatchRequest) -> BatchResponse:
         """Answer each item by itself; a failed one gives its error in its place."""
@@ -153,8 +178,8 @@ class ScoringService:
         return _reward_response([found[index] for index in range(len(texts))], self._kinds)
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
-        """Let the policy answer."""
-        return await self.backend.generate(await self.images.read(request.image), request)
+        """Let the policy answer, with the best of several answers or under guard if asked."""
+        return await generate(self, await self.images.read(request.image), request)
 
     async def ready(self) -> str | None:
         """Version that scored a probe within the last seconds, or None; probes do not pile up."""
