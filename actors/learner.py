@@ -31,7 +31,7 @@ from fgaif.lvlm.model import (
 )
 from fgaif.lvlm.weights import make_manifest
 from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
-from fgaif.ppo.losses import anchor_kl, clipped_tokens, log_ratio, policy_loss
+from fgaif.ppo.losses import anchor_kl, clipped_tokens, kl_loss, log_ratio, policy_loss
 from fgaif.ppo.metrics import require_finite
 from fgaif.ppo.schedule import lr_factor
 from fgaif.types import (
@@ -133,6 +133,8 @@ class LearnerActor:
             norms.append(self._engine.step(losses, lr))
         self._updates += 1
         metrics = totals.means(tokens=config.epochs * float(batch.mask.sum()), steps=len(norms))
+        if not batch.kl_loss_coef:
+            del metrics["policy/kl_loss"]
         metrics |= {
             "policy/grad_norm": float(np.mean(norms)),
             "policy/lr": lr,
@@ -210,7 +212,13 @@ class LearnerActor:
                 clip=clip, num_valid_tokens=valid, weights=importance,
             )  # fmt: skip
             totals.add_policy(value, new, old, advantages, mask, clip)
-            return value
+            if not batch.kl_loss_coef:
+                return value
+            reference = torch.from_numpy(batch.reference_logprobs[indexes, :width])
+            reference = reference.to(self._engine.device)
+            kl = kl_loss(new, reference, mask, num_valid_tokens=valid)
+            totals.kl += kl.detach()
+            return value + batch.kl_loss_coef * kl
 
         cut = self._cut(rows, response_lengths(batch.responses))
         return [partial(loss, *piece) for piece in cut]
@@ -284,8 +292,8 @@ class _Totals:
     """Sums over the pieces of an update on this rank, as tensors to keep the device busy."""
 
     def __init__(self, device: torch.device) -> None:
-        self.loss, self.clipped, self.k3, self.surprise, self.anchor_kl, self.ratio_max = (
-            torch.zeros(6, device=device).unbind()
+        self.loss, self.clipped, self.k3, self.surprise, self.anchor_kl, self.kl, self.ratio_max = (
+            torch.zeros(7, device=device).unbind()
         )
 
     @torch.no_grad()
@@ -302,14 +310,17 @@ class _Totals:
 
     def means(self, *, tokens: float, steps: int) -> dict[str, float]:
         """Means over all ranks' tokens or optimiser steps, and the largest ratio (collective)."""
-        sums = torch.stack([self.loss, self.anchor_kl, self.clipped, self.k3, self.surprise])
+        sums = torch.stack(
+            [self.loss, self.anchor_kl, self.clipped, self.k3, self.surprise, self.kl]
+        )
         largest = self.ratio_max.clone()
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        loss, anchor, clipped, k3, surprise = sums.tolist()
+        loss, anchor, clipped, k3, surprise, kl = sums.tolist()
         return {
             "policy/loss": loss / steps,
             "policy/anchor_kl": anchor / steps,
+            "policy/kl_loss": kl / steps,
             "policy/clip_frac": clipped / tokens,
             "policy/approx_kl": k3 / tokens,
             "policy/entropy": surprise / tokens,

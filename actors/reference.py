@@ -1,4 +1,8 @@
-"""Reference policy and value model in one actor: who evaluates V also trains it."""
+"""Reference policy and value model in one actor: who evaluates V also trains it.
+
+An estimator without a critic (``ppo.estimator``) leaves the reference alone: no value adapter, no
+head, no optimiser, and no second backbone.
+"""
 
 import json
 import time
@@ -75,8 +79,13 @@ class ReferenceActor:
         self._device = torch.device("cuda" if config.cluster.reference.gpus > 0 else "cpu")
         torch.set_num_threads(config.cluster.threads)
         torch.manual_seed(config.seed)
+        self._value: _Reader | None = None
         kind = config.ppo.value_init
         policy = resolve_checkpoint(config.policy.model)
+        if not config.ppo.has_critic:
+            self._reference = self._reader(self._load(policy), policy)
+            self._parameters: dict[str, nn.Parameter] = {}
+            return
         backbone = policy if kind == "policy" else resolve_checkpoint(config.reward_backbone)
         base = self._load(backbone)
         if kind == "policy":
@@ -105,14 +114,20 @@ class ReferenceActor:
         self._updates = 0
 
     def info(self) -> dict[str, int]:
-        """Trainable parameters of the value model, and 1 if it shares the reference's backbone."""
+        """Trained parameters of the value model, and 1 if it shares the reference's backbone."""
         return {
             "trainable_parameters": sum(value.numel() for value in self._parameters.values()),
             "shared_backbone": int(self._reference is self._value),
         }
 
     def evaluate(self, responses: Sequence[Response]) -> list[Evaluation]:
-        """Reference log-probs and values, both (T,), of each response; values[t] = V(before t)."""
+        """Reference log-probs and values, both (T,), of each response; values[t] = V(before t).
+
+        Without a critic there are no values.
+        """
+        if self._value is None:
+            rows = self._per_token(responses, self._reference_logprobs)
+            return [Evaluation(reference_logprobs=row) for row in rows]
         if self._reference is self._value:
             with self._model.disable_adapter():
                 logprobs = self._per_token(responses, self._reference_logprobs)
@@ -149,6 +164,8 @@ class ReferenceActor:
         found = {"value/loss": loss, "value/grad_norm": norm}
         require_finite(self._updates, found, "ppo.value_lr", config.value_lr)
         valid = batch.mask > 0
+        assert batch.values is not None
+        assert batch.returns is not None
         return UpdateReport(
             metrics={
                 "value/loss": loss,
@@ -205,6 +222,7 @@ class ReferenceActor:
         return _Reader(model=model, encoder=encoder, features=FeatureCache(base_of(model), encoder))
 
     def _check_vocabulary(self) -> None:
+        assert self._value is not None
         ours, theirs = (
             reader.encoder.tokenizer.get_vocab() for reader in (self._value, self._reference)
         )
@@ -241,6 +259,7 @@ class ReferenceActor:
 
     def _values(self, responses: Sequence[Response]) -> Tensor:
         """Values (B, T) from the state that predicts each token, which has not seen it."""
+        assert self._value is not None
         batch, hidden = self._value.hidden(responses)
         return self._head(gather_hidden(hidden, batch.positions).float())[..., 0]
 
@@ -251,6 +270,8 @@ class ReferenceActor:
         lengths = response_lengths(batch.responses)
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._device)
+        assert batch.values is not None
+        assert batch.returns is not None
         for indexes, _ in micro_batches(rows, lengths, size=config.micro_batch):
             width = int(lengths[indexes].max())
             old, returns, mask = (

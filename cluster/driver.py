@@ -21,14 +21,14 @@ from cluster.roles import Roles
 from cluster.weight_sync import PROBE_RESPONSES, SyncReport, sync
 from fgaif.checkpoint import latest_checkpoint, read_state, resume_point, write_checkpoint
 from fgaif.config import Config
-from fgaif.data.order import batch_indexes, draw, request_seed
+from fgaif.data.order import batch_indexes, draw, request_seed, sample_numbers
 from fgaif.errors import ActorError, CheckpointError, ConfigError, DivergedError, FgaifError
 from fgaif.feedback.store import response_store
 from fgaif.interrupts import held_back
 from fgaif.kinds import check_kinds
 from fgaif.pending import Pending, Ready, gather
 from fgaif.ppo.batch import make_batch
-from fgaif.ppo.importance import drop_stale, off_policy_metrics
+from fgaif.ppo.importance import drop_alone, drop_stale, off_policy_metrics
 from fgaif.ppo.kl import KlState, update_kl
 from fgaif.ppo.metrics import rollout_metrics
 from fgaif.ppo.rollout_dump import keep_rollouts
@@ -193,6 +193,8 @@ class PpoDriver:
             responses, scored.logprobs, scored.evaluations, rewards.tokens,
             kl_coef=state.kl.coef, gamma=config.gamma, lam=config.lam,
             tis_cap=config.tis_cap if config.async_depth else None,
+            estimator=config.estimator, own_rewards=rewards.own,
+            token_penalty=config.token_penalty, kl_in_loss=config.kl.placement == "loss",
         )  # fmt: skip
         self._keep_rollouts(batch, scored, rewards)
         timer.tokens = float(batch.mask.sum())
@@ -238,10 +240,12 @@ class PpoDriver:
         )  # fmt: skip
 
     def _train(self, batch: TrainBatch) -> dict[str, float]:
-        """Update policy and value model at the same time; returns their metrics."""
+        """Update policy and value model, if there is one, at the same time; their metrics."""
         self._updating = True
         del self._ahead[self._state.step]
         update = self._roles.learner.update(batch, self._anchors(self._state.step))
+        if not self._config.ppo.has_critic:
+            return update.result().metrics
         value_report = self._roles.reference.update_values(batch).result()
         return update.result().metrics | value_report.metrics
 
@@ -272,20 +276,32 @@ class PpoDriver:
                 f"old, {len(sampled) - len(responses)} set aside because they kill engines)"
             )
         lost = {"set_aside": len(sampled) - len(responses), "stale": stale}
-        return [responses[i] for i in fresh], {f"rollout/{k}": float(v) for k, v in lost.items()}
+        usable = [responses[i] for i in fresh]
+        if config.compares_samples:
+            usable, lost["alone"] = drop_alone(usable)
+            if not usable:
+                raise ActorError(
+                    f"PPO step {now + 1}: every response lost the others to its prompt "
+                    f"({lost['set_aside']} of {len(sampled)} were set aside because they kill "
+                    "engines), so there is nothing to compare; raise ppo.samples_per_prompt"
+                )
+        return usable, {f"rollout/{k}": float(v) for k, v in lost.items()}
 
     def _requests(self, step: int) -> list[GenerationRequest]:
-        config, prompts = self._config, self._data.prompts
-        batch = batch_indexes(len(prompts), config.ppo.rollout_batch, step, config.seed)
+        config, size = self._config, self._config.ppo.samples_per_prompt
+        count = config.ppo.rollout_batch // size
+        batch = batch_indexes(len(self._data.prompts), count, step, config.seed)
+        prompts = [self._data.prompts[index] for index in batch for _ in range(size)]
+        samples = sample_numbers([prompt.id for prompt in prompts], step, size)
         return [
             GenerationRequest(
-                prompt=prompts[index],
-                sample=step,
-                seed=request_seed(config.seed, step, position, prompts[index].id),
+                prompt=prompt,
+                sample=sample,
+                seed=request_seed(config.seed, step, position, prompt.id),
                 temperature=config.policy.temperature,
                 max_new_tokens=config.policy.max_new_tokens,
             )
-            for position, index in enumerate(batch)
+            for position, (prompt, sample) in enumerate(zip(prompts, samples, strict=True))
         ]
 
     def _anchors(self, step: int) -> list[Prompt]:
@@ -340,11 +356,12 @@ class PpoDriver:
 
     def _checkpoint(self) -> None:
         """Write learner, value model and loop state as one directory, or nothing."""
-        step = self._state.step
+        step, critic = self._state.step, self._config.ppo.has_critic
 
         def write(folder: Path) -> None:
             learner = self._roles.learner.save(folder / "learner")
-            self._roles.reference.save(folder / "reference").result()
+            if critic:
+                self._roles.reference.save(folder / "reference").result()
             learner.result()
             self._roles.learner.save_adapter(folder / "adapter").result()
             for number, sampling in self._ahead.items():
@@ -366,7 +383,8 @@ class PpoDriver:
             state=state,
         )
         self._roles.learner.set_restore_point(path / "learner")
-        self._roles.reference.set_restore_point(path / "reference")
+        if critic:
+            self._roles.reference.set_restore_point(path / "reference")
         self._kept = step, path
 
     def _resume(self) -> None:
@@ -385,7 +403,8 @@ class PpoDriver:
         centers = RewardCenters.from_json(state["centers"])
         check_kinds(path, centers.kinds, self._config.kind_names, CheckpointError)
         learner = self._roles.learner.restore(path / "learner")
-        self._roles.reference.restore(path / "reference").result()
+        if self._config.ppo.has_critic:
+            self._roles.reference.restore(path / "reference").result()
         learner.result()
         self._state = LoopState(
             step=state["step"],

@@ -86,10 +86,13 @@ class Rewards(Protocol):
 
 
 class Reference(Protocol):
-    """Frozen reference policy and trained value model."""
+    """Frozen reference policy and trained value model.
+
+    Where the estimator has no critic only ``evaluate`` is called, and gives no values.
+    """
 
     def evaluate(self, responses: Sequence[Response]) -> Pending[list[Evaluation]]:
-        """Reference log-probs and values of each response."""
+        """Reference log-probs of each response, and values where there is a critic."""
         ...
 
     def update_values(self, batch: TrainBatch) -> Pending[UpdateReport]:

@@ -51,7 +51,7 @@ GLOSSARY: dict[str, Metric] = {
         meaning="log-prob of policy minus reference, summed per response", low=-0.5, high=15
     ),
     "kl/token": Metric(meaning="the same per token", high=0.5),
-    "kl/coef": Metric(meaning="weight of the KL in the reward"),
+    "kl/coef": Metric(meaning="weight of the KL in the reward, or in the loss"),
     "length/tokens": Metric(meaning="tokens per response; a drift means reward hacking"),
     "length/segments": Metric(meaning="segments per response"),
     "length/truncated": Metric(meaning="share of responses that never ended", high=0.05),
@@ -65,6 +65,10 @@ GLOSSARY: dict[str, Metric] = {
     "policy/ratio_max": Metric(meaning="largest ratio of new to old probability", high=10),
     "policy/tokens": Metric(meaning="tokens trained on, over all epochs of the step"),
     "policy/seconds": Metric(meaning="seconds of the learner's update"),
+    "policy/kl_loss": Metric(
+        meaning="k3 estimate of the KL to the reference per token, where it is in the loss",
+        high=0.5,
+    ),
     "policy/anchor_kl": Metric(meaning="KL to the reference on the anchor questions", high=0.5),
     "value/loss": Metric(meaning="squared error of the values"),
     "value/explained_variance": Metric(
@@ -79,6 +83,9 @@ GLOSSARY: dict[str, Metric] = {
     "staleness/max": Metric(meaning="the same of the oldest response"),
     "rollout/stale": Metric(meaning="responses too old to be trained on", high=0),
     "rollout/set_aside": Metric(meaning="requests given up: they kill engines", high=0),
+    "rollout/alone": Metric(
+        meaning="responses left out: of all to their prompt no other was answered", high=0
+    ),
     "tis/mean_weight": Metric(
         meaning="mean importance weight of the tokens, learner against sampler", low=0.8, high=1.2
     ),

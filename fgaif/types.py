@@ -194,10 +194,13 @@ class SegmentScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Reference log-probs and values of one response: both (T,); values[t] = V(prefix before t)."""
+    """Reference log-probs and values of one response: both (T,); values[t] = V(prefix before t).
+
+    Without a critic there are no values.
+    """
 
     reference_logprobs: FloatArray
-    values: FloatArray
+    values: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,20 +208,23 @@ class TrainBatch:
     """Rollouts ready for PPO. All arrays (B, T), right-padded with zeros where ``mask`` is 0.
 
     ``task_rewards`` are the per-token rewards before the KL term; ``rewards`` include it.
-    ``advantages`` are whitened over valid tokens, ``returns`` = unwhitened advantages + values.
-    ``weights`` are importance weights of the policy's loss per token, None for all ones.
+    ``advantages`` are those of the estimator. With a critic they are whitened over valid tokens,
+    and ``returns`` = unwhitened advantages + values; without one, values and returns are None.
+    ``weights`` are importance weights of the policy's loss per token, None for all ones;
+    ``kl_loss_coef`` is the KL term's coefficient where it is in the loss and not in the rewards.
     """
 
     responses: tuple[Response, ...]
     mask: FloatArray
     old_logprobs: FloatArray
     reference_logprobs: FloatArray
-    values: FloatArray
+    values: FloatArray | None
     task_rewards: FloatArray
     rewards: FloatArray
     advantages: FloatArray
-    returns: FloatArray
+    returns: FloatArray | None
     weights: FloatArray | None = None
+    kl_loss_coef: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

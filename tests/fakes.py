@@ -72,6 +72,8 @@ class World:
         self.engine_parameter = 0.0
         self.stale = False
         self.poison: set[str] = set()
+        self.poison_ids: set[str] = set()
+        self.critic = True
         self.broken = ""
         self.interrupted: tuple[str, int] | None = None
         self.twice = False
@@ -93,6 +95,8 @@ class World:
     def _answer(self, request: GenerationRequest, version: int) -> Response | None:
         self._maybe_break("generate")
         if request.prompt.id in self.poison:
+            return None
+        if f"{request.prompt.id}#{request.sample}" in self.poison_ids:
             return None
         return response(request.prompt, request.sample, version=version)
 
@@ -130,7 +134,8 @@ class World:
     def evaluate(self, responses: Sequence[Response]) -> Ready[list[Evaluation]]:
         self.events.append("evaluate")
         zeros = np.zeros(4, np.float32)
-        return Ready([Evaluation(reference_logprobs=zeros, values=zeros) for _ in responses])
+        values = zeros if self.critic else None
+        return Ready([Evaluation(reference_logprobs=zeros, values=values) for _ in responses])
 
     def update_values(self, batch: TrainBatch) -> Ready[UpdateReport]:
         self.events.append("update values")

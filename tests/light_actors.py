@@ -176,6 +176,7 @@ class LightReference(_Light):
     def __init__(self, config: Config, rewards: Path) -> None:
         super().__init__(config, "reference")
         self._value = 1
+        self._critic = config.ppo.has_critic
 
     def evaluate(self, responses: Sequence[Response]) -> list[Evaluation]:
         self.ready()
@@ -183,7 +184,7 @@ class LightReference(_Light):
         return [
             Evaluation(
                 reference_logprobs=_logprobs(response.token_ids, 0),
-                values=_uniform(response.token_ids, self._value),
+                values=_uniform(response.token_ids, self._value) if self._critic else None,
             )
             for response in responses
         ]
@@ -191,6 +192,7 @@ class LightReference(_Light):
     def update_values(self, batch: TrainBatch) -> UpdateReport:
         self.ready()
         self.work(batch.responses)
+        assert batch.returns is not None
         self._value = _moved(self._value, batch, batch.returns)
         return UpdateReport(metrics={"value/state": float(self._value % 2**50)})
 

@@ -50,7 +50,8 @@ def submit(jobs: Jobs, config: Config, folder: Path) -> str:
 
 def assert_as_in_peace(config: Config, folder: Path) -> None:
     """The finished run has the metrics and policy of one that nothing disturbed, made here."""
-    overrides = [f"ppo.steps={config.ppo.steps}", f"ppo.async_depth={config.ppo.async_depth}"]
+    same = ("steps", "async_depth", "estimator", "samples_per_prompt")
+    overrides = [f"ppo.{key}={getattr(config.ppo, key)}" for key in same]
     alone = settings(folder, *overrides)
     alone.run_dir.mkdir(parents=True)
     write_whole(alone.run_dir / "pace", "0")

@@ -109,6 +109,30 @@ def test_an_update_from_far_old_logprobs_stays_finite(tiny_llava_dir, tmp_path):
     assert all(np.isfinite(row).all() for row in learner.logprobs(responses))
 
 
+def test_the_kl_loss_pulls_towards_the_reference(tiny_llava_dir, tmp_path):
+    """Without advantages it is all that moves the policy; at coefficient 0 nothing does."""
+    responses = make_responses(tmp_path, 8)
+    reports = []
+    for coef in (0.0, 0.5):
+        learner = one_rank(tiny_config(tiny_llava_dir, tmp_path))
+        old = learner.logprobs(responses)
+        batch = make_train_batch(responses, [row + np.float32(0.5) for row in old])
+        batch = replace(
+            batch,
+            old_logprobs=batch.old_logprobs - np.float32(0.5) * batch.mask,
+            advantages=0 * batch.advantages,
+            kl_loss_coef=coef,
+        )  # the reference is more probable than the policy, by e^.5
+        reports.append(learner.update(batch, []).metrics)
+        moved = [new - was for new, was in zip(learner.logprobs(responses), old, strict=True)]
+        reports[-1]["moved"] = float(np.concatenate(moved).mean())
+    still, pulled = reports
+    assert "policy/kl_loss" not in still
+    assert still["policy/grad_norm"] == still["moved"] == 0
+    assert pulled["policy/kl_loss"] == pytest.approx(np.exp(0.5) - 0.5 - 1, rel=0.5)
+    assert pulled["moved"] > 1e-3
+
+
 def test_importance_weights_scale_the_gradient_of_their_tokens(tiny_llava_dir, tmp_path):
     """Ones change no bit of the update, zeros leave no gradient."""
     responses = make_responses(tmp_path, 8)

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from fgaif.ppo.losses import anchor_kl, clipped_tokens, log_ratio, policy_loss, value_loss
+from fgaif.ppo.losses import (
+    anchor_kl,
+    clipped_tokens,
+    kl_loss,
+    log_ratio,
+    policy_loss,
+    value_loss,
+)
 
 
 def row(*values):
@@ -79,6 +86,25 @@ def test_value_loss_by_hand():
     arguments = row(2.0), row(1.0), row(3.0), row(1.0)
     assert value_loss(*arguments, clip=0.5, num_valid_tokens=1).item() == 1.125
     assert value_loss(*arguments, clip=None, num_valid_tokens=1).item() == 0.5
+
+
+def test_kl_loss_by_hand():
+    """d = log 2 and log 1/2, so k3 = 2 - log 2 - 1 and 1/2 + log 2 - 1; of four tokens."""
+    policy = torch.tensor([[-1.0, -1.0, float("nan")]], requires_grad=True)
+    apart = torch.tensor([[0.5, 2.0, 7.0]]).reciprocal().log()
+    loss = kl_loss(policy, policy.detach() + apart, torch.tensor([[1.0, 1, 0]]), num_valid_tokens=4)
+    assert loss.item() == pytest.approx(((2 - math.log(2) - 1) + (0.5 + math.log(2) - 1)) / 4)
+    loss.backward()
+    # The derivative of exp(d) - d - 1 by the policy is 1 - exp(d).
+    assert policy.grad.tolist() == [pytest.approx([-0.25, 0.125, 0.0])]
+
+
+def test_kl_loss_is_never_negative_and_zero_at_the_reference():
+    same = torch.tensor([[-1.0, -3.0]])
+    mask = torch.ones(1, 2)
+    assert kl_loss(same, same, mask, num_valid_tokens=2).item() == 0
+    for shift in (-2.0, 2.0):
+        assert kl_loss(same, same + shift, mask, num_valid_tokens=2).item() > 0
 
 
 def test_anchor_kl_by_hand():

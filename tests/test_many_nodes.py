@@ -27,10 +27,13 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("estimator", ["gae", "token_grpo"])
 def test_a_job_outlives_scaling_and_the_loss_of_nodes_and_ends_the_same(
-    nodes: Nodes, tmp_path: Path
+    nodes: Nodes, tmp_path: Path, estimator: str
 ) -> None:
-    config = settings(tmp_path / "cluster")
+    size = 1 if estimator == "gae" else 4
+    of_ppo = [f"ppo.estimator={estimator}", f"ppo.samples_per_prompt={size}"]
+    config = settings(tmp_path / "cluster", *of_ppo)
     run = config.run_dir
     run.mkdir(parents=True)
     first = nodes.add(cpus=ROLES)

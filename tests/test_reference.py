@@ -43,6 +43,17 @@ def test_reference_stays_while_values_learn(tiny_llava_dir, tmp_path):
     assert actor.info()["shared_backbone"] == 1
 
 
+def test_without_a_critic_there_is_the_reference_alone(tiny_llava_dir, tmp_path):
+    plain = tiny_config(tiny_llava_dir, tmp_path, estimator="grpo", samples_per_prompt=4)
+    alone = ReferenceActor(plain, tmp_path / "no-rewards-there")
+    both = ReferenceActor(tiny_config(tiny_llava_dir, tmp_path), tmp_path)
+    responses = make_responses(tmp_path, 6)
+    assert alone.info()["trainable_parameters"] == 0 < both.info()["trainable_parameters"]
+    for ours, theirs in zip(alone.evaluate(responses), both.evaluate(responses), strict=True):
+        assert ours.values is None
+        np.testing.assert_allclose(ours.reference_logprobs, theirs.reference_logprobs, atol=1e-6)
+
+
 def test_value_of_a_prefix_does_not_see_the_next_token(tiny_llava_dir, tmp_path):
     """Two responses that differ in token 2 have the same values up to and including values[2]."""
     from dataclasses import replace

@@ -77,6 +77,23 @@ def test_a_step_that_samples_ahead_takes_little_more_than_its_slowest_stage(
     assert mean < 0.9 * (sampling + training)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_groups_are_whole_whoever_dies(tmp_path: Path, ragged: Sampler, depth: int) -> None:
+    """Four samples of each of four prompts in every step, from the same weights."""
+    settings = config(
+        tmp_path, f"ppo.async_depth={depth}", "ppo.estimator=grpo", "ppo.samples_per_prompt=4"
+    )
+    run = Simulation(settings, EVEN, ragged, prompts=50)
+    for number in range(10):
+        run.engines.kill(7.0 * number, f"rollout-{number % 2}")
+    for index, step in enumerate(run.run()):
+        asked = batch_indexes(50, BATCH // 4, index, settings.seed)
+        expected = Counter({(f"p{i}", max(0, index - depth)): 4 for i in asked})
+        assert Counter(run.trained.newest) == expected
+        assert step.report.metrics["rollout/alone"] == 0
+    assert sum(m.restarts for m in run.engines.pool.members.values()) > 0
+
+
 @pytest.mark.parametrize("depth", [1])  # 0 and 2 are alike, and each takes 20 s
 def test_two_hundred_steps_with_deaths_and_scaling_use_every_prompt_once_and_no_more_memory(
     tmp_path: Path, ragged: Sampler, depth: int

@@ -16,11 +16,12 @@ from fgaif.config import Config, load_config, parse_config, with_overrides
 from fgaif.errors import DataError, FgaifError
 from fgaif.files import write_whole
 from fgaif.kinds import kind_colours
-from fgaif.ppo.rollout_dump import COMPUTED, PER_TOKEN, Dump, Row, read_dump, recompute
+from fgaif.ppo.rollout_dump import COMPUTED, Dump, Row, read_dump, recompute
 from fgaif.types import Kind, SegmentClass
 
 _OK, _NONE = "green", "dim"
 _SAME = 1e-6
+_SETTINGS = ("estimator", "gamma", "lam")
 _HTML_WIDTH = 140
 
 
@@ -108,7 +109,8 @@ def segment_style(probs: np.ndarray, colours: Sequence[str]) -> str:
 def _segment_table(row: Row, kinds: Sequence[Kind]) -> Table:
     """Per segment: P(hallucinated) per kind, reward at its last token, sums over its tokens."""
     table = Table(box=None, padding=(0, 1))
-    for column in ("segment", *kinds, "penalty", "reward", "KL", "advantage", "value"):
+    known = [name for name in ("advantage", "value") if f"{name}s" in row.tokens]
+    for column in ("segment", *kinds, "penalty", "reward", "KL", *known):
         table.add_column(column, justify="left" if column == "segment" else "right")
     kl = row.tokens["old_logprobs"] - row.tokens["reference_logprobs"]
     for i, segment in enumerate(row.segments):
@@ -119,8 +121,7 @@ def _segment_table(row: Row, kinds: Sequence[Kind]) -> Table:
             row.penalties[i],
             row.tokens["task_rewards"][span].sum(),
             kl[span].sum(),
-            row.tokens["advantages"][span].mean(),
-            row.tokens["values"][span].mean(),
+            *(row.tokens[f"{name}s"][span].mean() for name in known),
         )
         table.add_row(escape(text), *cells, *(f"{number:+.3f}" for number in numbers))
     return table
@@ -138,11 +139,11 @@ def token_table(row: Row, texts: Sequence[str] = ()) -> Table:
     last token of each segment."""
     table = Table(box=None, padding=(0, 1))
     ends = {max(segment.token_end, 1) - 1: segment.index for segment in row.segments}
-    for column in ("t", "id", "text", "ends", *PER_TOKEN):
+    for column in ("t", "id", "text", "ends", *row.tokens):
         justify: Literal["left", "right"] = "left" if column == "text" else "right"
         table.add_column(column.replace("_", " "), justify=justify)
     for t, token in enumerate(row.response.token_ids.tolist()):
-        numbers = [f"{row.tokens[name][t]:+.3f}" for name in PER_TOKEN]
+        numbers = [f"{array[t]:+.3f}" for array in row.tokens.values()]
         text = escape(repr(texts[t])[1:-1]) if texts else ""
         table.add_row(str(t), str(token), text, str(ends.get(t, "")), *numbers)
     return table
@@ -172,7 +173,7 @@ def differences(dump: Dump, config: Config) -> Group:
     fresh = recompute(dump, config.ppo)
     table = Table("array", "tokens that differ", "largest difference", "mean before", "mean now")
     worst: tuple[float, str] = (0.0, "")
-    for name in COMPUTED:
+    for name in (name for name in COMPUTED if name in fresh and name in dump.rows[0].tokens):
         old = np.concatenate([row.tokens[name] for row in dump.rows])
         new = np.concatenate(fresh[name])
         gap = np.abs(new - old)
@@ -199,7 +200,8 @@ def _settings_of(dump: Dump, config: Config) -> list[tuple[str, object, object]]
         shape.resolved(head.centers.kinds).model_dump() for shape in (head.shape, ppo.shape)
     )
     shape = [(f"ppo.shape.{key}", then[key], now[key]) for key in then]
-    return [("ppo.gamma", head.gamma, ppo.gamma), ("ppo.lam", head.lam, ppo.lam), *shape]
+    of_ppo = [(f"ppo.{key}", getattr(head, key), getattr(ppo, key)) for key in _SETTINGS]
+    return [*of_ppo, *shape]
 
 
 def _settings(config: Path | None, file: Path, overrides: list[str]) -> Config:

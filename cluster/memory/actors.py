@@ -84,7 +84,8 @@ def read_models(config: Config, roles: Collection[Role]) -> Models:
     names = {_checkpoint(role, config) for role in roles if role != "judge"}
     if "judge" in roles:
         names.update(config.judge_checkpoints)
-    if "reference" in roles and config.ppo.value_init != "policy":
+    critic = config.ppo.has_critic and "reference" in roles
+    if critic and config.ppo.value_init != "policy":
         names.add(config.reward_backbone)
     return {name: read_facts(resolve_checkpoint(name)) for name in names if name}
 
@@ -391,7 +392,8 @@ def _learner(config: Config, models: Models) -> ActorMemory:
 
 
 def _reference(config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
-    """One backbone, or two where the value model starts from another checkpoint.
+    """One backbone, or two where the value model starts from another checkpoint; the reference
+    alone where the estimator has no critic.
 
     Not under DeepSpeed: PEFT keeps the value adapter in float32, so weight, gradient and moments
     take 4 + 4 + 8 bytes, and AdamW on GPUs two more sets of temporaries.
@@ -399,12 +401,25 @@ def _reference(config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
     ppo, policy, w = config.ppo, config.policy, _width(config)
     from_policy = ppo.value_init == "policy"
     base = models[policy.model]
+    rows = min(ppo.micro_batch, ppo.minibatch)
+    if not ppo.has_critic:
+        run = Pass(
+            rows=rows,
+            length=_sequence(config, base),
+            width=w,
+            adapter_width=w,
+            lora=ppo.value_lora,
+            attention=policy.attention,
+        )
+        reading = inference_peak(base, run, rows * policy.max_new_tokens, adapted=False)
+        return ActorMemory(
+            weights=base.parameters * w, activations=max(reading, vision_peak(base, rows, w))
+        )
     model = base if from_policy else models[config.reward_backbone]
     lora = ppo.value_lora if from_policy else config.reward.lora
     two = not from_policy and config.reward_backbone != policy.model
     weights = (model.parameters + (base.parameters if two else 0)) * w
     trained = model.lora_parameters(lora) + model.hidden + 1
-    rows = min(ppo.micro_batch, ppo.minibatch)
     run = Pass(
         rows=rows,
         length=_sequence(config, model),

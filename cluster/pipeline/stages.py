@@ -333,11 +333,11 @@ class Run:
         used = source.prompts
         if len(prompts) < len(wanted):
             used = PromptSet(source=used.source, prompts=tuple(prompts))
-        if len(prompts) < (size := config.ppo.rollout_batch):
+        if len(prompts) < (size := config.ppo.rollout_batch // config.ppo.samples_per_prompt):
             self._say(
-                f"warning: PPO has {len(prompts)} prompts for batches of ppo.rollout_batch = "
-                f"{size}: every batch holds the same ones, more than once; raise "
-                "data.ppo_prompts or give more prompts"
+                f"warning: PPO has {len(prompts)} prompts for batches of {size} prompts "
+                f"(ppo.rollout_batch = {config.ppo.rollout_batch}): every batch holds the same "
+                "ones, more than once; raise data.ppo_prompts or give more prompts"
             )
         data = PpoData(
             prompts=prompts,

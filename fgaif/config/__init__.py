@@ -16,7 +16,7 @@ from fgaif.config.data import DataConfig
 from fgaif.config.feedback import API, EndpointConfig, FeedbackConfig
 from fgaif.config.load import SCENES_CONFIG, dump_config, load_config, parse_config, with_overrides
 from fgaif.config.policy import LoraConfig, PolicyConfig, SegmentConfig
-from fgaif.config.ppo import AnchorConfig, KlConfig, PpoConfig
+from fgaif.config.ppo import AnchorConfig, Estimator, KlConfig, PpoConfig
 from fgaif.config.reward import NoiseConfig, RewardConfig, RewardShapeConfig
 from fgaif.config.run import Config, EvalConfig, StudyConfig, TrackingConfig
 from fgaif.config.serve import ServeBatchConfig, ServeConfig, ServeReplicasConfig
@@ -32,6 +32,7 @@ __all__ = [
     "DataConfig",
     "EndpointConfig",
     "EngineConfig",
+    "Estimator",
     "EvalConfig",
     "FeedbackConfig",
     "KlConfig",

@@ -9,6 +9,8 @@ from fgaif.config.reward import RewardShapeConfig
 from fgaif.config.section import Section
 from fgaif.types import Kind
 
+Estimator = Literal["gae", "grpo", "rloo", "reinforce", "token_grpo"]
+
 
 class AnchorConfig(Section):
     """KL to the reference on question prompts, so that captioning does not erase answering."""
@@ -22,9 +24,12 @@ class AnchorConfig(Section):
 
 
 class KlConfig(Section):
-    """KL of the policy to the reference, inside the reward."""
+    """KL of the policy to the reference."""
 
     coef: float = Field(0.1, ge=0)
+    placement: Literal["reward", "loss"] = "reward"
+    """`reward`: its k1 estimate, subtracted from each token's reward (the method); `loss`: its k3
+    estimate, added to the policy's loss, as GRPO does."""
     target: float | None = Field(None, gt=0)
     """Summed KL per response that an adaptive coefficient steers to; default: fixed coefficient."""
     horizon: int = Field(10_000, ge=1)
@@ -34,9 +39,17 @@ class KlConfig(Section):
 class PpoConfig(Section):
     """Step 3: PPO with per-token rewards."""
 
+    estimator: Estimator = "gae"
+    """Advantages from rewards: `gae` with a critic (the method), or without one: `grpo`, `rloo`,
+    `reinforce`, `token_grpo`; see docs/estimators.md. Without a critic the keys `value_*`,
+    `value_lora` and `lam` say nothing."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Responses to each prompt of a step; `grpo`, `rloo` and `token_grpo` compare them."""
+    token_penalty: float = Field(0.1, ge=0)
+    """Of `token_grpo`: share of the advantage's size taken off at the tokens of bad segments."""
     steps: int = Field(54, ge=1)
     rollout_batch: int = Field(512, ge=1)
-    """Responses per step."""
+    """Responses per step: those of `rollout_batch / samples_per_prompt` prompts."""
     minibatch: int = Field(256, ge=1)
     """Responses per optimiser step, over all learner ranks."""
     micro_batch: int = Field(16, ge=1)
@@ -76,6 +89,53 @@ class PpoConfig(Section):
     """Cap of the importance weight learner/sampler per token, used where `async_depth` > 0."""
     max_staleness: int = Field(2, ge=0)
     """Responses sampled with weights older than so many steps are dropped and counted."""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value model is trained beside the policy."""
+        return self.estimator == "gae"
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether advantages come from groups of responses to one prompt."""
+        return self.estimator in ("grpo", "rloo", "token_grpo")
+
+    @model_validator(mode="after")
+    def _groups_are_even(self) -> Self:
+        if self.rollout_batch % self.samples_per_prompt:
+            raise ValueError(
+                f"ppo.rollout_batch = {self.rollout_batch} is not a multiple of "
+                f"ppo.samples_per_prompt = {self.samples_per_prompt}: groups would be uneven; "
+                f"set ppo.rollout_batch={self._even_batch()}"
+            )
+        return self
+
+    def _even_batch(self) -> int:
+        size = self.samples_per_prompt
+        return -(-self.rollout_batch // size) * size
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_needs(self) -> Self:
+        if not self.compares_samples:
+            return self
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"ppo.estimator = {self.estimator!r} compares responses to the same prompt, but "
+                "ppo.samples_per_prompt = 1 makes groups of one; set ppo.samples_per_prompt=4 or "
+                "another number from 2"
+            )
+        if self.gamma != 1:
+            raise ValueError(
+                f"ppo.gamma = {self.gamma}: ppo.estimator = {self.estimator!r} compares whole "
+                "responses, whose rewards are summed without discount; set ppo.gamma=1"
+            )
+        if self.estimator == "token_grpo" and self.shape.placement == "last":
+            raise ValueError(
+                "ppo.shape.placement = 'last' leaves segments without rewards of their own, which "
+                "ppo.estimator = 'token_grpo' needs; set ppo.shape.placement=segment, or "
+                "ppo.estimator=grpo"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_nest(self) -> Self:

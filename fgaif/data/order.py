@@ -1,11 +1,15 @@
 """Which prompts and seeds a step gets: functions of the step alone, so resume is exact."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+_NEXT_ROUND = 10**9
+"""More samples than any run takes of a prompt."""
 
 
 def batch_indexes(count: int, batch: int, step: int, seed: int) -> list[int]:
@@ -27,6 +31,27 @@ def batch_indexes(count: int, batch: int, step: int, seed: int) -> list[int]:
 def _epoch(count: int, epoch: int, seed: int) -> NDArray[np.int32]:
     """Order of one epoch, kept: drawing ten million indexes takes a second, a step much less."""
     return np.random.default_rng([seed, epoch]).permutation(np.arange(count, dtype=np.int32))
+
+
+def sample_numbers(prompts: Sequence[str], step: int, size: int) -> list[int]:
+    """Sample numbers that tell apart the responses to one prompt, in a step and over a run.
+
+    The n-th request for a prompt in step ``step`` (from 0) is ``step * size + n`` where n is below
+    ``size``. A prompt is asked for more often where a batch reaches from one epoch into the next
+    or has fewer prompts than places; further rounds lie beyond the numbers of every step.
+
+    Args:
+        prompts: id of each request's prompt, in order.
+        step: from 0.
+        size: samples per prompt.
+    """
+    asked: Counter[str] = Counter()
+    numbers = []
+    for prompt in prompts:
+        turn, n = divmod(asked[prompt], size)
+        numbers.append(step * size + n + turn * _NEXT_ROUND)
+        asked[prompt] += 1
+    return numbers
 
 
 def request_seed(*parts: int | str) -> int:

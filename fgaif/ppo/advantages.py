@@ -1,8 +1,16 @@
-"""Advantages and returns over padded responses: pure functions of arrays."""
+"""Advantages over padded responses: one pure function of arrays for each estimator.
+
+``gae`` needs a critic's values. The others do without: ``reinforce`` takes the rest of the reward,
+``grpo``, ``rloo`` and ``token_grpo`` compare a response with others to the same prompt.
+"""
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fgaif.types import FloatArray
+from fgaif.errors import DataError
+from fgaif.types import FloatArray, IntArray
+
+_GROUP_EPS = 1e-6
 
 
 def gae(
@@ -39,6 +47,109 @@ def gae(
         advantages[:, t] = next_advantage
         next_value = value[:, t]
     return advantages.astype(np.float32), (advantages + value).astype(np.float32)
+
+
+def reinforce(rewards: FloatArray, mask: FloatArray, *, gamma: float) -> FloatArray:
+    """Compute the discounted reward from each token on.
+
+        A_t = sum_{s >= t} gamma^(s - t) r_s
+
+    Williams 1992. Whitened over the batch, as ``make_batch`` does, it is REINFORCE++ (Hu et al.
+    2025, arXiv 2501.03262): the batch's mean is the baseline, and there is no critic. All (B, T).
+    """
+    check_padded(mask, rewards)
+    rest = np.where(mask > 0, rewards, 0.0).astype(np.float64)
+    for t in reversed(range(mask.shape[1] - 1)):
+        rest[:, t] += gamma * rest[:, t + 1]
+    return np.where(mask > 0, rest, 0.0).astype(np.float32)
+
+
+def grpo(rewards: FloatArray, groups: IntArray, mask: FloatArray) -> FloatArray:
+    """Compute the group-relative advantage, the same at every token of a response.
+
+        R_i = sum_t r_{i,t};   A_{i,t} = (R_i - mean R) / (std R + 1e-6)
+
+    with mean and (unbiased) deviation over the responses of i's group; where all rewards of a group
+    are equal the advantage is 0. Shao et al. 2024, arXiv 2402.03300, outcome supervision; deviation
+    and epsilon as in verl.
+
+    Args:
+        rewards: (B, T).
+        groups: (B,), equal for responses to the same prompt.
+        mask: (B, T), 1 on a response's tokens, then 0.
+
+    Raises:
+        DataError: a group has one response only.
+    """
+    total, members = _group_totals(rewards, groups, mask)
+    mean = members @ total / members.sum(1)
+    apart = total - mean
+    deviation = np.sqrt(members @ apart**2 / (members.sum(1) - 1))
+    return _on_tokens(apart / (deviation + _GROUP_EPS), mask)
+
+
+def rloo(rewards: FloatArray, groups: IntArray, mask: FloatArray) -> FloatArray:
+    """Compute the reward beyond the mean of the others in the group, alike at every token.
+
+        R_i = sum_t r_{i,t};   A_{i,t} = R_i - sum_{j != i} R_j / (G - 1)
+
+    over the G responses of i's group. Ahmadian et al. 2024, arXiv 2402.14740 (Kool et al. 2019).
+    Arguments and errors as for :func:`grpo`.
+    """
+    total, members = _group_totals(rewards, groups, mask)
+    others = members.sum(1) - 1
+    return _on_tokens(total - (members @ total - total) / others, mask)
+
+
+def token_grpo(
+    rewards: FloatArray,
+    own_rewards: FloatArray,
+    groups: IntArray,
+    mask: FloatArray,
+    *,
+    penalty: float,
+) -> FloatArray:
+    """Compute the group-relative advantage, lowered at the tokens of bad segments.
+
+        A_{i,t} = A^grpo_i - penalty m_{i,t} |A^grpo_i|,   m_{i,t} = 1[own_{i,t} < 0]
+
+    where own_{i,t} is the reward of the segment that token t is of. This is equation 3 of Perceval
+    (Min et al. 2026, arXiv 2604.24583; there m marks the spans that its reward model found wrong,
+    and penalty is 0.1). It uses the same segments as the method and no critic.
+
+    Args:
+        rewards: (B, T).
+        own_rewards: (B, T), each token's segment's reward, 0 for tokens of no segment.
+        groups, mask: as for :func:`grpo`, which also says what is raised.
+        penalty: share of the advantage's size.
+    """
+    check_padded(mask, own_rewards)
+    shared = grpo(rewards, groups, mask)
+    bad = (own_rewards < 0) & (mask > 0)
+    return (shared - penalty * bad * np.abs(shared)).astype(np.float32)
+
+
+def _group_totals(
+    rewards: FloatArray, groups: IntArray, mask: FloatArray
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Reward of each response (B,), and who is in whose group (B, B) of ones and zeros."""
+    check_padded(mask, rewards)
+    if groups.shape != mask.shape[:1]:
+        raise ValueError(f"expected groups (B,), got {groups.shape} for {mask.shape}")
+    total = np.where(mask > 0, rewards, 0.0).astype(np.float64).sum(axis=1)
+    members = (groups[:, None] == groups[None, :]).astype(np.float64)
+    if (members.sum(axis=1) < 2).any():
+        alone = int((members.sum(axis=1) < 2).argmax())
+        raise DataError(
+            f"response {alone} is the only one to its prompt, so there is no group to compare it "
+            "with: ppo.samples_per_prompt must be 2 or more for this estimator"
+        )
+    return total, members
+
+
+def _on_tokens(per_response: NDArray[np.float64], mask: FloatArray) -> FloatArray:
+    """(B,) to (B, T), zero at padding."""
+    return np.where(mask > 0, per_response[:, None], 0.0).astype(np.float32)
 
 
 def whiten(x: FloatArray, mask: FloatArray, *, eps: float = 1e-8) -> FloatArray:

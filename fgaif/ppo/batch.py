@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from fgaif.config import Estimator
 from fgaif.errors import DataError
-from fgaif.ppo.advantages import gae, whiten
+from fgaif.ppo.advantages import gae, grpo, reinforce, rloo, token_grpo, whiten
 from fgaif.ppo.importance import importance_weights
 from fgaif.ppo.kl import kl_k1
 from fgaif.types import Evaluation, FloatArray, IntArray, Response, TrainBatch
@@ -21,31 +22,54 @@ def make_batch(
     gamma: float,
     lam: float,
     tis_cap: float | None = None,
+    estimator: Estimator = "gae",
+    own_rewards: Sequence[FloatArray] = (),
+    token_penalty: float = 0.0,
+    kl_in_loss: bool = False,
 ) -> TrainBatch:
     """Pad rollouts to (B, T), subtract the KL term from the rewards, estimate advantages.
 
         r_t = task_t - kl_coef (log pi_old - log pi_ref)_t
 
+    Advantages of ``gae`` and ``reinforce`` are whitened over the batch; those that compare the
+    responses to a prompt are relative already.
+
     Args:
         responses: B rollouts.
         old_logprobs: per response (T,), the learner's log-probs before this step's update.
-        evaluations: per response, reference log-probs and values, both (T,).
+        evaluations: per response, reference log-probs and, for ``gae``, values, both (T,).
         task_rewards: per response (T,), the fine-grained rewards without KL.
         kl_coef: beta.
         gamma, lam: discount and GAE's lambda.
         tis_cap: cap of the importance weights from engine to learner; None gives the batch none.
+        estimator: of the advantages; see `fgaif.ppo.advantages`.
+        own_rewards: for ``token_grpo``, per response (T,), each token's segment's reward.
+        token_penalty: of ``token_grpo``.
+        kl_in_loss: leave the KL term out of the rewards; the batch carries its coefficient.
 
     Raises:
-        DataError: lengths differ; the message names the response.
+        DataError: lengths differ (the message names the response), values are missing, or a
+            response has none to be compared with.
     """
     _check_lengths(responses, old_logprobs, evaluations, task_rewards)
     mask = pad([np.ones(len(response.token_ids), np.float32) for response in responses])
     old = pad(old_logprobs)
     reference = pad([evaluation.reference_logprobs for evaluation in evaluations])
-    values = pad([evaluation.values for evaluation in evaluations])
     task = pad(task_rewards)
-    rewards = task - np.float32(kl_coef) * kl_k1(old, reference, mask)
-    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    rewards = task if kl_in_loss else task - np.float32(kl_coef) * kl_k1(old, reference, mask)
+    values = returns = None
+    if estimator == "gae":
+        values = pad(_values(responses, evaluations))
+        advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
+        advantages = whiten(advantages, mask)
+    elif estimator == "reinforce":
+        advantages = whiten(reinforce(rewards, mask, gamma=gamma), mask)
+    elif estimator == "token_grpo":
+        own, groups = pad(own_rewards), prompt_groups(responses)
+        advantages = token_grpo(rewards, own, groups, mask, penalty=token_penalty)
+    else:
+        compare = grpo if estimator == "grpo" else rloo
+        advantages = compare(rewards, prompt_groups(responses), mask)
     weights = None
     if tis_cap is not None:
         rollout = pad([response.rollout_logprobs for response in responses])
@@ -58,10 +82,17 @@ def make_batch(
         values=values,
         task_rewards=task,
         rewards=rewards,
-        advantages=whiten(advantages, mask),
+        advantages=advantages,
         returns=returns,
         weights=weights,
+        kl_loss_coef=kl_coef if kl_in_loss else 0.0,
     )
+
+
+def prompt_groups(responses: Sequence[Response]) -> IntArray:
+    """Number (B,) of each response's prompt, from 0 in order of appearance."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(r.prompt.id, len(numbers)) for r in responses], np.int64)
 
 
 def pad(rows: Sequence[FloatArray]) -> FloatArray:
@@ -118,6 +149,18 @@ def micro_batches(
     ]
 
 
+def _values(responses: Sequence[Response], evaluations: Sequence[Evaluation]) -> list[FloatArray]:
+    found = []
+    for response, evaluation in zip(responses, evaluations, strict=True):
+        if evaluation.values is None:
+            raise DataError(
+                f"response {response.id}: no values, which ppo.estimator = 'gae' needs: they come "
+                "of a training with that estimator"
+            )
+        found.append(evaluation.values)
+    return found
+
+
 def _check_lengths(
     responses: Sequence[Response],
     old_logprobs: Sequence[FloatArray],
@@ -136,9 +179,10 @@ def _check_lengths(
         shapes = {
             "old_logprobs": old.shape,
             "reference_logprobs": evaluation.reference_logprobs.shape,
-            "values": evaluation.values.shape,
             "task_rewards": task.shape,
         }
+        if evaluation.values is not None:
+            shapes["values"] = evaluation.values.shape
         for name, shape in shapes.items():
             if shape != response.token_ids.shape:
                 raise DataError(

@@ -5,6 +5,7 @@ learner, the surrogate's expectation is over the wrong distribution. PPO's ratio
 old to the new policy; the weights here correct from the sampler to the old policy.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,6 +56,13 @@ def drop_stale(
         for index, response in enumerate(responses)
         if step - response.policy_version <= max_staleness
     ]
+    return kept, len(responses) - len(kept)
+
+
+def drop_alone(responses: Sequence[Response]) -> tuple[list[Response], int]:
+    """Find the responses with others to the same prompt, and the number of those without."""
+    counts = Counter(response.prompt.id for response in responses)
+    kept = [response for response in responses if counts[response.prompt.id] > 1]
     return kept, len(responses) - len(kept)
 
 

@@ -39,6 +39,20 @@ def policy_loss(
     return loss.sum() / num_valid_tokens
 
 
+def kl_loss(
+    logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, *, num_valid_tokens: float
+) -> Tensor:
+    """Compute the k3 estimate of KL(policy || reference) as a loss.
+
+        sum_t (exp(d_t) - d_t - 1) / num_valid_tokens,   d_t = reference_logprobs_t - logprobs_t
+
+    with d bounded; all (B, T). Never negative; the term of GRPO (Shao et al. 2024, equation 4;
+    Schulman, "Approximating KL divergence").
+    """
+    apart = log_ratio(reference_logprobs, logprobs, mask)
+    return (apart.exp() - apart - 1).sum() / num_valid_tokens
+
+
 def value_loss(
     values: Tensor,
     old_values: Tensor,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fgaif.config import Config, PpoConfig, RewardShapeConfig
+from fgaif.config import Config, Estimator, PpoConfig, RewardShapeConfig
 from fgaif.errors import DataError
 from fgaif.files import write_whole
 from fgaif.ppo.batch import make_batch
@@ -46,7 +46,8 @@ PER_TOKEN = (
     "advantages",
     "returns",
 )
-"""Arrays (T,) of a row."""
+"""Arrays (T,) of a row; without a critic there are no values and returns."""
+_OF_CRITIC = ("values", "returns")
 COMPUTED = ("task_rewards", "rewards", "advantages", "returns")
 """Those that follow from scores, log-probs and values."""
 
@@ -64,6 +65,7 @@ class Header:
     lam: float
     shape: RewardShapeConfig
     centers: RewardCenters
+    estimator: Estimator = "gae"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +111,13 @@ def keep_rollouts(
     if every == 0 or step % every:
         return
     header = Header(
-        step=step, kl_coef=kl_coef, gamma=ppo.gamma, lam=ppo.lam, shape=ppo.shape, centers=centers
+        step=step,
+        kl_coef=kl_coef,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        shape=ppo.shape,
+        centers=centers,
+        estimator=ppo.estimator,
     )
     rows = dump_rows(header, batch, segments, scores, rewards, malformed)
     write_dump(folder / f"step_{step:06d}.jsonl", rows)
@@ -132,6 +140,7 @@ def dump_rows(
         "lam": header.lam,
         "shape": header.shape.model_dump(mode="json"),
         "centers": header.centers.to_json(),
+        "estimator": header.estimator,
     }
     return [head] + [
         _row(batch, index, segments[index], scores[index], rewards, malformed[index])
@@ -155,7 +164,8 @@ def read_dump(path: Path) -> Dump:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}; give a file step_*.jsonl") from error
     header = _parsed(path, 1, lines[0] if lines else "", _read_header)
-    read_row = partial(_read_row, kinds=header.centers.kinds)
+    names = tuple(n for n in PER_TOKEN if header.estimator == "gae" or n not in _OF_CRITIC)
+    read_row = partial(_read_row, kinds=header.centers.kinds, names=names)
     rows = [_parsed(path, n, line, read_row) for n, line in enumerate(lines[1:], start=2)]
     return Dump(header=header, rows=tuple(rows))
 
@@ -163,8 +173,12 @@ def read_dump(path: Path) -> Dump:
 def recompute(dump: Dump, config: PpoConfig) -> dict[str, list[FloatArray]]:
     """The arrays of ``COMPUTED`` per response, anew from scores, log-probs and values.
 
-    Reward shape, gamma and lambda are the configuration's; the KL coefficient is the dump's, as it
-    may have been adapted.
+    Reward shape, gamma, lambda and estimator are the configuration's; the KL coefficient is the
+    dump's, as it may have been adapted. There are no returns without a critic.
+
+    Raises:
+        DataError: the estimator needs values, or several responses to a prompt, and the dump of
+            another one has none.
     """
     rows = dump.rows
     responses = [row.response for row in rows]
@@ -181,7 +195,8 @@ def recompute(dump: Dump, config: PpoConfig) -> dict[str, list[FloatArray]]:
         [row.tokens["old_logprobs"] for row in rows],
         [
             Evaluation(
-                reference_logprobs=row.tokens["reference_logprobs"], values=row.tokens["values"]
+                reference_logprobs=row.tokens["reference_logprobs"],
+                values=row.tokens.get("values"),
             )
             for row in rows
         ],
@@ -189,13 +204,15 @@ def recompute(dump: Dump, config: PpoConfig) -> dict[str, list[FloatArray]]:
         kl_coef=dump.header.kl_coef,
         gamma=config.gamma,
         lam=config.lam,
+        estimator=config.estimator,
+        own_rewards=rewards.own,
+        token_penalty=config.token_penalty,
+        kl_in_loss=config.kl.placement == "loss",
     )
     return {
-        name: [
-            getattr(batch, name)[index, : len(row.response.token_ids)]
-            for index, row in enumerate(rows)
-        ]
+        name: [array[index, : len(row.response.token_ids)] for index, row in enumerate(rows)]
         for name in COMPUTED
+        if (array := getattr(batch, name)) is not None
     }
 
 
@@ -216,6 +233,7 @@ def _row(
             else getattr(batch, name)[index, :length]
         )
         for name in PER_TOKEN
+        if name not in _OF_CRITIC or batch.values is not None
     }
     return {
         "prompt": {"id": response.prompt.id, "text": response.prompt.text},
@@ -276,13 +294,14 @@ def _read_header(row: Json) -> Header:
         lam=row["lam"],
         shape=RewardShapeConfig.model_validate(row["shape"]),
         centers=RewardCenters.from_json(row["centers"]),
+        estimator=row.get("estimator", "gae"),  # earlier versions knew no other
     )
 
 
-def _read_row(row: Json, kinds: Sequence[Kind]) -> Row:
+def _read_row(row: Json, kinds: Sequence[Kind], names: Sequence[str]) -> Row:
     image = ImageRef(path=row["image"]["path"], sha256=row["image"]["sha256"])
     length, count = len(row["token_ids"]), len(row["segments"])
-    tokens = {name: _array(row[name], length) for name in PER_TOKEN}
+    tokens = {name: _array(row[name], length) for name in names}
     response = Response(
         prompt=Prompt(id=row["prompt"]["id"], image=image, text=row["prompt"]["text"]),
         sample=row["sample"],

@@ -73,12 +73,14 @@ class RewardCenters:
 class DenseRewards:
     """Rewards of a batch with their parts, one entry per response.
 
-    ``tokens`` (T,) is what PPO gets; ``values`` (S, K) are unweighted v_{i,k}, 0 where the order of
-    kinds lets them not count; ``penalties`` (S,) are c_i >= 0; ``terminal`` is e <= 0; ``centers``
-    are the means after this batch.
+    ``tokens`` (T,) is what PPO gets; ``own`` (T,) the reward of the segment that a token is of, 0
+    for tokens of none; ``values`` (S, K) are unweighted v_{i,k}, 0 where the order of kinds lets
+    them not count; ``penalties`` (S,) are c_i >= 0; ``terminal`` is e <= 0; ``centers`` are the
+    means after this batch.
     """
 
     tokens: tuple[FloatArray, ...]
+    own: tuple[FloatArray, ...]
     values: tuple[FloatArray, ...]
     penalties: tuple[FloatArray, ...]
     terminal: tuple[float, ...]
@@ -117,8 +119,19 @@ def dense_rewards(
             responses, segments, values, penalties, terminal, strict=True
         )
     )  # fmt: skip
+    own = tuple(
+        own_rewards(len(response.token_ids), pieces, segment_rewards(value, weights, penalty))
+        for response, pieces, value, penalty in zip(
+            responses, segments, values, penalties, strict=True
+        )
+    )
     return DenseRewards(
-        tokens=tokens, values=values, penalties=penalties, terminal=terminal, centers=centers
+        tokens=tokens,
+        own=own,
+        values=values,
+        penalties=penalties,
+        terminal=terminal,
+        centers=centers,
     )
 
 
@@ -274,6 +287,14 @@ def token_rewards(
         rewards[end] += reward
     rewards[-1] += terminal
     return rewards
+
+
+def own_rewards(length: int, segments: Sequence[Segment], rewards: FloatArray) -> FloatArray:
+    """The reward (T,) of the segment that each of T tokens is of, from rewards (S,) of segments."""
+    own = np.zeros(length, dtype=np.float32)
+    for segment, reward in zip(segments, rewards, strict=True):
+        own[segment.token_start : segment.token_end] = reward
+    return own
 
 
 def _hard_or_soft(probs: FloatArray, values: Literal["hard", "soft"]) -> FloatArray:
