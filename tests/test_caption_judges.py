@@ -80,7 +80,8 @@ def prompts(photos: Path) -> list[Prompt]:
 
 def judges(config: Config, cluster: FakeCluster) -> CaptionJudges:
     source = Source(prompts=PromptSet(source="", prompts=()))
-    return CaptionJudges(config, cluster, source, lambda r: tuple(split(r)))  # type: ignore[arg-type]
+    pieces = lambda r: tuple(split(r))  # noqa: E731
+    return CaptionJudges(config, cluster, source, pieces, pieces)  # type: ignore[arg-type]
 
 
 def test_the_verifier_judges_and_the_reward_models_stand_beside(

@@ -12,6 +12,7 @@ from fgaif.reward.dense import (
     RewardCenters,
     counts_in_order,
     dense_rewards,
+    own_rewards,
     segment_penalties,
     segment_values,
     terminal_reward,
@@ -72,6 +73,17 @@ def test_coarse_placement_moves_the_same_sum_to_the_last_token() -> None:
     weights = np.array([1, 2, 0.5], np.float32)
     rewards = token_rewards(6, pieces(3, 5), values, weights, placement="last")
     assert rewards.tolist() == [0, 0, 0, 0, 0, 1.5]
+
+
+def test_spread_placement_divides_a_segment_s_sum_among_its_tokens() -> None:
+    values, weights = np.array([[1.0], [-1.0]], np.float32), np.array([2.0], np.float32)
+    rewards = token_rewards(6, pieces(4, 5), values, weights, placement="spread", terminal=-1.0)
+    np.testing.assert_allclose(rewards, [0.5, 0.5, 0.5, 0.5, -2.0, -1.0])
+
+
+def test_every_token_knows_its_segment_s_reward() -> None:
+    own = own_rewards(6, pieces(3, 5), np.array([0.5, -1.0], np.float32))
+    np.testing.assert_array_equal(own, np.array([0.5, 0.5, 0.5, -1.0, -1.0, 0.0], np.float32))
 
 
 def test_penalties_and_terminal_terms_are_subtracted_where_they_belong() -> None:

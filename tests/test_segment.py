@@ -3,7 +3,7 @@ import random
 import re
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from fgaif.config import SegmentConfig
 from fgaif.errors import DataError
 from fgaif.feedback import segment
 from fgaif.feedback import spans as decoding
@@ -171,6 +172,24 @@ def test_min_words_is_where_a_piece_may_end() -> None:
     text = "There is a moon, from the sun the moon is left."
     assert pieces(text, 5) == [text]  # the first piece has four words
     assert pieces(text, 4) == ["There is a moon,", "from the sun the moon is left."]
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("sub-sentence", ["One two three four five, ", "six seven a b c d e f. ", "Two."]),
+        ("sentence", ["One two three four five, six seven a b c d e f. ", "Two."]),
+        ("response", ["One two three four five, six seven a b c d e f. Two."]),
+    ],
+)
+def test_a_unit_is_a_piece(unit: Any, expected: list[str]) -> None:
+    words = SegmentConfig(unit=unit).least_words
+    text = "".join(expected)
+    offsets = [0, *accumulate(map(len, expected))]
+    assert split_offsets(text, words) == offsets
+    assert split_offsets("", words) == [0]
+    longer = segment.settled_offsets(text + " Three", words)
+    assert longer == (offsets[:-1] if unit != "response" else [0])
 
 
 @TOKENIZERS

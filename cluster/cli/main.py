@@ -188,11 +188,17 @@ def evaluate(
 
 
 @app.command()
-def study(config: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Compare variants of PPO over seeds on the same reward models -> RUN/study.json."""
+def study(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Run nothing; sum up what is finished.")
+    ] = False,
+) -> None:
+    """Compare variants of a run over seeds -> RUN/study.{json,html,tex}, with paired tests."""
     from cluster.pipeline.study import run_study
 
-    run_study(_load(config, overrides), out)
+    run_study(_load(config, overrides), out, summary=summary)
 
 
 @app.command()

@@ -118,7 +118,7 @@ def eval_context(settings: Settings) -> EvalContext:
         judge=settings.config.endpoints.get(settings.judge) if settings.judge else None,
         verifier=settings.verifier,
         seed=settings.seed,
-        min_words=settings.config.segment.min_words,
+        min_words=settings.config.segment.least_words,
         kinds=settings.config.kinds,
     )
 

@@ -276,7 +276,8 @@ def _sequence(config: Config, model: ModelFacts) -> int:
 
 
 def _reward_sequence(config: Config, model: ModelFacts) -> int:
-    """Each sub-sentence ends with a separator; one has ``segment.min_words`` tokens or more."""
+    """Each sub-sentence ends with a separator; one has ``segment.min_words`` tokens or more. For
+    larger units that is an upper bound."""
     return _sequence(config, model) + config.policy.max_new_tokens // config.segment.min_words
 
 

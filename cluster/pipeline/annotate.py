@@ -72,7 +72,7 @@ class AnnotateChunk:
         self._annotator = self._models.annotator()
         self._responses = response_store(config.run_dir / "responses" / "responses.jsonl")
         self._tokenizer = _Fast(backend_tokenizer=Tokenizer.from_str(tokenizer))
-        self._min_words = config.segment.min_words
+        self._min_words = config.segment.least_words
         self._chunks = chunks
         self._rows_done = 0
         self._progress = folder / "progress.json"

@@ -30,6 +30,7 @@ OUTPUTS: dict[Stage, tuple[str, ...]] = {
         "eval/after_captions.jsonl",
         "eval/after_pope.jsonl",
         "eval_matched",
+        "eval_steps",
     ),
     "report": (),
 }

@@ -61,6 +61,8 @@ def judging_engines(config: Config) -> list[str]:
 class CaptionJudges:
     """The judges of one evaluation over a run's cluster.
 
+    Captions are judged by sub-sentences (``segmenter``), whatever the run's unit is; reward models
+    score the unit that they were trained on (``unit``).
     ``judging`` adds up what they asked: requests (of stored replies none), tokens and cost of
     endpoints, and seconds.
     """
@@ -69,6 +71,7 @@ class CaptionJudges:
     cluster: Cluster
     source: Source
     segmenter: Segmenter
+    unit: Segmenter
     judging: dict[str, float] = field(default_factory=dict)
 
     def judge(self) -> tuple[str, Judge]:
@@ -91,7 +94,7 @@ class CaptionJudges:
         return reviews
 
     def _by_rewards(self, responses: Sequence[Response]) -> list[JudgedCaption]:
-        segments = [self.segmenter(response) for response in responses]
+        segments = [self.unit(response) for response in responses]
         scorers = self.cluster.rewards(self.config.run_dir / "rewards")
         scores = scorers.score(responses, segments).result()
         return [

@@ -70,7 +70,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("policy", "train_projector", _result("train")),
     ("policy.lora", "r alpha dropout", _result("train")),
     ("policy", "gradient_checkpointing attention", _EXECUTION),
-    ("segment", "min_words", _result("annotate")),
+    ("segment", "unit min_words", _result("annotate")),
     ("feedback", "samples_per_prompt", _result("sample")),  # they lie beside the prompt's others
     ("feedback", "extractor extract_per verifier prompt prompts_dir", _result("annotate")),
     ("feedback", "abstain max_facts reads", _result("annotate")),

@@ -59,6 +59,8 @@ def old_digest(config: Config, stage: Stage, probe_tolerance: float = PROBE_TOLE
     tree = config.model_dump(mode="json")
     tree["ppo"]["probe_tolerance"] = probe_tolerance
     tree["ppo"]["shape"]["weights"] = {k: config.ppo.shape.weight(k) for k in config.kind_names}
+    # Later keys that share their names with keys of that time.
+    del tree["ppo"]["samples_per_prompt"], tree["ppo"]["kl"]["placement"]
     parts: list[Any] = [[key, _value(config, tree, key)] for key in _KEYS[stage]]
     parts += [old_digest(config, upstream, probe_tolerance) for upstream in AFTER[stage]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -37,11 +37,11 @@ from fgaif.data.prompts import PromptSet, skipped_warning, split_by_length
 from fgaif.data.scenes.facts import SCENE_KINDS, oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.errors import DataError
-from fgaif.eval.policy import Captions, evaluate_policy
+from fgaif.eval.policy import evaluate_policy
 from fgaif.eval.pope_questions import PopeQuestion
 from fgaif.eval.report import build_report, console_table
 from fgaif.eval.run_results import REWARDS, Phase, note_too_long, write_eval
-from fgaif.eval.scenes import scene_questions
+from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.feedback.external import read_responses
 from fgaif.feedback.facts import SceneFacts
 from fgaif.feedback.label_order import check_order
@@ -55,7 +55,15 @@ from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import calibration_bins, reward_metrics
 from fgaif.tracking import Tracker
-from fgaif.types import GenerationRequest, Json, Prompt, Response, Segment, StepReport
+from fgaif.types import (
+    GenerationRequest,
+    Json,
+    LabeledResponse,
+    Prompt,
+    Response,
+    Segment,
+    StepReport,
+)
 from fgaif.versions import untested_engine
 
 log = logging.getLogger(__name__)
@@ -288,7 +296,9 @@ class Run:
         source = self.held_out
         stage: Stage = "eval-before" if phase == "before" else "eval-after"
         prompts = self._fitting(stage, source.prompts.prompts)
-        judges = CaptionJudges(self._config, self._cluster, source, self._segmenter)
+        judges = CaptionJudges(
+            self._config, self._cluster, source, self._sub_sentences, self._segmenter
+        )
         name, judge = judges.judge()
         if name == REWARDS:
             self._say(
@@ -313,7 +323,9 @@ class Run:
         report = replace(report, judging=judges.judging)
         write_eval(folder or self._dir / "eval", phase, report, captions, answers)
         if phase == "before" and truth_known(self._config):
-            self._check_rewards(captions)
+            own = SceneJudge(source.scene_of, self._segmenter, self._config.kind_names)
+            responses = [caption.labeled.response for caption in captions.sampled]
+            self._check_rewards([caption.labeled for caption in own(responses)])
 
     def train(self) -> None:
         """Step 3: PPO; a training that was interrupted goes on from its last checkpoint."""
@@ -397,9 +409,8 @@ class Run:
             self._say(f"train: moved {name} to {target}: {why}")
         partial.rename(path)
 
-    def _check_rewards(self, captions: Captions) -> None:
+    def _check_rewards(self, labeled: Sequence[LabeledResponse]) -> None:
         """Compare the reward models with the truth on the held-out images' sampled captions."""
-        labeled = [caption.labeled for caption in captions.sampled]
         rewards = self._cluster.rewards(self._dir / "rewards")
         scores = rewards.score(
             [item.response for item in labeled], [item.segments for item in labeled]
@@ -434,6 +445,10 @@ class Run:
         )
 
     def _segmenter(self, response: Response) -> tuple[Segment, ...]:
+        return segment_response(response, self._tokenizer, self._config.segment.least_words)
+
+    def _sub_sentences(self, response: Response) -> tuple[Segment, ...]:
+        """What figures are shares of where the truth is known, whatever unit is rewarded."""
         return segment_response(response, self._tokenizer, self._config.segment.min_words)
 
     def _malformed(self, response: Response, segments: Sequence[Segment]) -> Collection[int]:

@@ -1,74 +1,105 @@
-"""Compare variants of PPO over seeds on the same reward models: at equal steps and matched KL.
+"""Compare variants of a run over seeds: at equal steps, at matched KL, and by what they cost.
 
-Responses, labels, reward models and the evaluation before training are made once, by the study's
-own run. Each variant and seed then trains in a run of its own below ``RUN/variants``, which can be
-stopped and goes on where it was. The matched-KL figures are those of a run's checkpoint whose KL is
-nearest to the smallest final KL of all runs with the same seed.
+What variants share is made once: responses, labels, reward models and the evaluation before
+training by the study's own run; where a variant changes one of these, by a run below
+``RUN/shared``, which takes over the stages that it does not change. Each variant and seed then
+trains in a run of its own below ``RUN/variants``, by PPO or by the commands that ``study.commands``
+names. Everything can be stopped and goes on where it was; a run that fails is a row that says so.
 """
 
+import hashlib
+import json
+import shlex
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from cluster.launch import Cluster
+from cluster.pipeline.dry_run import stage_roles
+from cluster.pipeline.keys import Stage, stage_values
 from cluster.pipeline.run_lock import driver_lock
 from cluster.pipeline.stage_status import StageStatus
 from cluster.pipeline.stages import Run, run_stages
-from fgaif.config import Config, with_overrides
-from fgaif.errors import ConfigError
-from fgaif.eval.run_results import figures_json, read_eval
-from fgaif.files import write_json
+from fgaif.config import Config, dump_config, with_overrides
+from fgaif.errors import ConfigError, DataError, FgaifError
+from fgaif.eval.run_results import read_eval
+from fgaif.eval.study import StudyRun, matched_steps, read_run, study_json
+from fgaif.eval.study_page import console_tables, write_page
+from fgaif.files import write_json, write_whole
 from fgaif.tracking import read_metrics
-from fgaif.types import EvalReport, Json
+from fgaif.types import Json
 
-_SHOWN = ("any", "recall", "true_facts", "length", "repetition")
-"""Figures of the tables, after those of the kinds."""
-# Student's t, two-sided 95 %, by the number of runs.
-_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+Key = tuple[str, int]
+"""Variant and seed."""
+_SHARED: dict[Stage, str] = {
+    "sample": "responses",
+    "annotate": "feedback",
+    "train-reward": "rewards",
+}
+"""Stages that variants share, and the folder of each in a run."""
+_FAILURE = "failure.txt"
 
 
-def run_study(config: Config, console: Console) -> Path:
-    """Run everything that is missing, write ``RUN/study.json`` and print the table.
+def run_study(config: Config, console: Console, *, summary: bool = False) -> Path:
+    """Run everything that is missing, write ``RUN/study.json``, page and tables; print the tables.
+
+    With ``summary`` nothing is run: what is finished is summed up, the rest said to be not run.
 
     Raises:
-        ConfigError: fewer than two seeds or more than ten, or no variant.
+        ConfigError: fewer than two seeds, no variant, or a command of none.
+        FgaifError: the stages that all variants share failed.
     """
     study = config.study
-    if not 2 <= len(study.seeds) <= max(_T_95) or not study.variants:
+    if len(study.seeds) < 2 or not study.variants:
         raise ConfigError(
             f"study.seeds = {list(study.seeds)}, study.variants = {list(study.variants)}: give 2 "
-            f"to {max(_T_95)} seeds and at least one variant"
+            "seeds or more and at least one variant"
         )
-    run_stages(config, ("sample", "annotate", "train-reward", "eval-before"), False, console)
+    if unknown := set(study.commands) - set(study.variants):
+        raise ConfigError(
+            f"study.commands.{min(unknown)}: no such variant; study.variants = "
+            f"{list(study.variants)}"
+        )
     runs = {
-        (variant, seed): _train_variant(config, variant, seed, console)
+        (variant, seed): variant_config(config, variant, seed)
         for seed in study.seeds
         for variant in study.variants
     }
-    for seed in study.seeds:
-        same_seed = {variant: runs[variant, seed] for variant in study.variants}
-        target = min(_kl_by_step(run)[run.ppo.steps] for run in same_seed.values())
-        for run in same_seed.values():
-            _evaluate_near(run, target, console)
-    result = _summary(config, runs)
+    if not summary:
+        run_stages(config, (*_SHARED, "eval-before"), False, console)
+        for key, run in runs.items():
+            _attempt(config, key, run, console)
+    results = {key: _result(config, key, run) for key, run in runs.items()}
+    matched = _matched(config, runs, results)
+    if not summary:
+        for key, steps in _to_evaluate(config, runs, results, matched).items():
+            _evaluate_steps(runs[key], steps, console)
+        results = {key: _result(config, key, run) for key, run in runs.items()}
+    ordered = [results[variant, seed] for variant in study.variants for seed in study.seeds]
+    before = read_eval(config.run_dir / "eval", "before")
+    found = study_json(before, ordered, matched, _reward_f1(config))
     path = config.run_dir / "study.json"
-    write_json(path, result)
-    for table in _tables(result):
+    write_json(path, found)
+    page = write_page(config.run_dir, config.name, found)
+    for table in console_tables(found):
         console.print(table)
-    console.print(f"study: {path}")
+    console.print(f"study: {path}\npage: {page}", soft_wrap=True, markup=False)
     return path
 
 
 def variant_config(config: Config, variant: str, seed: int) -> Config:
-    """The configuration of one run; every checkpoint is kept, to choose one by its KL."""
+    """The configuration of one run; every checkpoint is kept, to choose one by its KL.
+
+    ``{seed}`` in an override stands for the seed.
+    """
     return with_overrides(
         config,
         [
-            *config.study.variants[variant],
+            *(item.replace("{seed}", str(seed)) for item in config.study.variants[variant]),
             f"name={variant}-seed{seed}",
             f"dir={config.run_dir / 'variants'}",
             f"seed={seed}",
@@ -77,103 +108,186 @@ def variant_config(config: Config, variant: str, seed: int) -> Config:
     )
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t over the runs)."""
-    count = len(values)
-    spread = float(np.std(values, ddof=1)) / count**0.5
-    return float(np.mean(values)), _T_95[count] * spread
+def shared_config(config: Config, run: Config) -> Config:
+    """The configuration of what the run's training starts from: the study's own, or another.
+
+    PPO's seed changes nothing of it: all seeds train on the same reward models.
+    """
+    plain = with_overrides(run, [f"seed={config.seed}"])
+    if all(_same(config, plain, stage) for stage in _SHARED):
+        return config
+    values = json.dumps([stage_values(plain, stage) for stage in _SHARED], sort_keys=True)
+    name = hashlib.sha256(values.encode()).hexdigest()[:12]
+    return with_overrides(plain, [f"name={name}", f"dir={config.run_dir / 'shared'}"])
 
 
-def nearest_step(kl: dict[int, float], steps: Sequence[int], target: float) -> int:
-    """The step among ``steps`` whose KL is nearest to ``target``, the earliest of equals."""
-    return min(steps, key=lambda step: (abs(kl[step] - target), step))
+def _same(config: Config, other: Config, stage: Stage) -> bool:
+    return stage_values(config, stage) == stage_values(other, stage)
 
 
-def _train_variant(config: Config, variant: str, seed: int, console: Console) -> Config:
-    run = variant_config(config, variant, seed)
-    console.rule(f"{variant}, seed {seed}", align="left")
+def _attempt(config: Config, key: Key, run: Config, console: Console) -> None:
+    """Train and evaluate a run; what stops it is written down, and the study goes on."""
+    note = run.run_dir / _FAILURE
+    console.rule(f"{key[0]}, seed {key[1]}", align="left")
+    try:
+        shared = shared_config(config, run)
+        if shared is not config:
+            _make_shared(config, shared, console)
+        _adopt(shared, run, tuple(_SHARED))
+        if commands := config.study.commands.get(key[0]):
+            _run_commands(run, commands, console)
+        else:
+            run_stages(run, ("train", "eval-after"), False, console)
+    except FgaifError as error:
+        write_whole(note, f"{error}\n")
+        console.print(f"{key[0]}, seed {key[1]} failed: {error}", style="red", markup=False)
+    else:
+        note.unlink(missing_ok=True)
+
+
+def _make_shared(config: Config, shared: Config, console: Console) -> None:
+    """Make responses, labels and reward models of a variant that has its own of one of them."""
+    equal: list[Stage] = []
+    for stage in _SHARED:
+        if not _same(config, shared, stage):
+            break
+        equal.append(stage)
+    _adopt(config, shared, tuple(equal))
+    run_stages(shared, (*_SHARED, "eval-before"), False, console)
+
+
+def _adopt(source: Config, run: Config, stages: Sequence[Stage]) -> None:
+    """Take over finished stages of another run, unless they are there."""
     with driver_lock(run.run_dir):
-        for part in ("responses", "feedback", "rewards"):
-            shutil.copytree(config.run_dir / part, run.run_dir / part, dirs_exist_ok=True)
         stage_status = StageStatus(run.run_dir)
-        for stage in ("sample", "annotate", "train-reward"):
+        for stage in stages:
+            if stage_status.status(run, stage) == "done":
+                continue
+            part = _SHARED[stage]
+            shutil.copytree(source.run_dir / part, run.run_dir / part, dirs_exist_ok=True)
             stage_status.adopt(run, stage)
-    run_stages(run, ("train", "eval-after"), False, console)
-    return run
 
 
-def _evaluate_near(run: Config, target: float, console: Console) -> None:
-    """Evaluate the checkpoint nearest to the target KL, unless that was done."""
-    folder = run.run_dir / "eval_matched"
-    steps = _checkpoint_steps(run)
-    step = nearest_step(_kl_by_step(run), steps, target)
+def _run_commands(run: Config, commands: Sequence[str], console: Console) -> None:
+    """Make a policy by other commands, each in a process of its own, and evaluate it."""
+    folder = run.run_dir / "eval"
     if (folder / "after.json").is_file():
+        console.print("eval-after: up to date")
         return
-    if step == run.ppo.steps:
-        shutil.copytree(run.run_dir / "eval", folder, dirs_exist_ok=True)
-        return
-    with driver_lock(run.run_dir), Cluster(run) as cluster:
-        adapter = run.run_dir / "policy" / "checkpoints" / f"step_{step:06d}" / "adapter"
+    file = run.run_dir / "config.yaml"
+    write_whole(file, dump_config(run))
+    for command in commands:
+        line = [sys.executable, "-m", "fgaif", *shlex.split(command), "--config", str(file)]
+        done = subprocess.run(line, check=False)
+        if done.returncode:
+            raise DataError(
+                f"`fgaif {command} --config {file}` ended with exit code {done.returncode}; run it "
+                "by hand to see why"
+            )
+    adapter = _adapter_of(run.run_dir, commands)
+    with driver_lock(run.run_dir), Cluster(run, stage_roles(run, ["eval-after"])) as cluster:
         Run(run, cluster, console).evaluate("after", adapter=adapter, folder=folder)
+
+
+def _adapter_of(run_dir: Path, commands: Sequence[str]) -> Path:
+    """The adapter that the commands left; there must be one."""
+    places = [run_dir / "policy" / "adapter", *sorted((run_dir / "baselines").glob("*/adapter"))]
+    found = [path for path in places if (path / "adapter_config.json").is_file()]
+    named = [path for path in found if path.parent.name in commands[-1].split()]
+    if len(named or found) != 1:
+        raise DataError(
+            f"{run_dir}: `fgaif {commands[-1]}` should leave one adapter in policy/adapter or "
+            f"baselines/*/adapter, and {len(found)} are there"
+        )
+    return (named or found)[0]
+
+
+def _result(config: Config, key: Key, run: Config) -> StudyRun:
+    """What a run came to, from its folder."""
+    variant, seed = key
+    note = run.run_dir / _FAILURE
+    if note.is_file():
+        lines = note.read_text(encoding="utf-8").splitlines()
+        return StudyRun(variant=variant, seed=seed, failure=lines[0] if lines else "failed")
+    status = StageStatus(run.run_dir)
+    finished = (run.run_dir / "eval" / "after.json").is_file() and (
+        variant in config.study.commands or status.status(run, "eval-after") == "done"
+    )
+    if not finished:
+        return StudyRun(variant=variant, seed=seed, failure="not run")
+    return read_run(
+        run.run_dir, variant, seed, steps=run.ppo.steps, batch=run.ppo.rollout_batch,
+        kinds=len(run.kind_names),
+    )  # fmt: skip
+
+
+def _matched(
+    config: Config, runs: Mapping[Key, Config], results: Mapping[Key, StudyRun]
+) -> dict[Key, tuple[int, int]]:
+    """By variant and seed: steps of the first variant and of this one at equal KL."""
+    lead, found = next(iter(config.study.variants)), {}
+    for (variant, seed), result in results.items():
+        first = results[lead, seed]
+        if variant != lead and first.steps and result.steps:
+            kept = [_checkpoint_steps(runs[name, seed]) for name in (lead, variant)]
+            if all(kept):
+                found[variant, seed] = matched_steps(first.kl, result.kl, *kept)
+    return found
+
+
+def _to_evaluate(
+    config: Config,
+    runs: Mapping[Key, Config],
+    results: Mapping[Key, StudyRun],
+    matched: Mapping[Key, tuple[int, int]],
+) -> dict[Key, list[int]]:
+    """Steps whose checkpoints are still to be evaluated, by run."""
+    lead, every = next(iter(config.study.variants)), config.study.evaluate_every
+    wanted: dict[Key, set[int]] = {}
+    for key, result in results.items():
+        kept = _checkpoint_steps(runs[key]) if result.steps else []
+        wanted[key] = {step for step in kept if every and step % every == 0}
+    for (variant, seed), (of_first, own) in matched.items():
+        wanted[lead, seed].add(of_first)
+        wanted[variant, seed].add(own)
+    left = {key: sorted(steps - set(results[key].at)) for key, steps in wanted.items()}
+    return {key: steps for key, steps in left.items() if steps}
+
+
+def _evaluate_steps(run: Config, steps: Sequence[int], console: Console) -> None:
+    """Evaluate checkpoints of a run into ``eval_steps``; one that fails stays without figures."""
+    console.rule(f"{run.name}: evaluate steps {', '.join(map(str, steps))}", align="left")
+    try:
+        with driver_lock(run.run_dir), Cluster(run, stage_roles(run, ["eval-after"])) as cluster:
+            for step in steps:
+                name = f"step_{step:06d}"
+                adapter = run.run_dir / "policy" / "checkpoints" / name / "adapter"
+                Run(run, cluster, console).evaluate(
+                    "after", adapter=adapter, folder=run.run_dir / "eval_steps" / name
+                )
+    except FgaifError as error:
+        console.print(f"{run.name}: not evaluated: {error}", style="red", markup=False)
 
 
 def _checkpoint_steps(run: Config) -> list[int]:
     root = run.run_dir / "policy" / "checkpoints"
-    return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*"))
+    known = {report.step for report in read_metrics(run.run_dir / "policy" / "metrics.jsonl")}
+    found = {int(path.name.removeprefix("step_")) for path in root.glob("step_*")}
+    return sorted(found & known)
 
 
-def _kl_by_step(run: Config) -> dict[int, float]:
-    reports = read_metrics(run.run_dir / "policy" / "metrics.jsonl")
-    return {report.step: report.metrics["kl/response"] for report in reports}
-
-
-def _summary(config: Config, runs: dict[tuple[str, int], Config]) -> Json:
-    before = read_eval(config.run_dir / "eval", "before")
-    result: Json = {
-        "seeds": list(config.study.seeds),
-        "kinds": list(before.sampled.kinds),
-        "before": _figures(before),
-    }
-    for label, folder in (("equal_steps", "eval"), ("matched_kl", "eval_matched")):
-        result[label] = {}
-        for variant in config.study.variants:
-            reports = [
-                read_eval(runs[variant, seed].run_dir / folder, "after")
-                for seed in config.study.seeds
-            ]
-            rows = [_figures(report) for report in reports]
-            result[label][variant] = {
-                name: dict(
-                    zip(("mean", "half_width"), interval([r[name] for r in rows]), strict=True)
-                )
-                for name in rows[0]
-                if all(row[name] is not None for row in rows)
+def _reward_f1(config: Config) -> dict[str, Json]:
+    """F1 of HALLU of each variant's reward models on held-out images, where truth is known: the
+    mean over all that its seeds trained on."""
+    found = {}
+    for variant in config.study.variants:
+        runs = [variant_config(config, variant, seed) for seed in config.study.seeds]
+        folders = {shared_config(config, run).run_dir for run in runs}
+        files = [path for folder in folders if (path := folder / "eval" / "rewards.json").is_file()]
+        trees = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        if trees:
+            found[variant] = {
+                kind: sum(tree[kind]["f1_hallu"] for tree in trees) / len(trees)
+                for kind in trees[0]
             }
-    return result
-
-
-def _figures(report: EvalReport) -> Json:
-    """Sampled figures by name, greedy ``any`` and POPE's F1."""
-    return figures_json(report.sampled) | {
-        "greedy_any": report.greedy.any,
-        "pope_f1": report.pope.f1 if report.pope else None,
-    }
-
-
-def _tables(result: Json) -> list[Table]:
-    """One table per comparison, a row per figure and a column per variant."""
-    shown = (*result["kinds"], *_SHOWN, "greedy_any", "pope_f1")
-    names = [name for name in shown if result["before"][name] is not None]
-    tables = []
-    for label in ("equal_steps", "matched_kl"):
-        title = f"{label.replace('_', ' ')}, mean ± 95 % of {len(result['seeds'])} seeds"
-        table = Table("figure", "before", *result[label], title=title)
-        for name in names:
-            cells = (figures[name] for figures in result[label].values())
-            table.add_row(
-                name,
-                f"{result['before'][name]:.3f}",
-                *(f"{cell['mean']:.3f} ± {cell['half_width']:.3f}" for cell in cells),
-            )
-        tables.append(table)
-    return tables
+    return found

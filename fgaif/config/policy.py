@@ -42,8 +42,22 @@ class PolicyConfig(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
 
-class SegmentConfig(Section):
-    """Sub-sentence splitting."""
+SENTENCES = 1_000_000
+"""So many words no piece of a sentence has: only sentences are cut."""
+WHOLE = 0
+"""Nothing is cut: a response is one piece."""
 
+
+class SegmentConfig(Section):
+    """What a label, a score and a reward are about."""
+
+    unit: Literal["sub-sentence", "sentence", "response"] = "sub-sentence"
+    """`sub-sentence` is the method; `sentence` cuts at sentences only; `response` gives the whole
+    response one label, score and reward, at its end (the coarse form)."""
     min_words: int = Field(5, ge=1)
     """A break character ends a sub-sentence only if the piece has at least this many words."""
+
+    @property
+    def least_words(self) -> int:
+        """``min_words`` of `fgaif.feedback.segment.split`, which gives pieces of this unit."""
+        return {"sub-sentence": self.min_words, "sentence": SENTENCES, "response": WHOLE}[self.unit]

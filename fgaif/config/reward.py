@@ -124,9 +124,9 @@ class RewardShapeConfig(Section):
     length_penalty: float = Field(0.0, ge=0)
     """Subtracted per token beyond `length_target`, at the last token."""
     length_target: int = Field(0, ge=0)
-    placement: Literal["segment", "last"] = "segment"
-    """`segment`: at each segment's last token (the method); `last`: the same sum on the last
-    token of the response (the coarse control)."""
+    placement: Literal["segment", "spread", "last"] = "segment"
+    """`segment`: at each segment's last token (the method); `spread`: in equal parts on all of its
+    tokens; `last`: the same sum on the last token of the response (the coarse control)."""
 
     @model_validator(mode="after")
     def _weights_make_sense(self) -> Self:

@@ -56,13 +56,20 @@ class TrackingConfig(Section):
 
 
 class StudyConfig(Section):
-    """Variants of PPO compared over seeds on the same reward models; see `fgaif study`."""
+    """Variants of a run compared over seeds; see `fgaif study` and docs/study.md."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: dict[str, tuple[str, ...]] = Field(
         {"segment": (), "last": ("ppo.shape.placement=last",)}
     )
-    """Name of each variant and its overrides."""
+    """Name of each variant and its overrides, in which `{seed}` stands for the seed. The first is
+    what the others are compared with."""
+    commands: dict[str, tuple[str, ...]] = Field({})
+    """By a variant's name: fgaif commands that make its policy instead of PPO, one after another,
+    such as `[pairs, baseline dpo]`; the last leaves an adapter in the run's folder."""
+    evaluate_every: int = Field(0, ge=0)
+    """Evaluate the checkpoints of every so many steps too, for the plots; 0: only what matched KL
+    needs."""
 
 
 class Config(Section):

@@ -102,7 +102,7 @@ def errors_figure(
             axes.legend(loc="upper left", ncols=2)
         low, high = panels[0].get_ylim()
         panels[0].set_ylim(low, min(high * 1.2, 1) or 1)
-        return _laid_out(figure)
+        return laid_out(figure)
 
 
 def _bars(axes: Axes, place: int, phase: Phase, metrics: CaptionMetrics, spreads: Spreads) -> None:
@@ -175,7 +175,7 @@ def curves_figure(
         for axes in list(figure.axes)[len(panels) :]:
             axes.remove()
         figure.supxlabel("PPO step", fontsize=9)
-        return _laid_out(figure)
+        return laid_out(figure)
 
 
 def calibration_figure(
@@ -203,7 +203,7 @@ def calibration_figure(
             axes.set_title(words(kind))
             axes.set_xlabel("confidence of the model")
         panels[0].set_ylabel("share that is right")
-        return _laid_out(figure)
+        return laid_out(figure)
 
 
 def _calibration(axes: Axes, bins: Sequence[Json], colour: str) -> None:
@@ -238,7 +238,7 @@ def _calibration(axes: Axes, bins: Sequence[Json], colour: str) -> None:
         handle.set_sizes([30])  # type: ignore[union-attr]
 
 
-def _laid_out(figure: Figure) -> Figure:
+def laid_out(figure: Figure) -> Figure:
     """Lay out once: each save would do it again, which is half of the time of drawing."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

@@ -52,7 +52,7 @@ class FeedbackModels:
         """Extractor and verifiers as configured."""
         config = self._config
         return Annotator(
-            self.extractor(), self.verifier(), config.segment.min_words, config.kind_names
+            self.extractor(), self.verifier(), config.segment.least_words, config.kind_names
         )
 
     def extractor(self) -> FactExtractor:

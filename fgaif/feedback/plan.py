@@ -57,7 +57,7 @@ def measure(
         )
     texts = [response.text for response in islice(responses, _SAMPLE)]
     if texts:
-        pieces = [len(split_offsets(text, config.segment.min_words)) - 1 for text in texts]
+        pieces = [len(split_offsets(text, config.segment.least_words)) - 1 for text in texts]
         segments = sum(pieces) / len(texts)
         chars = sum(map(len, texts)) / len(texts)
         return Sizes(chars=chars, segments=segments, facts=segments * FACTS_PER_SEGMENT)

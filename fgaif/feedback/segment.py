@@ -61,8 +61,11 @@ def split_offsets(text: str, min_words: int = 5) -> list[int]:
     ``, ; ! ?`` and k + min_words < n. With p the start of the current piece, a candidate starts a
     new piece if k - p >= min_words; if the piece is shorter, it joins the one before it, or, at
     the start of the sentence, goes on. White space belongs to the piece before it; the first piece
-    starts at 0. An empty text gives ``[0]``.
+    starts at 0. An empty text gives ``[0]``. With ``min_words`` 0 the text is one piece, with more
+    than a sentence has words the pieces are sentences.
     """
+    if min_words == 0:
+        return [0, len(text)] if text else [0]
     found = _find_words(text)
     starts = [
         found.gaps[k].end()
@@ -85,8 +88,11 @@ def settled_offsets(text: str, min_words: int = 5) -> list[int]:
     A text grows at its end, so its last word counts only once white space follows it. A piece is
     settled when a later sentence has begun, or, within a sentence, when the next piece has begun
     and every break that could still move that beginning has been decided: one at word k is decided
-    once the sentence has more than k + min_words words. An empty text gives ``[0]``.
+    once the sentence has more than k + min_words words. An empty text gives ``[0]``, and so does
+    ``min_words`` 0: a text that may go on is no whole one.
     """
+    if min_words == 0:
+        return [0]
     found = _find_words(text)
     if text and not text[-1].isspace():
         found.words.pop()

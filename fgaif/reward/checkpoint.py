@@ -121,7 +121,7 @@ def make_card(
         backbone=reference(resolve_checkpoint(config.reward_backbone)),
         backbone_digest=backbone_digest,
         tokenizer_digest=tokenizer_digest,
-        min_words=config.segment.min_words,
+        min_words=config.segment.least_words,
         shape=config.ppo.shape,
         input_digest=input_digest,
         noise=_noise_card(kind, config, data),

@@ -269,19 +269,24 @@ def token_rewards(
     *,
     penalties: FloatArray | None = None,
     terminal: float = 0.0,
-    placement: Literal["segment", "last"] = "segment",
+    placement: Literal["segment", "spread", "last"] = "segment",
 ) -> FloatArray:
     """Rewards (T,) of a response of ``length`` T tokens from values (S, K) and weights (K,).
 
         r_t = sum_i 1[t = T_i] (sum_k w_k v_{i,k} - c_i) + 1[t = T - 1] e,  T_i = token_end_i - 1
 
-    ``placement="last"`` puts every segment's sum on t = T - 1 (the coarse control).
+    ``placement="last"`` puts every segment's sum on t = T - 1 (the coarse control), ``"spread"``
+    divides it among the segment's tokens.
     """
     rewards = np.zeros(length, dtype=np.float32)
     if length == 0:
         return rewards
     sums = segment_rewards(values, weights, penalties)
     for segment, reward in zip(segments, sums, strict=True):
+        tokens = segment.token_end - segment.token_start
+        if placement == "spread" and tokens > 0:
+            rewards[segment.token_start : segment.token_end] += reward / np.float32(tokens)
+            continue
         # A piece of white space may own no token of its own: its end is then the token before.
         end = length - 1 if placement == "last" else min(max(segment.token_end, 1), length) - 1
         rewards[end] += reward
