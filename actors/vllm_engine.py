@@ -392,6 +392,8 @@ def engine_settings(config: EngineSettings, max_model_len: int, on_gpu: bool) ->
             "enforce_eager": engine.enforce_eager,
             "limit_mm_per_prompt": {"image": 1},
             "mm_processor_cache_gb": 0,
+            # Of some models vLLM takes raw pixels and normalises them itself: ours would be twice.
+            "mm_device_do_normalize": False,
             "skip_mm_profiling": not on_gpu,
             "logprobs_mode": "processed_logprobs",
             "max_logprobs": -1,

@@ -20,7 +20,7 @@ ENGINE_ARGUMENTS = """dtype seed max_model_len max_num_seqs tensor_parallel_size
 limit_mm_per_prompt mm_processor_cache_gb skip_mm_profiling logprobs_mode max_logprobs
 structured_outputs_config gpu_memory_utilization kv_cache_memory_bytes block_size
 distributed_executor_backend worker_extension_cls weight_transfer_config enable_lora max_loras
-max_lora_rank lora_target_modules"""
+max_lora_rank lora_target_modules mm_device_do_normalize"""
 USED: tuple[tuple[str, str], ...] = (
     ("engine/arg_utils.py", ENGINE_ARGUMENTS),
     ("sampling_params.py", "detokenize flat_logprobs output_kind skip_clone logit_bias seed"),
@@ -37,6 +37,10 @@ USED: tuple[tuple[str, str], ...] = (
         "v1/engine/llm_engine.py",
         "reset_prefix_cache reset_encoder_cache get_num_unfinished_requests",
     ),
+    ("multimodal/registry.py", "create_processor"),
+    ("multimodal/processing/processor.py", "_get_mm_fields_config"),
+    ("multimodal/inputs.py", "from_hf_inputs PlaceholderRange is_embed"),
+    ("model_executor/models/utils.py", "map_name"),
     ("v1/worker/gpu_worker.py", "weight_transfer_engine model_runner"),
 )
 """Files of the package, and names that are defined, assigned or annotated in them."""

@@ -1,8 +1,10 @@
 """The architecture as a test: imports point one way, fgaif <- actors <- cluster."""
 
 import ast
+import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -163,6 +165,47 @@ def test_every_imported_distribution_is_declared() -> None:
     third_party = used - set(sys.stdlib_module_names) - set(PACKAGES)
     named = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in third_party}
     assert named - declared == set()
+
+
+OF_FAMILIES = re.compile(
+    r"^(Llava|Qwen\d|InternVL|Gemma\d|Idefics\d|SmolVLM)\w*(Config|Processor|Model|Generation)$"
+    r"|\b(multi_modal_projector|vision_tower|image_grid_thw|image_newline|\.visual)\b"
+    r"|^(llava|llava_next|llava_onevision|(qwen|internvl|gemma|idefics|smolvlm)\w*)$"
+)
+
+
+def words(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names, attributes, imports and texts of a module, without its docstrings."""
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.alias):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.Constant) and id(node) not in said:
+            yield node.lineno, str(node.value)
+
+
+def test_one_folder_knows_families_of_models() -> None:
+    """Elsewhere nobody names a class, module or tensor of one, or asks for the type of a model."""
+    allowed = ("fgaif/lvlm/families/", "fgaif/scene_models/", "fgaif/lvlm/convert.py")
+    found = set()
+    for path in MODULES:
+        place = str(path.relative_to(ROOT))
+        if place.startswith(allowed):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found |= {f"{place}:{n}: {w}" for n, w in words(tree) if OF_FAMILIES.search(w)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare) and "model_type" in ast.unparse(node):
+                found.add(f"{place}:{node.lineno}: {ast.unparse(node)}")
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inside = node.module.removeprefix("fgaif.lvlm.families.")
+                if inside not in (node.module, "base"):
+                    found.add(f"{place}:{node.lineno}: {node.module}")
+    assert found == set()
 
 
 def test_no_grab_bag_modules() -> None:

@@ -31,6 +31,9 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     SiglipVisionConfig,
 )
 
@@ -152,6 +155,25 @@ def qwen2_vl(directory: Path) -> Path:
     return save(directory, config, processor)
 
 
+def qwen3_vl(directory: Path) -> Path:
+    """Qwen3-VL: patches of 16 pixels, interleaved rotary sections, one DeepStack layer."""
+    tokenizer, ids = _qwen_tokenizer()
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+        "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    rope = MROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = text_config(tokenizer, rope_parameters=rope, head_dim=32)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+    size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 20 * 32 * 32}
+    processor = Qwen3VLProcessor(
+        Qwen2VLImageProcessor(size=size, patch_size=16), tokenizer, Qwen3VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    )  # fmt: skip
+    return save(directory, config, processor)
+
+
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84]]
 TILES = {"image_grid_pinpoints": PINPOINTS, "size": {"shortest_edge": 28}}
 MISTRAL_TEMPLATE = (
@@ -224,4 +246,5 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "llava_onevision": llava_onevision,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
 }

@@ -10,17 +10,12 @@ from torch import Tensor
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.checkpoint_files import read_json, read_tensors
-from fgaif.lvlm.families import LANGUAGE_PARTS, PROJECTOR_PARTS
+from fgaif.lvlm.families import LANGUAGE_PARTS, OLD_NAMES, PROJECTOR_PARTS
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(rf".+\.({'|'.join(LANGUAGE_PARTS)})\..+\.lora_([AB])\.weight")
 _WHOLE = re.compile(rf".+\.({'|'.join(PROJECTOR_PARTS)})\..+")
-# Names of adapters that were trained before transformers 4.52.
-_OLD_NAMES = (
-    (f"{_PREFIX}language_model.model.", f"{_PREFIX}model.language_model."),
-    (f"{_PREFIX}multi_modal_projector.", f"{_PREFIX}model.multi_modal_projector."),
-)
 
 
 def read_adapter_config(directory: Path) -> LoraConfig:
@@ -129,7 +124,7 @@ def _differ(held: Tensor, saved: Tensor) -> bool:
 
 
 def _present_name(name: str) -> str:
-    for old, new in _OLD_NAMES:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
+    for old, new in OLD_NAMES:
+        if name.startswith(_PREFIX + old):
+            return _PREFIX + new + name.removeprefix(_PREFIX + old)
     return name

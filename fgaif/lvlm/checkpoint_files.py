@@ -41,13 +41,6 @@ def read_json(path: Path) -> Json:
     return found
 
 
-def in_original_layout(config: Json) -> bool:
-    """Whether a config.json is that of a LLaVA as its authors publish it, not transformers'."""
-    return "mm_vision_tower" in config or (
-        config.get("model_type") in ("llava", "llava_llama") and "vision_config" not in config
-    )
-
-
 def check_weights(directory: Path) -> None:
     """See by their headers that the weights of a checkpoint are there and whole; nothing is loaded.
 

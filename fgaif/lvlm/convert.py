@@ -38,9 +38,9 @@ from transformers import (
 
 from fgaif.errors import CheckpointError, first_line
 from fgaif.lvlm.adapters import ADAPTER_FILES
-from fgaif.lvlm.checkpoint_files import in_original_layout, read_json, read_tensors
+from fgaif.lvlm.checkpoint_files import read_json, read_tensors
 from fgaif.lvlm.families.base import LORA_LEAVES
-from fgaif.lvlm.families.llava import LLAVA
+from fgaif.lvlm.families.llava import LLAVA, in_original_layout
 from fgaif.lvlm.hub import FILES, hub_folder, split_name
 from fgaif.lvlm.hub import reference as name_of
 from fgaif.types import Json

@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fgaif.errors import CheckpointError, DataError
 from fgaif.lvlm.adapters import ADAPTER_FILES, check_adapter_loaded, read_adapter
 from fgaif.lvlm.allocator import return_freed_tensors
-from fgaif.lvlm.checkpoint_files import check_weights, in_original_layout, read_json
-from fgaif.lvlm.families import family_of, family_of_type
+from fgaif.lvlm.checkpoint_files import check_weights, read_json
+from fgaif.lvlm.families import family_of, family_of_type, in_original_layout
 from fgaif.lvlm.families.base import Family, ImageFeatures, Tensors
 
 if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic

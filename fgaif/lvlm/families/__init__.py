@@ -5,12 +5,22 @@ from typing import Any
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import Family
-from fgaif.lvlm.families.llava import LLAVA
+from fgaif.lvlm.families.llava import LLAVA, OLD_NAMES, in_original_layout
 from fgaif.lvlm.families.llava_next import LLAVA_NEXT
 from fgaif.lvlm.families.llava_onevision import LLAVA_ONEVISION
+from fgaif.lvlm.families.qwen3_vl import QWEN3_VL
 from fgaif.lvlm.families.qwen_vl import QWEN_VL
 
-FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL)
+FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL, QWEN3_VL)
+
+__all__ = (
+    "FAMILIES",
+    "OLD_NAMES",
+    "family_of",
+    "family_of_type",
+    "in_memory",
+    "in_original_layout",
+)
 
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 LANGUAGE_PARTS = tuple(dict.fromkeys(each.language.rpartition(".")[2] for each in FAMILIES))

@@ -8,6 +8,14 @@ from torch import Tensor
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import Family, ImageFeatures, Shown, Tensors, VisionFacts
+from fgaif.types import Json
+
+
+def in_original_layout(config: Json) -> bool:
+    """Whether a config.json is that of a LLaVA as its authors publish it, not transformers'."""
+    return "mm_vision_tower" in config or (
+        config.get("model_type") in ("llava", "llava_llama") and "vision_config" not in config
+    )
 
 
 def image_token_count(config: Any) -> int:
@@ -75,6 +83,12 @@ def _check(processor: Any, config: Any) -> None:
             f"it to {strategy!r}"
         )
 
+
+OLD_NAMES = (
+    ("language_model.model.", "model.language_model."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+"""Names in adapters that were trained before transformers 4.52, and in memory today."""
 
 # vLLM refuses a CLIP tower without `vision_model.`, which transformers 5 drops when it saves.
 LLAVA = Family(

@@ -12,6 +12,8 @@ from torch import Tensor
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import Family, ImageFeatures, Shown, Tensors, VisionFacts
 
+MOST_PIXELS = 12_845_056
+"""What the published processors shrink larger images to: 16,384 tokens of 28 x 28 pixels."""
 START, END = "<|vision_start|>", "<|vision_end|>"
 
 
@@ -68,12 +70,13 @@ def check(processor: Any, config: Any) -> None:
             )
 
 
-def _vision(config: Any) -> VisionFacts:
+def vision_facts(config: Any, pixels: int) -> VisionFacts:
+    """Of an image of so many pixels."""
     vision = config.vision_config
     width = getattr(vision, "embed_dim", vision.hidden_size)
     ffn = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
     merged = vision.spatial_merge_size**2
-    tokens = MOST_PIXELS // vision.patch_size**2
+    tokens = pixels // vision.patch_size**2
     return VisionFacts(
         image_tokens=tokens // merged,
         pixel_values=tokens * 3 * vision.temporal_patch_size * vision.patch_size**2,
@@ -84,8 +87,9 @@ def _vision(config: Any) -> VisionFacts:
     )
 
 
-MOST_PIXELS = 12_845_056
-"""What the published processors shrink larger images to: 16,384 tokens."""
+def _vision(config: Any) -> VisionFacts:
+    return vision_facts(config, MOST_PIXELS)
+
 
 QWEN_VL = Family(
     name="Qwen2-VL and Qwen2.5-VL",
