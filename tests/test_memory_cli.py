@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,17 +12,24 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from cluster.cli import doctor
 from cluster.cli.main import main
-from fgaif.lvlm.export import public_name
+from fgaif.lvlm.families.llava import LLAVA
 from fgaif.lvlm.model import resolve_checkpoint
 
 RECIPE = Path(__file__).parents[1] / "configs" / "my_images.yaml"
 
 
 @pytest.fixture(scope="module")
-def llava7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LLaVA-1.5-7B to all who read headers: 14 GB that take no room on the disk."""
+def llava7b(llava15_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-1.5-7B to all who read headers: 14 GB that take no room on the disk.
+
+    Tokenizer and image processor are those of the narrow LLaVA-1.5.
+    """
     folder = tmp_path_factory.mktemp("llava-7b")
-    config = LlavaConfig(text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096))
+    for file in (*llava15_dir.glob("*.json"), *llava15_dir.glob("*.jinja")):
+        shutil.copy(file, folder)
+    narrow = json.loads((llava15_dir / "config.json").read_text())
+    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+    config = LlavaConfig(text_config=text, image_token_id=narrow["image_token_index"])
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -29,7 +37,7 @@ def llava7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, value in model.state_dict().items():
         start, end = end, end + 2 * math.prod(value.shape)
         offsets = {"shape": list(value.shape), "data_offsets": [start, end]}
-        header[public_name(name)] = {"dtype": "F16", **offsets}
+        header[LLAVA.public_name(name)] = {"dtype": "F16", **offsets}
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
