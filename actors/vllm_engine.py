@@ -25,7 +25,7 @@ from actors.served_adapter import lora_settings, write_adapter
 from actors.settings import EngineSettings
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.errors import CheckpointError, ConfigError, DataError, SyncError
-from fgaif.lvlm.allocator import return_freed_tensors
+from fgaif.lvlm.allocator import set_allocator
 from fgaif.lvlm.arrival import Sums, add_sums, arrived
 from fgaif.lvlm.families.base import require_served_adapters
 from fgaif.lvlm.inputs import load_encoder
@@ -78,7 +78,7 @@ class VllmEngine:
         from vllm.multimodal import MULTIMODAL_REGISTRY
 
         if not on_gpu:
-            return_freed_tensors(read_facts(model_dir).parameters)
+            set_allocator(read_facts(model_dir).parameters)
         self.encoder = load_encoder(model_dir, max_image_pixels=config.data.max_image_pixels)
         self.max_model_len = context_length(model_dir, config)
         self._unmerged = adapters and not config.merges_adapters

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fgaif.errors import CheckpointError, DataError
 from fgaif.lvlm.adapters import ADAPTER_FILES, check_adapter_loaded, read_adapter
-from fgaif.lvlm.allocator import return_freed_tensors
+from fgaif.lvlm.allocator import set_allocator
 from fgaif.lvlm.checkpoint_files import check_weights, read_json
 from fgaif.lvlm.families import family_of, family_of_type, in_original_layout
 from fgaif.lvlm.families.base import Family, ImageFeatures, Tensors
@@ -174,7 +174,7 @@ def load_lvlm(
     if device == "cpu":
         # Fresh LoRA factors and Adam moments are full of denormals, each ~100 times slower.
         torch.set_flush_denormal(True)
-        return_freed_tensors(model.num_parameters())
+        set_allocator(model.num_parameters())
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, first {missing[0]}")
