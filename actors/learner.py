@@ -19,18 +19,18 @@ from actors.deepspeed_setup import import_deepspeed, join_process_group
 from actors.engine import LoraEngine
 from actors.progress import advance
 from actors.settings import LearnerSettings
-from fgaif.lvlm.features import FeatureCache, set_vision_aside
+from fgaif.lvlm.features import set_vision_aside
 from fgaif.lvlm.hub import name_base
 from fgaif.lvlm.inputs import load_encoder
 from fgaif.lvlm.logprobs import next_token_logprobs, response_logprobs
 from fgaif.lvlm.model import (
     attach_lora,
-    load_lvlm,
     project,
     resolve_checkpoint,
 )
+from fgaif.lvlm.shared import BaseModels
 from fgaif.lvlm.weights import make_manifest
-from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
+from fgaif.ppo.batch import micro_batches, minibatches, response_lengths, row_lengths
 from fgaif.ppo.losses import anchor_kl, clipped_tokens, kl_loss, log_ratio, policy_loss
 from fgaif.ppo.metrics import require_finite
 from fgaif.ppo.schedule import lr_factor
@@ -56,8 +56,12 @@ class LearnerActor:
         world_size: int,
         master_addr: str,
         master_port: int,
+        models: BaseModels | None = None,
     ) -> None:
-        """Load the policy, join the ranks' process group and start the DeepSpeed engine."""
+        """Load the policy, join the ranks' process group and start the DeepSpeed engine.
+
+        ``models`` are those of other roles in this process.
+        """
         self._config = config
         self._rank, self._world = rank, world_size
         device = "cuda" if config.cluster.learner.gpus > 0 else "cpu"
@@ -74,7 +78,10 @@ class LearnerActor:
         )
         policy = config.policy
         checkpoint = resolve_checkpoint(policy.model)
-        base = load_lvlm(checkpoint, dtype=policy.dtype, device=device, attention=policy.attention)
+        models = models or BaseModels()
+        base = models.load(
+            checkpoint, dtype=policy.dtype, device=device, attention=policy.attention
+        )
         if policy.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self._encoder = load_encoder(checkpoint, max_image_pixels=config.data.max_image_pixels)
@@ -89,7 +96,7 @@ class LearnerActor:
             world_size=world_size,
         )
         self._like = base.get_input_embeddings().weight
-        self._features = FeatureCache(base, self._encoder, projected=not policy.train_projector)
+        self._features = models.features(base, self._encoder, projected=not policy.train_projector)
         self._updates = 0
 
     @torch.no_grad()
@@ -101,7 +108,8 @@ class LearnerActor:
         """
         lengths = response_lengths(responses)
         rows: list[FloatArray | None] = [None] * len(responses)
-        for indexes, weights in self._cut(np.arange(len(responses)), lengths):
+        every = np.arange(len(responses))
+        for indexes, weights in self._cut(every, self._lengths(responses)):
             found = self._logprobs([responses[index] for index in indexes]).cpu().numpy()
             for index, weight, row in zip(indexes, weights, found, strict=True):
                 if weight > 0:
@@ -180,9 +188,14 @@ class LearnerActor:
             rows,
             lengths,
             size=self._config.ppo.micro_batch,
+            tokens=self._config.ppo.micro_tokens,
             rank=self._rank,
             world_size=self._world,
         )
+
+    def _lengths(self, responses: Sequence[Response]) -> IntArray:
+        by_tokens = self._config.ppo.micro_tokens is not None
+        return row_lengths(responses, self._encoder.prompt_ids if by_tokens else None)
 
     def _policy_losses(
         self, batch: TrainBatch, rows: IntArray, totals: "_Totals"
@@ -220,7 +233,7 @@ class LearnerActor:
             totals.kl += kl.detach()
             return value + batch.kl_loss_coef * kl
 
-        cut = self._cut(rows, response_lengths(batch.responses))
+        cut = self._cut(rows, self._lengths(batch.responses))
         return [partial(loss, *piece) for piece in cut]
 
     @torch.no_grad()
@@ -232,15 +245,21 @@ class LearnerActor:
         # Once per update: switching the adapter walks over all modules.
         with self._engine.model.disable_adapter():
             return [
-                [
-                    self._anchor_piece(
-                        [anchors[(number * size + index) % len(anchors)] for index in indexes],
-                        weights / np.float32(size),
-                    )
-                    for indexes, weights in self._cut(np.arange(size), np.ones(size, np.int64))
-                ]
-                for number in range(count)
+                self._anchors_of(
+                    [anchors[(n * size + index) % len(anchors)] for index in range(size)]
+                )
+                for n in range(count)
             ]
+
+    def _anchors_of(self, prompts: Sequence[Prompt]) -> "list[_AnchorPiece]":
+        """The questions of a minibatch, cut into micro-batches."""
+        lengths = np.ones(len(prompts), np.int64)
+        if self._config.ppo.micro_tokens is not None:
+            lengths[:] = [len(self._encoder.prompt_ids(prompt)) for prompt in prompts]
+        return [
+            self._anchor_piece([prompts[i] for i in indexes], weights / np.float32(len(prompts)))
+            for indexes, weights in self._cut(np.arange(len(prompts)), lengths)
+        ]
 
     def _anchor_piece(self, prompts: Sequence[Prompt], weights: FloatArray) -> "_AnchorPiece":
         ids, last = self._encoder.encode_prompts(prompts, self._like)

@@ -29,12 +29,12 @@ from fgaif.lvlm.model import (
     base_of,
     last_hidden,
     load_adapter,
-    load_lvlm,
     resolve_checkpoint,
     without_dropout,
 )
+from fgaif.lvlm.shared import BaseModels
 from fgaif.ppo.advantages import explained_variance
-from fgaif.ppo.batch import micro_batches, minibatches, response_lengths
+from fgaif.ppo.batch import micro_batches, minibatches, response_lengths, row_lengths
 from fgaif.ppo.losses import value_loss
 from fgaif.ppo.metrics import require_finite
 from fgaif.ppo.schedule import lr_factor
@@ -68,14 +68,19 @@ class ReferenceActor:
     with the value adapter switched off.
     """
 
-    def __init__(self, config: ReferenceSettings, rewards: Path) -> None:
+    def __init__(
+        self, config: ReferenceSettings, rewards: Path, models: BaseModels | None = None
+    ) -> None:
         """Load the models; ``rewards/KIND`` starts the value model if ``ppo.value_init`` says so.
+
+        ``models`` are those of other roles in this process.
 
         Raises:
             CheckpointError: that reward model is missing or does not fit its backbone.
             ConfigError: its backbone reads other token ids than the policy.
         """
         self._config = config
+        self._models = models or BaseModels()
         self._device = torch.device("cuda" if config.cluster.reference.gpus > 0 else "cpu")
         torch.set_num_threads(config.cluster.threads)
         torch.manual_seed(config.seed)
@@ -210,7 +215,7 @@ class ReferenceActor:
 
     def _load(self, path: Path) -> PreTrainedModel:
         policy = self._config.policy
-        model = load_lvlm(
+        model = self._models.load(
             path, dtype=policy.dtype, device=str(self._device), attention=policy.attention
         )
         if policy.gradient_checkpointing:
@@ -219,7 +224,8 @@ class ReferenceActor:
 
     def _reader(self, model: nn.Module, path: Path) -> _Reader:
         encoder = load_encoder(path, max_image_pixels=self._config.data.max_image_pixels)
-        return _Reader(model=model, encoder=encoder, features=FeatureCache(base_of(model), encoder))
+        features = self._models.features(base_of(model), encoder)
+        return _Reader(model=model, encoder=encoder, features=features)
 
     def _check_vocabulary(self) -> None:
         assert self._value is not None
@@ -241,12 +247,19 @@ class ReferenceActor:
         """Apply ``compute``, (B, T) for B responses, in micro-batches; rows (T,) in order."""
         lengths = response_lengths(responses)
         rows: list[FloatArray] = [np.zeros(0, np.float32)] * len(responses)
-        every = np.arange(len(responses))
-        for indexes, _ in micro_batches(every, lengths, size=self._config.ppo.micro_batch):
+        for indexes in self._cut(np.arange(len(responses)), responses):
             found = compute([responses[index] for index in indexes]).cpu().numpy()
             for index, row in zip(indexes, found, strict=True):
                 rows[index] = row[: lengths[index]]
         return rows
+
+    def _cut(self, rows: IntArray, responses: Sequence[Response]) -> list[IntArray]:
+        """Micro-batches of these rows of the responses, longest first."""
+        config = self._config.ppo
+        prompt_ids = self._reference.encoder.prompt_ids if config.micro_tokens is not None else None
+        lengths = row_lengths(responses, prompt_ids)
+        cut = micro_batches(rows, lengths, size=config.micro_batch, tokens=config.micro_tokens)
+        return [indexes for indexes, _ in cut]
 
     def _reference_logprobs(self, responses: Sequence[Response]) -> Tensor:
         batch, hidden = self._reference.hidden(responses)
@@ -272,7 +285,7 @@ class ReferenceActor:
         total = torch.zeros((), device=self._device)
         assert batch.values is not None
         assert batch.returns is not None
-        for indexes, _ in micro_batches(rows, lengths, size=config.micro_batch):
+        for indexes in self._cut(rows, batch.responses):
             width = int(lengths[indexes].max())
             old, returns, mask = (
                 torch.from_numpy(array[indexes, :width]).to(self._device)

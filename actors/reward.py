@@ -11,6 +11,7 @@ from fgaif.errors import CheckpointError
 from fgaif.kinds import check_kinds
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import base_of, resolve_checkpoint
+from fgaif.lvlm.shared import BaseModels
 from fgaif.reward.checkpoint import (
     RewardCard,
     load_reward_model,
@@ -54,9 +55,9 @@ class _Scorer:
         config = base_of(self._model.backbone).config
         return int(config.text_config.max_position_embeddings)
 
-    def _use(self, model: RewardModel | SharedRewardModels) -> None:
+    def _use(self, model: RewardModel | SharedRewardModels, features: FeatureCache) -> None:
         self._model = model
-        self._features = FeatureCache(model.backbone, self._encoder.encoder)
+        self._features = features
 
     def _probs(
         self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
@@ -85,7 +86,8 @@ class RewardActor(_Scorer):
         """Load (or replace) the reward model; raises CheckpointError if it does not fit."""
         card = read_card(reward_dir)
         check_kinds(reward_dir, card.kinds, self._kinds, CheckpointError)
-        self._use(load_reward_model(reward_dir, self._backbone, **self._load))
+        model = load_reward_model(reward_dir, self._backbone, **self._load)
+        self._use(model, FeatureCache(model.backbone, self._encoder.encoder))
         self._card = card
         return card
 
@@ -105,16 +107,23 @@ class RewardActor(_Scorer):
 
 
 class SharedRewardActor(_Scorer):
-    """All kinds on one backbone, for where memory is short; ``rewards_dir`` holds the kinds."""
+    """All kinds on one backbone, for where memory is short; ``rewards_dir`` holds the kinds, and
+    ``models`` are those of other roles in this process."""
 
-    def __init__(self, rewards_dir: Path, config: RewardSettings) -> None:
+    def __init__(
+        self, rewards_dir: Path, config: RewardSettings, models: BaseModels | None = None
+    ) -> None:
         super().__init__(config)
+        self._models = models or BaseModels()
         self._kinds = config.kind_names
         self.load(rewards_dir)
 
     def load(self, rewards_dir: Path) -> list[RewardCard]:
         """Load (or replace) all reward models; raises CheckpointError if one does not fit."""
-        self._use(load_shared_reward_models(rewards_dir, self._backbone, self._kinds, **self._load))
+        model = load_shared_reward_models(
+            rewards_dir, self._backbone, self._kinds, load=self._models.load, **self._load
+        )
+        self._use(model, self._models.features(base_of(model.backbone), self._encoder.encoder))
         self._cards = [read_card(rewards_dir / kind) for kind in self._kinds]
         return self._cards
 

@@ -65,3 +65,7 @@ class RewardSettings(BackboneSettings, Protocol):
 
     @property
     def kind_names(self) -> tuple[Kind, ...]: ...
+
+
+class SharedSettings(ReferenceSettings, RewardSettings, Protocol):
+    """Several roles in one process."""

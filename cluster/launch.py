@@ -28,12 +28,13 @@ from cluster.groups.role_groups import (
     StatelessActor,
 )
 from cluster.groups.rollout_group import RolloutGroup
+from cluster.groups.shared_process import RolePart, SharedScorers
 from cluster.memory.devices import cluster_devices
 from cluster.memory.plan import check_memory
 from cluster.monitoring.heartbeat import HeartbeatMonitor, heartbeat_sender, with_heartbeats
 from cluster.monitoring.run_monitor import RunMonitor
 from cluster.monitoring.status import ActorStatus
-from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles
+from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles, shared_roles
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.interrupts import kept_handlers
@@ -61,6 +62,7 @@ class Cluster:
         """``live``: show the run to `fgaif status`, and restart actors whose heartbeats stop."""
         self._config = config
         self._roles = roles
+        self._together: tuple[Role, ...] = ()
         self._cluster = config.cluster
         self._pools: dict[str, list[StatelessActor]] = {}
         self._actor_groups: dict[str, ActorGroup] = {}
@@ -76,6 +78,7 @@ class Cluster:
                 stack.callback(ray.shutdown)
                 connect(self._config)
             self._bundles = plan_roles(self._config, self._roles)
+            self._together = shared_roles(self._config, self._roles)
             check_fits(self._bundles, ray.cluster_resources(), workers=self._config.reward.workers)
             check_memory(self._config, self._roles, cluster_devices())
             if self._live:
@@ -130,8 +133,11 @@ class Cluster:
         model = resolve_checkpoint(name)
         return JudgeGroup(self._start("judge", "judge", JudgeActor, (model, self._config)))
 
-    def rewards(self, directory: Path) -> RewardGroup:
+    def rewards(self, directory: Path) -> RewardGroup | SharedScorers:
         """The scorers of the trained reward models in ``directory/KIND``."""
+        if "reward" in self._together:
+            assert directory == self._config.run_dir / "rewards"
+            return SharedScorers(RolePart(self._processes(), "reward"))
         if self._cluster.reward.shared:
             from actors.reward import SharedRewardActor
 
@@ -148,6 +154,8 @@ class Cluster:
 
     def reference(self, rewards: Path) -> ReferenceGroup:
         """The reference and value actor; ``rewards`` may initialise the value model."""
+        if "reference" in self._together:
+            return ReferenceGroup(RolePart(self._processes(), "reference", first_only=True))
         from actors.reference import ReferenceActor
 
         def start(bundles: Sequence[Bundle]) -> list[PlacedActor]:
@@ -158,7 +166,21 @@ class Cluster:
 
     def learner(self) -> LearnerGroup:
         """The DeepSpeed ranks. They meet on the node of the first."""
+        if "learner" in self._together:
+            return LearnerGroup(RolePart(self._processes(), "learner"))
         from actors.learner import LearnerActor
+
+        return LearnerGroup(self._ranks("learner", LearnerActor, (self._config,)))
+
+    def _processes(self) -> ActorGroup:
+        """The processes that hold several roles."""
+        from actors.shared import SharedActor
+
+        arguments = (self._config, self._together, self._config.run_dir / "rewards")
+        return self._ranks("shared", SharedActor, arguments)
+
+    def _ranks(self, role: Role, cls: type, arguments: tuple[Any, ...]) -> ActorGroup:
+        """Ranks of a process group; they are also given their number, how many, and the meeting."""
 
         def start(bundles: Sequence[Bundle]) -> list[PlacedActor]:
             with ExitStack() as undo:  # a group takes along the actors in it
@@ -167,18 +189,19 @@ class Cluster:
                     groups.append(reserve(bundle))
                     undo.callback(remove_placement_group, groups[-1])
                 meeting = meeting_point(groups, self._cluster.start_timeout_s, self._closing)
-                facts = [(self._config, rank, len(groups), *meeting) for rank in range(len(groups))]
                 members = [
-                    self._member(bundle, LearnerActor, arguments, group)
-                    for bundle, arguments, group in zip(bundles, facts, groups, strict=True)
+                    self._member(bundle, cls, (*arguments, rank, len(groups), *meeting), group)
+                    for rank, (bundle, group) in enumerate(zip(bundles, groups, strict=True))
                 ]
                 undo.pop_all()
             return members
 
-        return LearnerGroup(self._actor_group("learner", start))
+        return self._actor_group(role, start)
 
     def stop(self, name: str) -> None:
-        """Stop the role's actors (``judge``, ``rollout``, ...) if they run."""
+        """Stop the role's actors (``judge``, ``rollout``, ...) if they run, and with a role of a
+        shared process all in it."""
+        name = "shared" if name in self._together else name
         if name == "rollout" and self._rollouts is not None:
             self._rollouts.stop()
             self._rollouts = None
@@ -278,7 +301,10 @@ def create_actor(
 ) -> tuple[Any, PlacementGroup]:
     """Start the class in the group, by default a new one, without waiting for either."""
     group = reserve(bundle) if group is None else group
-    remote = ray.remote(cls).options(
+    made: Any = ray.remote(cls)
+    if bundle.holds:  # a thread for each role
+        made = ray.remote(concurrency_groups=dict.fromkeys(bundle.holds, 1))(cls)
+    remote = made.options(
         num_cpus=bundle.cpus,
         num_gpus=bundle.gpus,
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),

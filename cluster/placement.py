@@ -9,17 +9,20 @@ from rich.table import Table
 from fgaif.config import Config, RoleConfig
 from fgaif.errors import ConfigError
 
-Role = Literal["rollout", "judge", "trainer", "reward", "reference", "learner"]
-"""``trainer`` is a Ray Train worker of the reward models."""
+Role = Literal["rollout", "judge", "trainer", "reward", "reference", "learner", "shared"]
+"""``trainer`` is a Ray Train worker of the reward models, ``shared`` a process of several roles."""
 ROLES: tuple[Role, ...] = get_args(Role)
 PHASES: dict[str, tuple[Role, ...]] = {
     "feedback": ("rollout", "judge"),
     "reward training": ("rollout", "trainer"),
-    "PPO": ("rollout", "reward", "learner", "reference"),
+    "PPO": ("rollout", "reward", "learner", "reference", "shared"),
 }
 """What runs at the same time, in the order in which it is started. Engines stay for the whole run;
 so they are part of each phase."""
-_KEYS: dict[Role, str] = {"trainer": "reward.workers, reward.*_per_worker"}
+_KEYS: dict[Role, str] = {
+    "trainer": "reward.workers, reward.*_per_worker",
+    "shared": "cluster.learner, cluster.reference, cluster.reward",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,15 @@ class Bundle:
     name: str
     cpus: float
     gpus: float
+    holds: tuple[Role, ...] = ()
+    """The roles of a shared process."""
+
+
+def shared_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Role, ...]:
+    """Which of these roles live in one process (`cluster.layout`); none where it would be one."""
+    cluster = config.cluster
+    found = tuple(role for role in cluster.shared_roles if role in roles)
+    return found if cluster.layout == "shared" and len(found) > 1 else ()
 
 
 def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle, ...]:
@@ -55,12 +67,30 @@ def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle,
         ("judge", cluster.judge, _names("judge", judges)),
         ("trainer", worker, trainers),
     ]
-    return tuple(
+    apart = tuple(
         Bundle(role=role, name=name, cpus=each.cpus, gpus=each.gpus)
         for role, each, names in wanted
         if role in roles
         for name in names
     )
+    together = shared_roles(config, roles)
+    parts = [getattr(cluster, role) for role in together]
+    ranks = cluster.learner.replicas if "learner" in together else min(1, len(together))
+    return tuple(bundle for bundle in apart if bundle.role not in together) + tuple(
+        Bundle(
+            role="shared",
+            name=name,
+            cpus=sum(part.cpus for part in parts),
+            gpus=max(part.gpus for part in parts),
+            holds=together,
+        )
+        for name in _names("shared", ranks)
+    )
+
+
+def held_roles(bundles: Sequence[Bundle]) -> set[Role]:
+    """Roles of the actors, those of a shared process each for itself."""
+    return {role for bundle in bundles for role in bundle.holds or (bundle.role,)}
 
 
 def _names(prefix: str, replicas: int) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import actors.shared
 from actors.learner import LearnerActor
 from actors.reference import ReferenceActor
 from fgaif.config import Config
@@ -54,3 +55,12 @@ class DoomedReference(ReferenceActor):
         _kill_at(self._config.run_dir, "reference", self._taken)
         self._taken += 1
         return super()._minibatch(*arguments)
+
+
+class DoomedShared(actors.shared.SharedActor):
+    """The two in one process."""
+
+    def __init__(self, *arguments: Any) -> None:
+        actors.shared.LearnerActor = DoomedLearner  # type: ignore[misc]
+        actors.shared.ReferenceActor = DoomedReference  # type: ignore[misc]
+        super().__init__(*arguments)

@@ -84,7 +84,9 @@ class FakeActor:
             threading.Thread(target=self._live, args=arguments, daemon=True).start()
 
     def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=lambda *arguments: self._call(name, arguments))
+        method = SimpleNamespace(remote=lambda *arguments: self._call(name, arguments))
+        method.options = lambda **options: method
+        return method
 
     def die(self, cause: Exception | None = None) -> None:
         """All calls that have no answer fail, and all to come."""

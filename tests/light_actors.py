@@ -269,6 +269,33 @@ class LightLearner(_Light):
         (folder / f"{self._updates}.json").write_text(json.dumps(rows))
 
 
+class LightShared:
+    """Stands in for a process of several roles."""
+
+    def __init__(
+        self, config: Config, roles: Sequence[str], rewards: Path, rank: int, world: int, *_: object
+    ) -> None:
+        self._roles: dict[str, Any] = {
+            "learner": LightLearner(config, rank, world),
+            "reference": LightReference(config, rewards),
+            "reward": _LightKinds([LightReward(rewards / k, config) for k in config.kind_names]),
+        }
+
+    def call(self, role: str, method: str, *arguments: Any) -> Any:
+        return getattr(self._roles[role], method)(*arguments)
+
+
+class _LightKinds:
+    """The reward models of all kinds as one."""
+
+    def __init__(self, kinds: Sequence[LightReward]) -> None:
+        self._kinds = kinds
+
+    def score_pairs(self, pairs: Sequence[tuple[Response, Sequence[Segment]]]) -> list[FloatArray]:
+        rows = zip(*(kind.score_pairs(pairs) for kind in self._kinds), strict=True)
+        return [np.stack(kinds, axis=1) for kinds in rows]
+
+
 def _moved(state: int, batch: TrainBatch, *per_token: FloatArray) -> int:
     """Next state: it takes every bit of every response, in any order."""
     total = sum(

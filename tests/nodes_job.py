@@ -39,6 +39,7 @@ def stand_in() -> None:
         ("actors.reward", "RewardActor", light_actors.LightReward),
         ("actors.reference", "ReferenceActor", light_actors.LightReference),
         ("actors.learner", "LearnerActor", light_actors.LightLearner),
+        ("actors.shared", "SharedActor", light_actors.LightShared),
     ):
         sys.modules[module] = ModuleType(module)
         setattr(sys.modules[module], name, stand_in)

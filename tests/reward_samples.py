@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from fgaif.config import Config, parse_config
+from fgaif.config import Config, LoraConfig, parse_config
 from fgaif.data.images import image_ref
-from fgaif.lvlm.model import load_processor
+from fgaif.lvlm.model import load_lvlm, load_processor
+from fgaif.reward.checkpoint import RewardCard, checkpoint_digest, save_reward_model
+from fgaif.reward.model import RewardModel, new_reward_model, trainable_state
 from fgaif.types import (
     DEFAULT_KINDS,
     ImageRef,
@@ -124,3 +127,37 @@ def _response(
         policy_version=0,
     )
     return answer, tuple(segments)
+
+
+def noisy_model(checkpoint: Path, kind: Kind, head: str = "linear") -> RewardModel:
+    """A reward model whose adapter does something: B is random instead of zero."""
+    backbone = load_lvlm(checkpoint, dtype="float32")
+    model = new_reward_model(backbone, LoraConfig(r=4, alpha=8), head, DEFAULT_KINDS.index(kind))
+    generator = torch.Generator().manual_seed(DEFAULT_KINDS.index(kind))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def card_of(checkpoint: Path, kind: Kind, head: str = "linear") -> RewardCard:
+    return RewardCard(
+        kind=kind,
+        head=head,
+        backbone=str(checkpoint),
+        backbone_digest=checkpoint_digest(checkpoint),
+        tokenizer_digest="t",
+        min_words=5,
+        input_digest="i",
+        metrics={"f1_hallu": 0.5},
+    )
+
+
+def save_noisy(checkpoint: Path, folder: Path) -> Path:
+    """Save a noisy reward model of each kind into ``folder``, the relation's with an MLP head."""
+    for kind in DEFAULT_KINDS:
+        head = "mlp" if kind == "relation" else "linear"
+        model = noisy_model(checkpoint, kind, head)
+        state = trainable_state(model)
+        save_reward_model(folder / kind, model, state, card_of(checkpoint, kind, head))
+    return folder

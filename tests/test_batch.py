@@ -96,6 +96,26 @@ def test_micro_batches_put_like_lengths_together():
     assert lengths[short].tolist() == [2, 1]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_of_few_tokens_count_padding(world_size):
+    """Rows times the longest one stay within the limit, on every rank in the same places."""
+    lengths = np.array([90, 10, 40, 39, 41, 9, 8, 42, 7])
+    shares = [
+        micro_batches(np.arange(9), lengths, size=4, tokens=84, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for share in shares:
+        for rows, _ in share:
+            assert len(rows) == 1 or len(rows) * lengths[rows].max() <= 84
+            assert len(rows) <= 4
+    assert len({tuple(len(rows) for rows, _ in share) for share in shares}) == 1
+    counted = [row for share in shares for rows, weights in share for row in rows[weights > 0]]
+    assert sorted(counted) == list(range(9))
+    if world_size == 1:
+        pieces = [lengths[rows].tolist() for rows, _ in shares[0]]
+        assert pieces == [[90], [42, 41], [40, 39], [10, 9, 8, 7]]
+
+
 def test_no_minibatch_is_a_left_over() -> None:
     """A single response would get a whole step of Adam; full minibatches are cut as they were."""
     assert [len(rows) for rows in minibatches(9, 4, (1,))] == [3, 3, 3]

@@ -285,8 +285,8 @@ def test_anchor_term_holds_the_answers(tiny_llava_dir, tmp_path):
 def test_micro_batching_does_not_change_the_update(tiny_llava_dir, tmp_path):
     responses = make_responses(tmp_path, 8)
     published = []
-    for size in (1, 3, 8):
-        learner = one_rank(tiny_config(tiny_llava_dir, tmp_path, micro_batch=size, anchor=ANCHOR))
+    for cut in ({"micro_batch": 1}, {"micro_batch": 8}, {"micro_batch": 8, "micro_tokens": 60}):
+        learner = one_rank(tiny_config(tiny_llava_dir, tmp_path, anchor=ANCHOR, **cut))
         batch = make_train_batch(responses, learner.logprobs(responses))
         learner.update(batch, questions(responses))
         published.append(learner.publish(1).tensors)

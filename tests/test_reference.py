@@ -81,11 +81,12 @@ def test_values_fit_the_returns(tiny_llava_dir, tmp_path):
 def test_micro_batching_does_not_change_the_update(tiny_llava_dir, tmp_path):
     responses = make_responses(tmp_path, 8)
     results = []
-    for size in (1, 8):
-        actor = ReferenceActor(tiny_config(tiny_llava_dir, tmp_path, micro_batch=size), tmp_path)
+    for cut in ({"micro_batch": 1}, {"micro_batch": 8}, {"micro_batch": 8, "micro_tokens": 60}):
+        actor = ReferenceActor(tiny_config(tiny_llava_dir, tmp_path, **cut), tmp_path)
         step(actor, responses)
         results.append(np.concatenate([e.values for e in actor.evaluate(responses)]))
-    np.testing.assert_allclose(*results, atol=1e-4)
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+    np.testing.assert_allclose(results[0], results[2], atol=1e-4)
 
 
 def test_resumed_run_equals_the_straight_run_bitwise(tiny_llava_dir, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reward_samples
 import torch
+from reward_samples import card_of, noisy_model
 from safetensors.torch import load_file, save_file
 
 from fgaif.config import LoraConfig
@@ -17,22 +18,18 @@ from fgaif.errors import CheckpointError, DataError
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.model import load_lvlm
 from fgaif.reward.checkpoint import (
-    RewardCard,
-    checkpoint_digest,
     load_reward_model,
     load_shared_reward_models,
     read_card,
-    save_reward_model,
 )
 from fgaif.reward.inputs import RewardEncoder, load_reward_encoder
 from fgaif.reward.model import (
-    RewardModel,
     SegmentModel,
     new_reward_model,
     segment_probs,
     trainable_state,
 )
-from fgaif.types import DEFAULT_KINDS, FloatArray, Kind, Response, Segment
+from fgaif.types import DEFAULT_KINDS, FloatArray, Response, Segment
 
 PIECES = ["There is a dog, ", "a red star ", "left of it."]
 CPU = torch.device("cpu")
@@ -41,30 +38,6 @@ CPU = torch.device("cpu")
 @cache
 def encoder_of(checkpoint: Path, policy: Path | None = None) -> RewardEncoder:
     return load_reward_encoder(checkpoint, policy or checkpoint, max_image_pixels=10**6)
-
-
-def noisy_model(checkpoint: Path, kind: Kind, head: str = "linear") -> RewardModel:
-    """A reward model whose adapter does something: B is random instead of zero."""
-    backbone = load_lvlm(checkpoint, dtype="float32")
-    model = new_reward_model(backbone, LoraConfig(r=4, alpha=8), head, DEFAULT_KINDS.index(kind))
-    generator = torch.Generator().manual_seed(DEFAULT_KINDS.index(kind))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def card_of(checkpoint: Path, kind: Kind, head: str = "linear") -> RewardCard:
-    return RewardCard(
-        kind=kind,
-        head=head,
-        backbone=str(checkpoint),
-        backbone_digest=checkpoint_digest(checkpoint),
-        tokenizer_digest="t",
-        min_words=5,
-        input_digest="i",
-        metrics={"f1_hallu": 0.5},
-    )
 
 
 def score(
@@ -96,13 +69,7 @@ def pairs(
 @pytest.fixture(scope="module")
 def saved(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a reward model of each kind, the relation's with an MLP head."""
-    folder = tmp_path_factory.mktemp("rewards")
-    for kind in DEFAULT_KINDS:
-        head = "mlp" if kind == "relation" else "linear"
-        model = noisy_model(tiny_llava_dir, kind, head)
-        state = trainable_state(model)
-        save_reward_model(folder / kind, model, state, card_of(tiny_llava_dir, kind, head))
-    return folder
+    return reward_samples.save_noisy(tiny_llava_dir, tmp_path_factory.mktemp("rewards"))
 
 
 def test_layout_is_image_question_and_segments_each_closed_by_eos(

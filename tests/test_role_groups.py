@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doomed import DoomedLearner, DoomedReference, doom
+from doomed import DoomedLearner, DoomedReference, DoomedShared, doom
 from ppo_world import make_responses, make_train_batch, questions, tiny_config
 from safetensors.torch import load_file
 
@@ -18,8 +18,9 @@ from actors.learner import LearnerActor
 from cluster.groups.actor_group import ActorGroup, RestartLimits
 from cluster.groups.placed_actor import PlacedActor
 from cluster.groups.role_groups import LearnerGroup, ReferenceGroup
+from cluster.groups.shared_process import RolePart
 from cluster.launch import create_actor, meeting_point, reserve
-from cluster.placement import Bundle
+from cluster.placement import Bundle, Role
 from fgaif.config import Config
 from fgaif.types import Evaluation, Response, TrainBatch, UpdateReport
 
@@ -81,15 +82,31 @@ def values(evaluations: list[Evaluation]) -> list[list[float]]:
     return [evaluation.values.tolist() for evaluation in evaluations]
 
 
+def in_one_process(config: Config) -> tuple[LearnerGroup, ReferenceGroup]:
+    holds: tuple[Role, ...] = ("learner", "reference")
+    place = Bundle(role="shared", name="shared-0", cpus=0.5, gpus=0, holds=holds)
+
+    def start() -> list[PlacedActor]:
+        arguments = (config, holds, config.run_dir, 0, 1, "", 0)
+        return [PlacedActor(place.name, *create_actor(place, DoomedShared, arguments, "1"))]
+
+    processes = ActorGroup("shared", start, LIMITS)
+    learner, valuer = (RolePart(processes, role) for role in holds)
+    return LearnerGroup(learner), ReferenceGroup(valuer)
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("layout", ["separate", "shared"])
 def test_learner_and_reference_killed_in_the_same_updates(
-    tiny_llava_dir: Path, tmp_path: Path
+    tiny_llava_dir: Path, tmp_path: Path, layout: str
 ) -> None:
-    """Both are killed in the first update after a start, and again after a checkpoint."""
+    """Both are killed in the first update after a start, and again after a checkpoint; in one
+    process the first to get there takes the other along."""
     config = config_of(tiny_llava_dir, tmp_path)
     responses = make_responses(tmp_path, 8)
     asked, todo = questions(responses), batches(responses, 3)
-    learner, valuer = learners(config, 1), reference(config)
+    shared = layout == "shared"
+    learner, valuer = in_one_process(config) if shared else (learners(config, 1), reference(config))
     learner.save(tmp_path / "start" / "learner").result()
     valuer.save(tmp_path / "start" / "reference").result()
     whole = [
@@ -102,7 +119,8 @@ def test_learner_and_reference_killed_in_the_same_updates(
     valuer.restore(tmp_path / "start" / "reference").result()
 
     for step, batch in enumerate(todo):
-        for name in ("learner-0", "reference") if step != 1 else ():
+        victims = ("learner-0",) if shared else ("learner-0", "reference")
+        for name in victims if step != 1 else ():
             doom(config.run_dir, name)
         updates = learner.update(batch, asked), valuer.update_values(batch)
         for pending, undisturbed in zip(updates, whole[step], strict=True):
@@ -115,7 +133,8 @@ def test_learner_and_reference_killed_in_the_same_updates(
             valuer.set_restore_point(tmp_path / "settled" / "reference")
     assert learner.publish(3).result().digest == digest
     assert values(valuer.evaluate(responses).result()) == expected
-    assert [len(role.actor_group.recoveries) for role in (learner, valuer)] == [2, 2]
+    groups = [learner.actor_group, valuer.actor_group]
+    assert [len(group.recoveries) for group in groups] == [2, 2]
     learner.stop()
     valuer.stop()
 

@@ -62,6 +62,7 @@ class _Call:
     submit: Submit
     keep: bool
     references: list[ray.ObjectRef]
+    part: str = ""
     answers: list[Any] | None = None
     deaths: int = 0
 
@@ -73,7 +74,9 @@ class _MemberLost(Exception):
 class ActorGroup:
     """Makes each call on every actor of the group, and restarts the group when one fails.
 
-    May be used by several threads.
+    May be used by several threads. Actors may hold several parts of state that are saved each by
+    itself (``part``); what dies together is restored and replayed together, in the order of its
+    calls.
 
     Args:
         name: for messages.
@@ -96,16 +99,16 @@ class ActorGroup:
         self._limits = limits
         self._watch = watch
         self._lock = threading.RLock()
-        self._saving = False
+        self._saving: set[str] = set()
         self._stopped = threading.Event()
         self._supervisor: threading.Thread | None = None
         self._life = 0
         self._failures = 0
         self._inconsistent: FgaifError | None = None
         self._lost: FgaifError | None = None
-        self._base: Submit | None = None
+        self._bases: dict[str, Submit] = {}
         self._replay_log: list[_Call] = []
-        self._saved: list[_Call] = []
+        self._saved: dict[str, list[_Call]] = {}
         try:
             self.members = start()
         except (ray.exceptions.RayError, TimeoutError) as error:
@@ -116,7 +119,7 @@ class ActorGroup:
         here. What it started dies with it, or with ``stop`` here."""
         return _rebuild, (self.name, self._start, self._limits, self.members)
 
-    def call(self, submit: Submit, *, keep: bool = False) -> Pending[list[Any]]:
+    def call(self, submit: Submit, *, keep: bool = False, part: str = "") -> Pending[list[Any]]:
         """Start a call on every member; ``keep`` if it changes their state.
 
         Raises (also from the result):
@@ -129,44 +132,47 @@ class ActorGroup:
             if self._inconsistent is not None:
                 self._recover(str(self._inconsistent))
             references = submit([member.actor for member in self.members])
-            call = _Call(submit=submit, keep=keep, references=references)
+            call = _Call(submit=submit, keep=keep, references=references, part=part)
             self._replay_log.append(call)
         return Then(lambda: self._result(call))
 
-    def save(self, submit: Submit) -> Pending[list[Any]]:
+    def save(self, submit: Submit, *, part: str = "") -> Pending[list[Any]]:
         """Start a call that writes the state to disk.
 
         The calls before it need not be replayed once ``set_restore_point`` names what was written.
         """
         with self._lock:
-            before = [call for call in self._replay_log if call.keep]
-            call = self.call(submit)
-            self._saving = True
+            before = [call for call in self._replay_log if call.keep and call.part == part]
+            call = self.call(submit, part=part)
+            self._saving.add(part)
 
         def finish() -> list[Any]:
             answers = call.result()
-            self._saved = before
+            self._saved[part] = before
             return answers
 
         return Then(finish)
 
-    def set_restore_point(self, base: Submit) -> None:
+    def set_restore_point(self, base: Submit, *, part: str = "") -> None:
         """After a failure, restore by ``base``, which reads what ``save`` wrote last.
 
         Only the calls after it are replayed.
         """
         with self._lock:
-            assert all(call.answers is not None for call in self._saved), (
-                "the checkpoint is not complete"
-            )
-            self._replay_log = [call for call in self._replay_log if call not in self._saved]
-            self._saved, self._base, self._saving = [], base, False
+            saved = self._saved.pop(part, [])
+            assert all(call.answers is not None for call in saved), "the checkpoint is not complete"
+            self._replay_log = [call for call in self._replay_log if call not in saved]
+            self._bases[part] = base
+            self._saving.discard(part)
 
-    def restore(self, base: Submit) -> Pending[list[Any]]:
+    def restore(self, base: Submit, *, part: str = "") -> Pending[list[Any]]:
         """Replace the present state by what ``base`` reads."""
         with self._lock:
-            self._replay_log, self._saved, self._base, self._saving = [], [], base, False
-            return self.call(base)
+            self._replay_log = [call for call in self._replay_log if call.part != part]
+            self._saved.pop(part, None)
+            self._bases[part] = base
+            self._saving.discard(part)
+            return self.call(base, part=part)
 
     def supervise(self) -> None:
         """Restart the group too when an actor dies while no call is running, in a thread.
@@ -285,8 +291,8 @@ class ActorGroup:
             self.members = self._start()
             actors = [member.actor for member in self.members]
             self._collect(self.members, [member.ready for member in self.members], starting=True)
-            if self._base is not None:
-                self._collect(self.members, self._base(actors))
+            for base in self._bases.values():
+                self._collect(self.members, base(actors))
             for call in self._replay_log:
                 call.references = call.submit(actors)
                 if call.answers is not None:

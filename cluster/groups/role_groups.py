@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup
 from actors.pool import merge_in_order, split_by_cost
 from cluster.groups.actor_group import ActorGroup, FailureDetector, RestartLimits, Submit
 from cluster.groups.placed_actor import PlacedActor
+from cluster.groups.shared_process import RolePart
 from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.pending import Pending, Then
 from fgaif.types import (
@@ -29,7 +30,7 @@ from fgaif.types import (
 class _StatefulGroup:
     """State that is saved, and brought back when an actor dies."""
 
-    def __init__(self, actor_group: ActorGroup) -> None:
+    def __init__(self, actor_group: ActorGroup | RolePart) -> None:
         self.actor_group = actor_group
 
     def save(self, path: Path) -> Pending[None]:

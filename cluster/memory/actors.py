@@ -9,7 +9,7 @@ tests/test_arrival.py hold them against that). The constants named ``_PROCESS`` 
 estimates.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from actors.deepspeed_setup import ZERO_BUCKET
@@ -91,24 +91,38 @@ def read_models(config: Config, roles: Collection[Role]) -> Models:
 
 
 def actor_memory(
-    role: Role, config: Config, models: Models, *, gpu: int | None, on_gpu: bool
+    role: Role,
+    config: Config,
+    models: Models,
+    *,
+    gpu: int | None,
+    on_gpu: bool,
+    holds: Sequence[Role] = (),
 ) -> ActorMemory:
-    """Peak memory of one actor. ``gpu`` is its device's memory in bytes, None where unknown."""
+    """Peak memory of one actor. ``gpu`` is its device's memory in bytes, None where unknown;
+    ``holds`` are the roles of a shared process."""
     if role in ("rollout", "judge"):
         return _engine(role, config, models, gpu, on_gpu=on_gpu)
-    if role == "reference":
-        found = _reference(config, models, on_gpu=on_gpu)
+    if role == "shared":
+        found = _shared(holds, config, models, on_gpu=on_gpu)
     else:
-        build = {"reward": _scorer, "trainer": _trainer, "learner": _learner}[role]
-        found = build(config, models)
-    return _settle(found, role, config, models, on_gpu=on_gpu)
+        found = _trained(role, config, models, on_gpu=on_gpu)
+    return _settle(found, holds or [role], config, models, on_gpu=on_gpu)
+
+
+def _trained(role: Role, config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
+    """A role that is no engine, without what its process takes anyway."""
+    if role == "reference":
+        return _reference(config, models, on_gpu=on_gpu)
+    build = {"reward": _scorer, "trainer": _trainer, "learner": _learner}[role]
+    return build(config, models)
 
 
 def _settle(
-    found: ActorMemory, role: Role, config: Config, models: Models, *, on_gpu: bool
+    found: ActorMemory, roles: Sequence[Role], config: Config, models: Models, *, on_gpu: bool
 ) -> ActorMemory:
-    """Add the process, and put each part where it is kept."""
-    process, caches = _PROCESS[role], _host_caches(role, config, models)
+    """Add the process of these roles, and put each part where it is kept."""
+    process, caches = max(_PROCESS[role] for role in roles), _host_caches(roles, config, models)
     if not on_gpu:
         whole = replace(found, caches=found.caches + caches, process=process)
         return replace(whole, host=whole.total)
@@ -118,22 +132,25 @@ def _settle(
     return replace(found, activations=activations, process=_GPU_CONTEXT, host=host)
 
 
-def _host_caches(role: Role, config: Config, models: Models) -> int:
-    """Image features and pixels that a role has kept when it has seen all its images."""
-    data = config.data
-    model = _model(role, config, models)
-    images = {
-        "trainer": data.feedback_prompts,
-        "rollout": data.feedback_prompts + data.ppo_prompts,
-        "judge": data.feedback_prompts,
-    }.get(role, data.ppo_prompts)
-    pixels = min(_PIXEL_CACHE, images * model.pixel_values * 4)
-    if role in ("rollout", "judge"):
-        return pixels
-    projected = not (role == "learner" and config.policy.train_projector)
-    width = model.hidden if projected else model.vision_hidden
-    features = images * model.image_tokens * width * _width(config)
-    return pixels + min(_FEATURE_CACHE, features)
+def _host_caches(roles: Sequence[Role], config: Config, models: Models) -> int:
+    """Image features and pixels that a process has kept when it has seen all its images; features
+    once for all its roles that need the same ones."""
+    data, total, features = config.data, 0, {}
+    for role in roles:
+        model = _model(role, config, models)
+        images = {
+            "trainer": data.feedback_prompts,
+            "rollout": data.feedback_prompts + data.ppo_prompts,
+            "judge": data.feedback_prompts,
+        }.get(role, data.ppo_prompts)
+        total += min(_PIXEL_CACHE, images * model.pixel_values * 4)
+        if role in ("rollout", "judge"):
+            continue
+        projected = not (role == "learner" and config.policy.train_projector)
+        width = model.hidden if projected else model.vision_hidden
+        size = images * model.image_tokens * width * _width(config)
+        features[_checkpoint(role, config), projected] = min(_FEATURE_CACHE, size)
+    return total + sum(features.values())
 
 
 def _checkpoint(role: Role, config: Config) -> str:
@@ -468,6 +485,30 @@ def _scorer(config: Config, models: Models) -> ActorMemory:
     )
 
 
+def _shared(roles: Sequence[Role], config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
+    """Roles in one process: the weights of their bases once, adapters and optimisers of all.
+
+    On a GPU they take turns, so activations are those of the one that needs most; on the CPU they
+    work side by side.
+    """
+    cluster = config.cluster
+    reward = cluster.reward.model_copy(update={"shared": True})
+    kinds_on_one = config.model_copy(
+        update={"cluster": cluster.model_copy(update={"reward": reward})}
+    )
+    parts = [_trained(role, kinds_on_one, models, on_gpu=on_gpu) for role in roles]
+    bases = {_checkpoint(role, config) for role in roles}
+    if "reference" in roles and config.ppo.has_critic and config.ppo.value_init != "policy":
+        bases.add(config.reward_backbone)
+    activations = [part.activations for part in parts]
+    return ActorMemory(
+        weights=sum(models[name].parameters for name in bases) * _width(config),
+        adapters=sum(part.adapters for part in parts),
+        optimizer=sum(part.optimizer for part in parts),
+        activations=max(activations) if on_gpu else sum(activations),
+    )
+
+
 def _trainer(config: Config, models: Models) -> ActorMemory:
     model, reward, w = models[config.reward_backbone], config.reward, _width(config)
     head = (model.hidden + 1) * 3 + (model.hidden**2 if reward.head == "mlp" else 0)
@@ -532,7 +573,7 @@ def _engine(
             activations=activations + (gathered * lora_slot(lora.r) if adapters else 0),
             caches=engine.kv_cache_mib * MIB,
         )
-        return _settle(found, role, config, models, on_gpu=False)
+        return _settle(found, [role], config, models, on_gpu=False)
     activations = max(activations, vision_peak(model, images, w))
     activations += images * model.image_tokens * model.hidden * w  # vLLM's cache of features
     token = kv_token(model, w) // engine.tensor_parallel
@@ -540,7 +581,7 @@ def _engine(
         weights=weights, adapters=adapters, activations=activations, process=_GPU_CONTEXT
     )
     need = weights + adapters + activations
-    host = _PROCESS[role] + _GPU_HOST + _host_caches(role, config, models) + weights + copy
+    host = _PROCESS[role] + _GPU_HOST + _host_caches([role], config, models) + weights + copy
     least = token * context
     if gpu is None:
         return replace(found, caches=least, host=host)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from cluster.memory.actors import GIB, PARTS, ActorMemory, Models, actor_memory, read_models
 from cluster.memory.devices import Devices
-from cluster.placement import PHASES, ROLES, Bundle, Role, plan_roles
+from cluster.placement import PHASES, ROLES, Bundle, Role, held_roles, plan_roles
 from fgaif.config import Config, with_overrides
 from fgaif.errors import ConfigError
 
@@ -181,7 +181,7 @@ def plan_memory(
     """
     devices = devices or Devices(gpus=None, host=None, found="no device was given")
     bundles = plan_roles(config, roles)
-    present = {bundle.role for bundle in bundles}
+    present = held_roles(bundles)
     models = read_models(config, present) if models is None else models
     loads: list[Load] = []
     unplaced: list[str] = []
@@ -263,6 +263,7 @@ def _loads(
                 bundle.role,
                 config,
                 models,
+                holds=bundle.holds,
                 gpu=size(places[bundle.name][0]) if places[bundle.name] else None,
                 on_gpu=bool(places[bundle.name]),
             ),
@@ -323,7 +324,7 @@ def advise(
 ) -> str:
     """The nearest setting that fits the plan's devices, or the devices that would do."""
     if models is None:
-        models = read_models(config, {bundle.role for bundle in plan_roles(config, roles)})
+        models = read_models(config, held_roles(plan_roles(config, roles)))
     if found := nearest(config, roles, plan.devices, models):
         return f"this fits: {' '.join(found)}"
     return larger(config, roles, plan.devices, models)

@@ -82,6 +82,17 @@ class ClusterConfig(Section):
     reference: RoleConfig = RoleConfig()
     learner: RoleConfig = RoleConfig()
     """`replicas` is the number of DeepSpeed ranks."""
+    layout: Literal["separate", "shared"] = "separate"
+    """`separate`: every role is an actor with models of its own. `shared`: the `shared_roles` live
+    in one process on one copy of the base's weights, each with its own adapter and optimiser: for
+    one GPU. On a GPU they take turns. Such a process has the CPUs of its roles together and the
+    largest of their shares of a GPU; there is one for each rank of the learner."""
+    shared_roles: tuple[Literal["learner", "reference", "reward"], ...] = (
+        "learner",
+        "reference",
+        "reward",
+    )
+    """Which roles the shared process holds, two or three."""
     judge: RoleConfig = RoleConfig()
     engine: EngineConfig = EngineConfig()
     threads: int = Field(1, ge=1)
@@ -97,6 +108,32 @@ class ClusterConfig(Section):
     """An actor at work that makes no progress for so long hangs, and is replaced."""
     start_timeout_s: float = Field(600.0, gt=0)
     call_timeout_s: float = Field(3600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _roles_share(self) -> Self:
+        if self.layout == "separate":
+            return self
+        names = self.shared_roles
+        if len(set(names)) != len(names) or len(names) < 2:
+            raise ValueError(
+                f"cluster.shared_roles = {list(names)}: names two or three different roles; for "
+                "each in a process of its own set cluster.layout=separate"
+            )
+        gpus = {name: getattr(self, name).gpus for name in names}
+        if 0 < sum(found > 0 for found in gpus.values()) < len(gpus):
+            without = next(name for name, found in gpus.items() if found == 0)
+            raise ValueError(
+                f"cluster.layout = 'shared' with {gpus} GPUs: a process is on the CPU or on a GPU: "
+                f"set cluster.{without}.gpus={max(gpus.values()):g}, or all of them to 0"
+            )
+        for name in {"reference", "reward"} & set(names):
+            if getattr(self, name).replicas > 1:
+                raise ValueError(
+                    f"cluster.{name}.replicas = {getattr(self, name).replicas} with cluster.layout "
+                    f"= 'shared': there are as many processes as ranks of the learner: set "
+                    f"cluster.{name}.replicas=1, and cluster.learner.replicas for more"
+                )
+        return self
 
     @model_validator(mode="after")
     def _actors_fit_gpus(self) -> Self:

@@ -54,6 +54,10 @@ class PpoConfig(Section):
     """Responses per optimiser step, over all learner ranks."""
     micro_batch: int = Field(16, ge=1)
     """Responses per forward pass of a rank."""
+    micro_tokens: int | None = Field(None, ge=1)
+    """Tokens per forward pass of a rank at most, prompt, image and padding included, so that short
+    responses do not wait for long ones; one that has more is alone. Default: only `micro_batch`
+    counts. The sums of an update are the same up to the order of their terms."""
     epochs: int = Field(2, ge=1)
     """Passes over each rollout batch."""
     lr: float = Field(3e-5, gt=0)

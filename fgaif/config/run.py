@@ -180,6 +180,17 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _shared_weights_stay_whole(self) -> Self:
+        cluster = self.cluster
+        shares = cluster.layout == "shared" and "learner" in cluster.shared_roles
+        if shares and self.ppo.zero_stage == 3:
+            raise ValueError(
+                "ppo.zero_stage = 3 with cluster.layout = 'shared': stage 3 divides the weights "
+                "that the other roles read; set ppo.zero_stage=2"
+            )
+        return self
+
     @property
     def kind_names(self) -> tuple[Kind, ...]:
         """Names of the kinds, in order."""

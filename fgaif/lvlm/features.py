@@ -1,5 +1,6 @@
 """Image features of a frozen vision tower, computed once per image."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ def set_vision_aside(model: nn.Module, *, projector: bool) -> None:
 class FeatureCache:
     """Features by image content, in host memory up to a limit; the least recently used go first.
 
-    Projected ones, or those that a projector in training is given.
+    Projected ones, or those that a projector in training is given. Threads may share it.
     """
 
     def __init__(
@@ -52,9 +53,19 @@ class FeatureCache:
         self._like = base_of(model).get_input_embeddings().weight
         self._free = limit_bytes
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, images: Sequence[ImageRef]) -> ImageFeatures:
         """Features of the images, in order, on the model's device."""
+        with self._lock:
+            found = self._found(images)
+        device = self._like.device
+        return join_features([moved(found[image.sha256], device) for image in images])
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _found(self, images: Sequence[ImageRef]) -> dict[str, ImageFeatures]:
         wanted = {image.sha256: image for image in images}
         missing = [image for digest, image in wanted.items() if digest not in self._kept]
         found = {digest: self._kept[digest] for digest in wanted if digest in self._kept}
@@ -63,11 +74,7 @@ class FeatureCache:
             found |= {image.sha256: each for image, each in zip(missing, fresh, strict=True)}
         for digest, features in found.items():
             self._keep(digest, features)
-        device = self._like.device
-        return join_features([moved(found[image.sha256], device) for image in images])
-
-    def __len__(self) -> int:
-        return len(self._kept)
+        return found
 
     def _parts(self, images: list[ImageRef]) -> list[list[ImageRef]]:
         """What is computed together. Below float32 an image's features are rounded by how many

@@ -1,6 +1,7 @@
 """From scored rollouts to a training batch, and how a batch is cut for training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from fgaif.errors import DataError
 from fgaif.ppo.advantages import gae, grpo, reinforce, rloo, token_grpo, whiten
 from fgaif.ppo.importance import importance_weights
 from fgaif.ppo.kl import kl_k1
-from fgaif.types import Evaluation, FloatArray, IntArray, Response, TrainBatch
+from fgaif.types import Evaluation, FloatArray, IntArray, Prompt, Response, TrainBatch
 
 
 def make_batch(
@@ -108,6 +109,17 @@ def response_lengths(responses: Sequence[Response]) -> IntArray:
     return np.array([len(response.token_ids) for response in responses], dtype=np.int64)
 
 
+def row_lengths(
+    responses: Sequence[Response], prompt_ids: Callable[[Prompt], Sequence[int]] | None
+) -> IntArray:
+    """What `micro_batches` sorts and cuts by, (B,): tokens of each response and, where ``tokens``
+    are counted, those that ``prompt_ids`` gives its prompt."""
+    lengths = response_lengths(responses)
+    if prompt_ids is None:
+        return lengths
+    return lengths + np.array([len(prompt_ids(response.prompt)) for response in responses])
+
+
 def minibatches(count: int, size: int, seed: Sequence[int]) -> Iterator[IntArray]:
     """Cut a seeded shuffle of ``range(count)`` into the fewest index arrays of at most ``size``.
 
@@ -120,7 +132,13 @@ def minibatches(count: int, size: int, seed: Sequence[int]) -> Iterator[IntArray
 
 
 def micro_batches(
-    indexes: IntArray, lengths: IntArray, *, size: int, rank: int = 0, world_size: int = 1
+    indexes: IntArray,
+    lengths: IntArray,
+    *,
+    size: int,
+    tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[tuple[IntArray, FloatArray]]:
     """Cut one rank's share of a minibatch into micro-batches of similar length.
 
@@ -131,7 +149,9 @@ def micro_batches(
     Args:
         indexes: (M,) rows of the minibatch.
         lengths: (B,) tokens of each row of the batch.
-        size: rows per micro-batch.
+        size: rows per micro-batch at most.
+        tokens: and tokens, padding included: rows times the longest one. A row that has more is
+            alone.
         rank, world_size: which share.
 
     Returns:
@@ -143,10 +163,19 @@ def micro_batches(
     weights = np.ones(share_size, np.float32)
     weights[len(share) :] = 0.0
     share = np.concatenate([share, ordered[-1:].repeat(share_size - len(share))])
-    return [
-        (share[start : start + size], weights[start : start + size])
-        for start in range(0, share_size, size)
-    ]
+    # The first rank has the longest row at every place: what fits it fits all.
+    cuts = _cuts(lengths[ordered[::world_size]].tolist(), size, tokens)
+    return [(share[start:end], weights[start:end]) for start, end in pairwise(cuts)]
+
+
+def _cuts(longest_first: Sequence[int], size: int, tokens: int | None) -> list[int]:
+    """Where rows of these lengths are cut, both ends included."""
+    cuts = [0]
+    for row in range(1, len(longest_first)):
+        rows = row + 1 - cuts[-1]
+        if rows > size or (tokens is not None and rows * longest_first[cuts[-1]] > tokens):
+            cuts.append(row)
+    return [*cuts, len(longest_first)]
 
 
 def _values(responses: Sequence[Response], evaluations: Sequence[Evaluation]) -> list[FloatArray]:

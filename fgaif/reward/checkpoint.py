@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fgaif.config import Config, RewardShapeConfig
 from fgaif.errors import CheckpointError
@@ -289,6 +290,7 @@ def load_shared_reward_models(
     directory: Path,
     backbone: Path,
     kinds: Sequence[Kind],
+    load: Callable[..., PreTrainedModel] = load_lvlm,
     *,
     dtype: str,
     device: str = "cpu",
@@ -296,11 +298,13 @@ def load_shared_reward_models(
 ) -> SharedRewardModels:
     """Load ``directory/KIND`` for all kinds onto one backbone, all in ``dtype``.
 
+    ``load`` gives the backbone, whose modules must be the caller's own.
+
     Raises:
         CheckpointError: as ``load_reward_model``, for any kind.
     """
     cards = checked_cards(directory, backbone, kinds)
-    model = load_lvlm(backbone, dtype=dtype, device=device, attention=attention)
+    model = load(backbone, dtype=dtype, device=device, attention=attention)
     # Not the bare kind: PyTorch refuses modules named like a method of theirs.
     adapters = {kind: f"kind_{kind}" for kind in kinds}
     # Of its own accord PEFT holds adapters of a bfloat16 model in float32: twice the memory, every

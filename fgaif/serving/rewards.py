@@ -26,7 +26,7 @@ from fgaif.feedback.segment import segment_responses
 from fgaif.kinds import kind_colours
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.hub import split_name
-from fgaif.lvlm.model import base_of, load_processor, resolve_checkpoint
+from fgaif.lvlm.model import base_of, load_lvlm, load_processor, resolve_checkpoint
 from fgaif.reward.checkpoint import (
     RewardCard,
     checkpoint_digest,
@@ -191,7 +191,7 @@ class Rewards:
         self._tokenizer = load_processor(policy).tokenizer
         load = {"dtype": dtype, "device": device, "attention": attention}
         self._models: list[RewardModel | SharedRewardModels] = (
-            [load_shared_reward_models(folder, backbone, self.kinds, **load)]
+            [load_shared_reward_models(folder, backbone, self.kinds, load_lvlm, **load)]
             if shared
             else [load_reward_model(folder / kind, backbone, **load) for kind in self.kinds]
         )

@@ -2,6 +2,7 @@
 
     python tests/chaos/chaos.py --kills 100 --seed 0
     python tests/chaos/chaos.py --kills 5 --real runs/scenes
+    python tests/chaos/chaos.py --kills 20 --layout shared
 
 Driver, pools, placement, weight sync, replay and checkpoints are the product's. The actors are
 ``tests/light_actors.py``, or with ``--real`` those of a finished run, whose training is done again.
@@ -49,9 +50,10 @@ FEW_KILLS = 20  # for these, one plain start is enough
 FIRST_KILL = 2  # steps in peace, in which plain starts are measured
 _PATIENCE_S = 300.0
 ROLES = nodes_job.ROLES
+VICTIMS = (*ROLES, "shared")
 CLASSES = {
     f"{prefix}{role.title()}{suffix}": role
-    for role in ROLES
+    for role in VICTIMS
     for prefix, suffix in (("Light", ""), ("", "Actor"))
 }
 """Role of each actor class; the board is none of them."""
@@ -178,7 +180,7 @@ class Progress:
         return count + min(0.99, (now - self._since) / self._length)
 
 
-def light(kills: int, seed: int, folder: Path) -> Trial:
+def light(kills: int, seed: int, folder: Path, layout: str) -> Trial:
     """20 steps of light actors; checkpoints every 5, so that what was learnt is replayed too."""
 
     def settings(name: str) -> Config:
@@ -187,6 +189,7 @@ def light(kills: int, seed: int, folder: Path) -> Trial:
             "ppo.rollout_batch=24", "ppo.minibatch=12", "ppo.checkpoint_every=5",
             "policy.max_new_tokens=24", "cluster.rollout.replicas=3", "cluster.rollout.chunk=2",
             "cluster.heartbeat_s=1", "cluster.local_cpus=16",
+            f"cluster.layout={layout}",
         ]  # fmt: skip
         return load_config(None, overrides)
 
@@ -210,10 +213,10 @@ def light(kills: int, seed: int, folder: Path) -> Trial:
     return Trial(peace=peace.run_dir, fire=fire, train=train, plain_starts=starts, pace=pace)
 
 
-def real(run: Path, folder: Path) -> Trial:
-    """The training of a finished run once more."""
+def real(run: Path, folder: Path, layout: str) -> Trial:
+    """The training of a finished run once more; in another layout it ends with other roundings."""
     console = Console(stderr=True)
-    found = load_config(run / "config.yaml")
+    found = load_config(run / "config.yaml", [f"cluster.layout={layout}"])
     tree = found.model_dump(mode="json") | {"dir": str(folder), "name": "fire"}
     fire = parse_config(tree)
     shutil.copytree(run, fire.run_dir, ignore=shutil.ignore_patterns("policy", "eval", "report"))
@@ -285,7 +288,7 @@ def _trained(run: Path) -> Counter[tuple[int, str, int]]:
 def summary(kills: list[Kill]) -> dict[str, dict[str, float]]:
     """Kills and seconds to rejoin per role."""
     found = {}
-    for role in ROLES:
+    for role in VICTIMS:
         seconds = [kill.rejoin_s for kill in kills if kill.role == role]
         if seconds:
             found[role] = {
@@ -322,11 +325,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--real", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--layout", choices=("separate", "shared"), default="separate")
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="fgaif-chaos-"))
     kills, seed = arguments.kills, arguments.seed
-    trial = real(arguments.real, folder) if arguments.real else light(kills, seed, folder)
+    layout = arguments.layout
+    if arguments.real:
+        trial = real(arguments.real, folder, layout)
+    else:
+        trial = light(kills, seed, folder, layout)
     report = run(trial, kills, seed)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     show(report, Console())

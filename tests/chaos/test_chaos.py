@@ -9,10 +9,12 @@ import pytest
 
 
 @pytest.mark.long
-def test_ten_random_deaths_change_no_bit_of_the_policy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_ten_random_deaths_change_no_bit_of_the_policy(tmp_path: Path, layout: str) -> None:
     script = Path(__file__).with_name("chaos.py")
+    arguments = ["--kills", "10", "--seed", "0", "--layout", layout, "--folder", tmp_path]
     done = subprocess.run(
-        [sys.executable, script, "--kills", "10", "--seed", "0", "--folder", tmp_path],
+        [sys.executable, script, *arguments],
         capture_output=True,
         text=True,
         timeout=580,
