@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from fake_hub import FakeHub, online
-from serving_samples import write_rewards
+from serving_samples import TEXT, png, write_rewards
 
 from cluster.cli.main import main
 from fgaif.config import LoraConfig, dump_config, load_config
@@ -19,7 +20,8 @@ from fgaif.eval.publication import prepare, upload
 from fgaif.eval.run_results import write_eval
 from fgaif.lvlm.export import export_merged
 from fgaif.lvlm.hub import name_base
-from fgaif.lvlm.model import attach_lora, load_lvlm
+from fgaif.lvlm.model import attach_lora, load_adapter, load_lvlm, split_model
+from fgaif.serving.rewards import load_rewards
 from fgaif.types import DEFAULT_KINDS, CaptionMetrics, EvalReport
 
 BASE = f"someone/tiny-llava@{'1' * 40}"
@@ -157,3 +159,29 @@ def test_a_dry_run_prints_files_and_card(
     assert "--base ORG/NAME@REVISION says where they find it" in said
     assert push(adapter, "--to", "aligned", "--dry-run")[0] == 2
     assert push(adapter, "--to", "me/a", "--base", "folder", "--dry-run")[0] == 2
+
+
+def test_what_was_uploaded_loads_again_by_its_name(
+    run_dir: Path, tiny_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward model scores as it did, an adapter is read, from what a hub gives back."""
+    for what in ("rewards", "policy/adapter"):
+        found = prepare(run_dir / what, "me/x", base=BASE)
+        fake = FakeHub("me/x")
+        fake.folders["2" * 40] = origin = tmp_path / "origin" / what
+        fake.branches["main"] = "2" * 40
+        for path, content in (*found.files.items(), ("README.md", found.card.encode())):
+            (origin / path).parent.mkdir(parents=True, exist_ok=True)
+            text = content if isinstance(content, bytes) else content.read_bytes()
+            (origin / path).write_bytes(text)
+        with online(fake, tmp_path / "cache" / what, monkeypatch):
+            if what == "rewards":
+                uploaded = load_rewards("me/x@main", backbone=tiny_llava_dir)
+                kept = load_rewards(run_dir / what, backbone=tiny_llava_dir)
+                scores = [each.score(png(), TEXT).probs for each in (uploaded, kept)]
+                np.testing.assert_array_equal(*scores)
+            else:
+                checkpoint, adapter = split_model(f"{tiny_llava_dir}+me/x@main", "--model")
+                assert checkpoint == tiny_llava_dir
+                assert adapter is not None
+                load_adapter(load_lvlm(checkpoint), adapter)

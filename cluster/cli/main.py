@@ -293,7 +293,7 @@ def openai_server(
 @app.command("serve")
 def serve_rewards(
     rewards: Annotated[
-        Path, typer.Option(help="Folder with object/, attribute/, relation/: RUN/rewards.")
+        Path, typer.Option(help="Folder with object/, attribute/, relation/, or ORG/NAME@REVISION.")
     ],
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -314,9 +314,12 @@ def serve_rewards(
     """
     from cluster.serving.deployments import ServeArgs
     from cluster.serving.start import print_service, run_service
+    from fgaif.lvlm.hub import local_folder
+    from fgaif.reward.checkpoint import SAVED_FILES
 
     settings = _load(config, overrides)
-    args = ServeArgs(rewards=rewards, config=config, set=tuple(overrides or ()), policy=policy)
+    folder = local_folder(str(rewards), SAVED_FILES)
+    args = ServeArgs(rewards=folder, config=config, set=tuple(overrides or ()), policy=policy)
     if dry_run:
         print_service(settings, args, host, port, out)
     else:

@@ -41,7 +41,7 @@ from fgaif.lvlm.adapters import ADAPTER_FILES
 from fgaif.lvlm.checkpoint_files import read_json, read_tensors
 from fgaif.lvlm.families.base import LORA_LEAVES
 from fgaif.lvlm.families.llava import LLAVA, in_original_layout
-from fgaif.lvlm.hub import FILES, hub_folder, split_name
+from fgaif.lvlm.hub import FILES, local_folder, split_name
 from fgaif.lvlm.hub import reference as name_of
 from fgaif.types import Json
 
@@ -88,11 +88,6 @@ limits are those of the two.
 """
 
 
-def find_source(name: str) -> Path:
-    """The folder of a name, or of ``ORG/NAME@REVISION`` of the hub with its pickled weights."""
-    return hub_folder(name, SOURCE_FILES) if split_name(name) else Path(name).expanduser()
-
-
 def convert(source: str, out: Path, vision: str | None = None) -> str:
     """Write a checkpoint or a LoRA adapter in the layout of transformers; returns what it is.
 
@@ -105,7 +100,7 @@ def convert(source: str, out: Path, vision: str | None = None) -> str:
     """
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"convert to {out}: the folder is not empty; give a new one")
-    folder = find_source(source)
+    folder = local_folder(source, SOURCE_FILES)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -238,7 +233,7 @@ def _find_tower(folder: Path, original: Json, vision: str | None) -> Path:
     name = vision or str(original["mm_vision_tower"])
     if vision is None and not Path(name).expanduser().is_dir():
         name = f"{name}@main"
-    tower = find_source(name)
+    tower = local_folder(name, SOURCE_FILES)
     if not (tower / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: its vision tower {original['mm_vision_tower']!r} is in a repository of its "

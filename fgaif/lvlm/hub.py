@@ -33,7 +33,8 @@ _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@([A-Za-z0-9][\w./-]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)")
 FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
-"""What is taken of a repository's top folder: neither code nor pickled weights."""
+"""What is taken of a repository's top folder: neither code nor pickled weights. Patterns with a
+slash are of folders within."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -44,8 +45,9 @@ def split_name(name: str) -> tuple[str, str] | None:
     return found[1], found[2]
 
 
-def hub_folder(name: str, files: tuple[str, ...] = FILES) -> Path:
-    """The folder of ``ORG/NAME@REVISION`` in the hub's cache, with its ``files`` downloaded.
+def local_folder(name: str, files: tuple[str, ...] = FILES) -> Path:
+    """The folder of a path, or that of ``ORG/NAME@REVISION`` in the hub's cache, with its ``files``
+    downloaded.
 
     Raises:
         CheckpointError: the hub has no such model, does not give it, or cannot be reached and the
@@ -53,9 +55,7 @@ def hub_folder(name: str, files: tuple[str, ...] = FILES) -> Path:
     """
     parts = split_name(name)
     if parts is None:
-        raise CheckpointError(
-            f"model {name!r}: neither a folder nor ORG/NAME@REVISION of the Hugging Face Hub"
-        )
+        return Path(name).expanduser()
     return _folder(*parts, constants.HF_HUB_CACHE, files)
 
 
@@ -69,7 +69,7 @@ def _folder(repository: str, revision: str, cache_dir: str, files: tuple[str, ..
             revision,
             cache_dir=cache_dir,
             allow_patterns=list(files),
-            ignore_patterns=["*/*"],
+            ignore_patterns=None if any("/" in pattern for pattern in files) else ["*/*"],
         )
     )
 
@@ -78,7 +78,7 @@ def pinned(name: str) -> str:
     """The name with its revision's commit; a folder or an embedded model as it is.
 
     Raises:
-        CheckpointError: as :func:`hub_folder`.
+        CheckpointError: as :func:`local_folder`.
     """
     parts = split_name(name)
     if parts is None or _COMMIT.fullmatch(parts[1]):
@@ -94,7 +94,7 @@ def pin_models(config: "Config") -> "Config":
     that has moved counts as another value of its key.
 
     Raises:
-        CheckpointError: as :func:`hub_folder`.
+        CheckpointError: as :func:`local_folder`.
     """
     from fgaif.config import parse_config
 

@@ -36,12 +36,8 @@ def resolve_checkpoint(name: str) -> Path:
     """
     if name.startswith(_SCENES):
         path = Path(__file__).parents[1] / "data" / "scenes" / "models" / name.removeprefix(_SCENES)
-    elif "@" in name and not Path(name).expanduser().is_dir():
-        from fgaif.lvlm.hub import hub_folder  # a folder needs no new huggingface_hub
-
-        path = hub_folder(name)
     else:
-        path = Path(name).expanduser()
+        path = _folder(name)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(
@@ -71,6 +67,8 @@ def resolve_checkpoint(name: str) -> Path:
 def split_model(text: str, option: str) -> tuple[Path, Path | None]:
     """Read ``CHECKPOINT[+ADAPTER]``; a name that exists with its ``+`` is a checkpoint.
 
+    Both may be ``ORG/NAME@REVISION`` of the hub.
+
     Args:
         option: what messages call the text.
 
@@ -79,7 +77,7 @@ def split_model(text: str, option: str) -> tuple[Path, Path | None]:
     """
     whole = Path(text).expanduser().is_dir() or "+" not in text
     name, _, behind = (text, "", "") if whole else text.rpartition("+")
-    checkpoint, adapter = resolve_checkpoint(name), Path(behind).expanduser() if behind else None
+    checkpoint, adapter = resolve_checkpoint(name), _folder(behind) if behind else None
     for file in ADAPTER_FILES if adapter is not None else ():
         if not (adapter / file).is_file():  # type: ignore[operator]
             raise CheckpointError(
@@ -87,6 +85,15 @@ def split_model(text: str, option: str) -> tuple[Path, Path | None]:
                 "after the +"
             )
     return checkpoint, adapter
+
+
+def _folder(name: str) -> Path:
+    """A folder, or a model of the hub; only the latter needs a new huggingface_hub."""
+    if "@" not in name:
+        return Path(name).expanduser()
+    from fgaif.lvlm.hub import local_folder
+
+    return local_folder(name)
 
 
 def load_processor(path: str | Path) -> Any:

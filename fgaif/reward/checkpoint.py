@@ -37,6 +37,8 @@ CLASSES = tuple(c.name for c in SegmentClass)
 _BLOCK = 2**20
 _BLOCKS_PER_FILE = 64
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+SAVED_FILES = tuple(f"*/{name}" for name in (CARD, HEAD, *_ADAPTER))
+"""Of a folder with a reward model of each kind."""
 _VERSION_CHARS = 16
 
 

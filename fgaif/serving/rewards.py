@@ -25,9 +25,10 @@ from fgaif.feedback.external import make_response
 from fgaif.feedback.segment import segment_responses
 from fgaif.kinds import kind_colours
 from fgaif.lvlm.features import FeatureCache
-from fgaif.lvlm.hub import split_name
+from fgaif.lvlm.hub import local_folder, split_name
 from fgaif.lvlm.model import base_of, load_lvlm, load_processor, resolve_checkpoint
 from fgaif.reward.checkpoint import (
+    SAVED_FILES,
     RewardCard,
     checkpoint_digest,
     common_min_words,
@@ -344,7 +345,8 @@ def load_rewards(
     """Load trained reward models of all kinds.
 
     Args:
-        folder: with a folder of each kind, as ``fgaif train-reward`` writes it: RUN/rewards.
+        folder: with a folder of each kind, as ``fgaif train-reward`` writes it: RUN/rewards; or
+            ``ORG/NAME@REVISION`` of the hub, as ``fgaif push`` has uploaded it.
         backbone: the checkpoint that they were trained on; default: where it was then.
         policy: whose tokenizer texts get; default: the backbone.
         shape: how rewards are made of probabilities; default: the ``ppo.shape`` of the training,
@@ -359,7 +361,7 @@ def load_rewards(
     Raises:
         CheckpointError: something is missing, or does not fit the backbone.
     """
-    folder = Path(folder).expanduser()
+    folder = local_folder(str(folder), SAVED_FILES)
     kinds = saved_kinds(folder)
     version = rewards_version(folder, kinds)  # says what is missing
     cards = read_cards(folder, kinds)
