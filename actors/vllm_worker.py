@@ -197,7 +197,8 @@ class HostTransfer(WeightTransferEngine[Nothing, Part]):
         return self._layer(self.family.public_name(name))
 
     def _layer(self, public: str) -> str:
-        mapped = self.model.hf_to_vllm_mapper.map_name(public)
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)  # some models' names are vLLM's
+        mapped = None if mapper is None else mapper.map_name(public)
         return _fused(public if mapped is None else mapped)
 
     def shutdown(self) -> None:

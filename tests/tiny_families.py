@@ -7,13 +7,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     GenerationConfig,
+    GotOcr2ImageProcessor,
+    Idefics3Config,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    InternVLConfig,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     LlavaNextConfig,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
@@ -35,6 +46,10 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 from fgaif.lvlm.export import save_model
@@ -57,7 +72,7 @@ QWEN_TEMPLATE = (
 )
 
 
-def byte_level(specials: Sequence[str], **named: str) -> PreTrainedTokenizerFast:
+def byte_level(specials: Sequence[str], **named: Any) -> PreTrainedTokenizerFast:
     """A byte-level BPE with these special tokens first and nothing put before a text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,6 +111,9 @@ def save(directory: Path, config: PreTrainedConfig, processor: Any, seed: int = 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config).eval()
+        for value in model.parameters():
+            if not value.any() and value.ndim > 1:  # a projection that would let no image through
+                torch.nn.init.normal_(value, std=0.2)
     tokenizer = processor.tokenizer
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -240,6 +258,129 @@ def llava_onevision(directory: Path) -> Path:
     return save(directory, config, processor)
 
 
+SMOL_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+SMOL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>"),
+    *("<image>", "<global-img>"),
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+)
+
+
+def _smol(directory: Path, config: Any, processor: Any, images: Any, **more: Any) -> Path:
+    tokenizer = byte_level(SMOL_TOKENS, eos_token="<end_of_utterance>", pad_token="<|endoftext|>")
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "initializer_range": 0.2,
+    }  # fmt: skip
+    made = config(
+        text_config=text_config(tokenizer, model_type="llama", head_dim=32), vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    tiles = images(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    built = processor(tiles, tokenizer, image_seq_len=4, chat_template=SMOL_TEMPLATE, **more)
+    return save(directory, made, built)
+
+
+def idefics3(directory: Path) -> Path:
+    """Idefics3 on Llama: tiles of 32 pixels, at most 2 x 2 beside the whole, 4 tokens each."""
+    return _smol(directory, Idefics3Config, Idefics3Processor, Idefics3ImageProcessor)
+
+
+def smolvlm(directory: Path) -> Path:
+    """SmolVLM: the same, with its own classes, whose processor needs one package more."""
+    pytest.importorskip("num2words")
+    return _smol(
+        directory, SmolVLMConfig, SmolVLMProcessor, SmolVLMImageProcessor,
+        video_processor=SmolVLMVideoProcessor(),
+    )  # fmt: skip
+
+
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def internvl(directory: Path) -> Path:
+    """InternVL 3 on Qwen2: tiles of 32 pixels, at most four beside the whole, 4 tokens each."""
+    named = {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+    }  # fmt: skip
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values())
+    tokenizer = byte_level(
+        specials, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=named
+    )
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": [32, 32], "patch_size": [8, 8],
+        "attention_bias": True, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = InternVLConfig(
+        text_config=text_config(tokenizer, model_type="qwen2"), vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    images = GotOcr2ImageProcessor(size={"height": 32, "width": 32}, max_patches=4)
+    processor = InternVLProcessor(
+        images, tokenizer, InternVLVideoProcessor(), image_seq_length=4,
+        chat_template=INTERNVL_TEMPLATE,
+    )  # fmt: skip
+    return save(directory, config, processor)
+
+
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def gemma3(directory: Path) -> Path:
+    """Gemma 3: a sliding and a full layer, 4 tokens an image, tied embeddings."""
+    named = {
+        "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }  # fmt: skip
+    specials = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *named.values())
+    tokenizer = byte_level(
+        specials, bos_token="<bos>", eos_token="<end_of_turn>", pad_token="<pad>",
+        extra_special_tokens=named,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=8, vision_use_head=False,
+    )  # fmt: skip
+    text = text_config(
+        tokenizer, head_dim=32, query_pre_attn_scalar=32, sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True,
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4,
+        boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+    )  # fmt: skip
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 32, "width": 32}), tokenizer, image_seq_length=4,
+        chat_template=GEMMA_TEMPLATE,
+    )  # fmt: skip
+    return save(directory, config, processor)
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "llava": tiny.build_tiny_llava,
     "llava_next": llava_next,
@@ -247,4 +388,8 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+    "internvl": internvl,
+    "gemma3": gemma3,
 }

@@ -5,13 +5,19 @@ from typing import Any
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import Family
+from fgaif.lvlm.families.gemma3 import GEMMA3
+from fgaif.lvlm.families.idefics3 import IDEFICS3
+from fgaif.lvlm.families.internvl import INTERNVL
 from fgaif.lvlm.families.llava import LLAVA, OLD_NAMES, in_original_layout
 from fgaif.lvlm.families.llava_next import LLAVA_NEXT
 from fgaif.lvlm.families.llava_onevision import LLAVA_ONEVISION
 from fgaif.lvlm.families.qwen3_vl import QWEN3_VL
 from fgaif.lvlm.families.qwen_vl import QWEN_VL
 
-FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL, QWEN3_VL)
+FAMILIES: tuple[Family, ...] = (
+    *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN_VL, QWEN3_VL),
+    *(IDEFICS3, INTERNVL, GEMMA3),
+)
 
 __all__ = (
     "FAMILIES",

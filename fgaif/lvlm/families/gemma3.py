@@ -1,0 +1,82 @@
+"""Gemma 3: a fixed number of tokens an image, which see each other in both directions.
+
+Images are not cut into tiles ("pan and scan" stays off, as in the published processors).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fgaif.errors import CheckpointError
+from fgaif.lvlm.families.base import Family, ImageFeatures, Shown, Tensors, VisionFacts, projected
+
+
+def _expand(processor: Any, config: Any, image: Shown) -> str:
+    return str(processor.full_image_sequence)
+
+
+def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
+    return [
+        ImageFeatures(rows=projected(model, {"pixel_values": image["pixel_values"]}))
+        for image in images
+    ]
+
+
+def _positions(model: Any, input_ids: Tensor, features: ImageFeatures) -> dict[str, Any]:
+    """Masks of both kinds of layers: causal, but for the tokens of one image."""
+    from transformers.models.gemma3.modeling_gemma3 import (
+        create_masks_for_vision_model,
+        get_block_sequence_ids_for_mask,
+    )
+
+    is_image = (input_ids == model.config.image_token_id).int()
+    # Of the embeddings only shape, dtype and device are looked at.
+    like = features.rows.new_zeros(()).expand(*input_ids.shape, 1)
+    masks = create_masks_for_vision_model(
+        config=model.config.text_config,
+        inputs_embeds=like,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,
+        block_sequence_ids=get_block_sequence_ids_for_mask(is_image, device=input_ids.device),
+    )
+    return {"attention_mask": masks}
+
+
+def _vision(config: Any) -> VisionFacts:
+    vision = config.vision_config
+    return VisionFacts(
+        image_tokens=config.mm_tokens_per_image,
+        pixel_values=3 * vision.image_size**2,
+        tokens=(vision.image_size // vision.patch_size) ** 2,
+        hidden=vision.hidden_size,
+        ffn=vision.intermediate_size,
+        layers=vision.num_hidden_layers,
+    )
+
+
+def _check(processor: Any, config: Any) -> None:
+    if processor.image_seq_length != config.mm_tokens_per_image:
+        raise CheckpointError(
+            f"processor_config.json: image_seq_length = {processor.image_seq_length}, but "
+            f"mm_tokens_per_image in config.json is {config.mm_tokens_per_image}; set it to that"
+        )
+
+
+GEMMA3 = Family(
+    name="Gemma 3",
+    model_types=("gemma3",),
+    public=(
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+    ),
+    features=_features,
+    vision=_vision,
+    expand=_expand,
+    positions=_positions,
+    check=_check,
+)

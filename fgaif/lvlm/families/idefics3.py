@@ -1,0 +1,80 @@
+"""Idefics3 and SmolVLM: an image as a whole and in tiles, each behind a tag of its row and column.
+
+``pixel_values`` (tiles, 3, H, W) with ``pixel_attention_mask`` (tiles, H, W); every tile has as
+many tokens as another. Tags and line breaks stand between placeholders.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fgaif.errors import CheckpointError
+from fgaif.lvlm.families.base import Family, ImageFeatures, Pixels, Tensors, VisionFacts, projected
+
+MOST_TILES = 16
+"""Into which the published processors cut a large image, beside the whole of it."""
+
+
+def _preprocess(processor: Any, image: Image.Image) -> Pixels:
+    made = processor.image_processor(
+        images=[[image]], return_row_col_info=True, return_tensors="np"
+    )
+    arrays = {name: np.asarray(value) for name, value in made.items()}
+    for name in ("pixel_values", "pixel_attention_mask"):
+        arrays[name] = arrays[name][0]
+    return arrays | {"num_patches": np.array([len(arrays["pixel_values"])])}
+
+
+def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
+    names = ("pixel_values", "pixel_attention_mask")
+    return [
+        ImageFeatures(rows=projected(model, {name: image[name][None] for name in names}))
+        for image in images
+    ]
+
+
+def _tile_tokens(config: Any) -> int:
+    vision = config.vision_config
+    return int((vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2)
+
+
+def _vision(config: Any) -> VisionFacts:
+    vision, tiles = config.vision_config, MOST_TILES + 1
+    return VisionFacts(
+        image_tokens=tiles * _tile_tokens(config),
+        pixel_values=tiles * 3 * vision.image_size**2,
+        tokens=tiles * (vision.image_size // vision.patch_size) ** 2,
+        hidden=vision.hidden_size,
+        ffn=vision.intermediate_size,
+        layers=vision.num_hidden_layers,
+    )
+
+
+def _check(processor: Any, config: Any) -> None:
+    tokens = _tile_tokens(config)
+    if processor.image_seq_len != tokens:
+        raise CheckpointError(
+            f"processor_config.json: image_seq_len = {processor.image_seq_len}, but image size, "
+            f"patch size and scale_factor of config.json make {tokens}; set it to {tokens}"
+        )
+
+
+IDEFICS3 = Family(
+    name="Idefics3 and SmolVLM",
+    model_types=("idefics3", "smolvlm"),
+    public=(
+        ("model.text_model.", "model.text_model."),
+        ("model.vision_model.", "model.vision_model."),
+        ("model.connector.", "model.connector."),
+        ("lm_head.", "lm_head."),
+    ),
+    features=_features,
+    vision=_vision,
+    language="model.text_model",
+    tower="model.vision_model",
+    projector="model.connector",
+    preprocess=_preprocess,
+    check=_check,
+)
