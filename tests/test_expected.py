@@ -74,7 +74,8 @@ def test_lists_of_images_are_told_apart_whatever_names_they_go_by() -> None:
 
 def test_the_prompt_of_many_questions_is_what_they_share() -> None:
     assert shared_prompt(["Describe.", "Describe."]) == "Describe."
-    assert shared_prompt([f"Is it {i}?{SUFFIX}" for i in "ab"]) == SUFFIX
+    assert shared_prompt([f"Is {i} in the image?{SUFFIX}" for i in "ab"]) == SUFFIX
+    assert shared_prompt(["Is it a?", "Is it b?"]) == ""
     assert shared_prompt([]) == ""
 
 
