@@ -30,12 +30,14 @@ class EvalCommands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands."""
-        return [*benchmark_names(), *super().list_commands(ctx)]
+        return [*benchmark_names(), "rewards", *super().list_commands(ctx)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, importing the benchmark whose name it is."""
         if cmd_name in benchmark_names():
             return benchmark_command(load_benchmark(cmd_name))
+        if cmd_name == "rewards":
+            return rewards_command()
         return super().get_command(ctx, cmd_name)
 
 
@@ -182,6 +184,30 @@ eval_app.command(
     "all",
     help="All benchmarks whose files lie in one folder; without a judge, those that need none.",
 )(command_of({"own": AllOptions, "common": CommonOptions, "judge": JudgeOptions}, run_all))
+
+
+def evaluate_rewards(own: Any, common: CommonOptions, judge: JudgeOptions) -> None:
+    """Score public data with reward models, a judge, or another tool's scores."""
+    from cluster.evaluation.rewards import run_rewards
+    from cluster.evaluation.settings import make_settings
+
+    if common.model is not None:
+        raise ConfigError("fgaif eval rewards generates nothing; leave --model out")
+    run_rewards(own, make_settings(common, judge), out, err)
+
+
+def rewards_command() -> Any:
+    """Make the command ``rewards``: AUROC and the like on M-HalDetect, MHaluBench, ..."""
+    from cluster.evaluation.rewards import RewardsOptions
+
+    groups = {"own": RewardsOptions, "common": CommonOptions, "judge": JudgeOptions}
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(
+        "rewards",
+        help="Reward models and judges on public data with annotated hallucinations: AUROC, "
+        "average precision, F1, calibration; best of n on VL-RewardBench.",
+    )(command_of(groups, evaluate_rewards))
+    return get_command(app)
 
 
 @eval_app.command()
