@@ -34,7 +34,15 @@ from cluster.memory.plan import check_memory
 from cluster.monitoring.heartbeat import HeartbeatMonitor, heartbeat_sender, with_heartbeats
 from cluster.monitoring.run_monitor import RunMonitor
 from cluster.monitoring.status import ActorStatus
-from cluster.placement import ROLES, Bundle, Role, check_fits, plan_roles, shared_roles
+from cluster.placement import (
+    ROLES,
+    Bundle,
+    Role,
+    check_fits,
+    phases,
+    plan_roles,
+    shared_roles,
+)
 from fgaif.config import Config
 from fgaif.errors import ActorError, ConfigError
 from fgaif.interrupts import kept_handlers
@@ -79,7 +87,10 @@ class Cluster:
                 connect(self._config)
             self._bundles = plan_roles(self._config, self._roles)
             self._together = shared_roles(self._config, self._roles)
-            check_fits(self._bundles, ray.cluster_resources(), workers=self._config.reward.workers)
+            check_fits(
+                self._bundles, ray.cluster_resources(),
+                workers=self._config.reward.workers, phases=phases(self._config),
+            )  # fmt: skip
             check_memory(self._config, self._roles, cluster_devices())
             if self._live:
                 self.live = RunMonitor(self._config, self._others)

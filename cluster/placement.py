@@ -25,6 +25,14 @@ _KEYS: dict[Role, str] = {
 }
 
 
+def phases(config: Config) -> dict[str, tuple[Role, ...]]:
+    """``PHASES``, in PPO with the judge instead of reward models where it gives the rewards."""
+    if config.ppo.reward_source == "models":
+        return PHASES
+    training = tuple("judge" if role == "reward" else role for role in PHASES["PPO"])
+    return PHASES | {"PPO": training}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
     """One actor, or one worker of reward training: what it asks of a node."""
@@ -98,17 +106,21 @@ def _names(prefix: str, replicas: int) -> tuple[str, ...]:
 
 
 def check_fits(
-    bundles: Sequence[Bundle], available: Mapping[str, float], *, workers: int = 1
+    bundles: Sequence[Bundle],
+    available: Mapping[str, float],
+    *,
+    workers: int = 1,
+    phases: Mapping[str, Collection[Role]] = PHASES,
 ) -> None:
     """Refuse a plan that the cluster can never place, before anything pends.
 
-    What runs at the same time (``PHASES``) must fit together. Of reward training the ``workers`` of
+    What runs at the same time (``phases``) must fit together. Of reward training the ``workers`` of
     one reward model: those of others wait until these are done.
 
     Raises:
         ConfigError: names the resource, what is needed and what there is.
     """
-    for phase in PHASES.values():
+    for phase in phases.values():
         members = [bundle for bundle in bundles if bundle.role in phase]
         others = [bundle for bundle in members if bundle.role == "trainer"][workers:]
         members = [bundle for bundle in members if bundle not in others]
@@ -126,14 +138,14 @@ def check_fits(
                 )
 
 
-def plan_table(bundles: Sequence[Bundle]) -> Table:
+def plan_table(bundles: Sequence[Bundle], phases: Mapping[str, Collection[Role]] = PHASES) -> Table:
     """Render the plan: CPUs and GPUs of each actor."""
     table = Table(title="placement: one placement group per actor", title_justify="left")
     for column in ("actor", "CPUs", "GPUs"):
         table.add_column(column, justify="left" if column == "actor" else "right")
     for bundle in bundles:
         table.add_row(bundle.name, f"{bundle.cpus:g}", f"{bundle.gpus:g}")
-    for phase, roles in PHASES.items():
+    for phase, roles in phases.items():
         members = [bundle for bundle in bundles if bundle.role in roles]
         total = [sum(getattr(bundle, key) for bundle in members) for key in ("cpus", "gpus")]
         if members:

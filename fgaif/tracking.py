@@ -86,6 +86,10 @@ GLOSSARY: dict[str, Metric] = {
     "rollout/alone": Metric(
         meaning="responses left out: of all to their prompt no other was answered", high=0
     ),
+    "verifier/questions": Metric(
+        meaning="questions to the models that give the rewards; stored replies cost none"
+    ),
+    "verifier/seconds": Metric(meaning="seconds that their answers took"),
     "tis/mean_weight": Metric(
         meaning="mean importance weight of the tokens, learner against sampler", low=0.8, high=1.2
     ),

@@ -327,3 +327,36 @@ def _wait_for(condition: object, process: subprocess.Popen[Any], seconds: float 
         assert process.poll() is None, "the training ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.long
+@in_bfloat16
+def test_an_estimator_without_a_critic_trains_with_the_real_actors(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Groups, the KL in the loss, and the verifier's verdicts as rewards; nobody loads a critic."""
+    run = tmp_path / "runs" / "scenes"
+    shutil.copytree(finished.run, run)
+    train = [
+        *command(tmp_path / "runs", finished.dtype, "train"), "ppo.estimator=token_grpo",
+        "ppo.samples_per_prompt=4", "ppo.kl.placement=loss", "ppo.reward_source=verifier",
+    ]  # fmt: skip
+    done = subprocess.run(train, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [row["metrics"] for row in steps(run)]
+    assert len(rows) == STEPS
+    for row in rows:
+        assert not any(name.startswith("value/") for name in row)
+        assert row["policy/kl_loss"] >= 0
+        assert row["sync/arrived"] >= 0.99
+    assert sum(row["verifier/questions"] for row in rows) > 0
+    newest = run / "policy" / "checkpoints" / f"step_{STEPS:06d}"
+    assert not (newest / "reference").exists()
+    dump = run / "policy" / "rollouts" / "step_000001.jsonl"
+    head, *responses = map(json.loads, dump.read_text().splitlines())
+    assert head["estimator"] == "token_grpo"
+    ids = [(row["prompt"]["id"], row["sample"]) for row in responses]
+    assert len(set(ids)) == BATCH
+    assert len({prompt for prompt, _ in ids}) == BATCH // 4
+    again = subprocess.run(train, capture_output=True, text=True, check=False, timeout=120)
+    assert "train: up to date" in again.stdout

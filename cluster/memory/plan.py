@@ -24,7 +24,7 @@ from rich.table import Table
 
 from cluster.memory.actors import GIB, PARTS, ActorMemory, Models, actor_memory, read_models
 from cluster.memory.devices import Devices
-from cluster.placement import PHASES, ROLES, Bundle, Role, held_roles, plan_roles
+from cluster.placement import ROLES, Bundle, Role, held_roles, phases, plan_roles
 from fgaif.config import Config, with_overrides
 from fgaif.errors import ConfigError
 
@@ -186,7 +186,7 @@ def plan_memory(
     loads: list[Load] = []
     unplaced: list[str] = []
     seen: list[set[str]] = []
-    for phase, order in PHASES.items():
+    for phase, order in phases(config).items():
         members = sorted(
             (bundle for bundle in bundles if bundle.role in order),
             key=lambda bundle: order.index(bundle.role),

@@ -19,7 +19,7 @@ from cluster.pipeline.stage_status import (
     check_resumable,
     fewer_steps,
 )
-from cluster.placement import Role, plan_roles, plan_table
+from cluster.placement import Role, phases, plan_roles, plan_table
 from fgaif.checkpoint import latest_checkpoint, read_state, resume_point
 from fgaif.config import Config
 from fgaif.data.rows import read_rows
@@ -66,7 +66,7 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
         DataError: an input of a stage cannot be used; all that are so are named.
     """
     if bundles := plan_roles(config, stage_roles(config, stages)):
-        console.print(plan_table(bundles))
+        console.print(plan_table(bundles, phases(config)))
     plans = plan_stages(StageStatus(config.run_dir), config, stages, force)
     table = Table(title=f"stages of {config.run_dir}", title_justify="left")
     for column in ("stage", "found", "would"):
@@ -98,12 +98,13 @@ def _would(plan: StagePlan) -> str:
 def stage_roles(config: Config, stages: Sequence[Stage]) -> set[Role]:
     """The actors that stages need: a machine for annotation alone has no room for PPO."""
     judging: set[Role] = {"judge"} if judging_engines(config) else set()
+    rewarding: Role = "reward" if config.ppo.reward_source == "models" else "judge"
     roles: dict[Stage, set[Role]] = {
         "sample": set() if config.data.responses else {"rollout"},
         "annotate": {"judge"},
         "train-reward": {"trainer"},
         "eval-before": {"rollout", "reward", *judging},
-        "train": {"rollout", "reward", "reference", "learner"},
+        "train": {"rollout", rewarding, "reference", "learner"},
         "eval-after": {"rollout", "reward", *judging},
     }
     return {role for stage in stages for role in roles.get(stage, ())}

@@ -95,7 +95,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("ppo", "weight_decay adam_betas max_grad_norm", _result("train")),
     ("ppo", "warmup_steps schedule gamma lam clip value_clip", _result("train")),
     ("ppo", "async_depth tis_cap", _result("train")),
-    ("ppo", "estimator samples_per_prompt token_penalty", _result("train")),
+    ("ppo", "estimator samples_per_prompt token_penalty reward_source", _result("train")),
     ("ppo.value_lora", "r alpha dropout", _result("train")),
     ("ppo.kl", "coef placement target horizon", _result("train")),
     ("ppo.shape", "weights values value_ok value_hallu value_none", _result("train")),

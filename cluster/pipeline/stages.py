@@ -28,6 +28,7 @@ from cluster.pipeline.run_lock import driver_lock, require_own
 from cluster.pipeline.sample import sample_all
 from cluster.pipeline.stage_status import StageStatus, check_resumable
 from cluster.pipeline.train_rewards import train_rewards
+from cluster.pipeline.verifier_rewards import OpenVerifier
 from cluster.roles import Roles
 from fgaif.chat.limits import Usage
 from fgaif.checkpoint import checkpoint_names
@@ -329,6 +330,13 @@ class Run:
 
     def train(self) -> None:
         """Step 3: PPO; a training that was interrupted goes on from its last checkpoint."""
+        if self._config.ppo.reward_source == "models":
+            self._train(None)
+        else:
+            with OpenVerifier(self._config, self._cluster) as verifier:
+                self._train(verifier)
+
+    def _train(self, verifier: OpenVerifier | None) -> None:
         config, folder, rewards = self._config, self._dir / "policy", self._dir / "rewards"
         if self._resume and config.ppo.resume is None and checkpoint_names(folder / "checkpoints"):
             config = with_overrides(config, ["ppo.resume=latest"])
@@ -336,7 +344,7 @@ class Run:
             rollouts=self._cluster.rollouts(),
             learner=self._cluster.learner(),
             reference=self._cluster.reference(rewards),
-            rewards=self._cluster.rewards(rewards),
+            rewards=self._cluster.rewards(rewards) if verifier is None else verifier.rewards,
         )
         source = self.train_source
         _, wanted = split_prompts(source, config)
@@ -364,6 +372,9 @@ class Run:
             StepDisplay(config.ppo.steps, config.kind_names, self._console) as display,
         ):
             for report in driver.run():
+                if verifier is not None:
+                    asked = verifier.rewards.metrics()
+                    report = replace(report, metrics=report.metrics | asked)
                 tracker.log(report)
                 log.info("step %d/%d: %s", report.step, config.ppo.steps, step_line(report))
                 display.update(report)

@@ -217,7 +217,7 @@ def _result(config: Config, key: Key, run: Config) -> StudyRun:
         return StudyRun(variant=variant, seed=seed, failure="not run")
     return read_run(
         run.run_dir, variant, seed, steps=run.ppo.steps, batch=run.ppo.rollout_batch,
-        kinds=len(run.kind_names),
+        kinds=len(run.kind_names) if run.ppo.reward_source == "models" else 0,
     )  # fmt: skip
 
 

@@ -45,6 +45,9 @@ class PpoConfig(Section):
     `value_lora` and `lam` say nothing."""
     samples_per_prompt: int = Field(1, ge=1)
     """Responses to each prompt of a step; `grpo`, `rloo` and `token_grpo` compare them."""
+    reward_source: Literal["models", "verifier"] = "models"
+    """`models`: the trained reward models (the method); `verifier`: the feedback step on every
+    response of PPO, whose labels are the rewards: dearer, and without reward models in PPO."""
     token_penalty: float = Field(0.1, ge=0)
     """Of `token_grpo`: share of the advantage's size taken off at the tokens of bad segments."""
     steps: int = Field(54, ge=1)
