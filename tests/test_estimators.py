@@ -15,6 +15,7 @@ from test_driver import config as fake_config
 from test_driver import driver
 
 from cluster.memory.actors import actor_memory, read_models
+from cluster.pipeline.keys import kind_of
 from fgaif.config import Config, load_config
 from fgaif.data.order import batch_indexes, sample_numbers
 from fgaif.errors import ActorError, ConfigError, DataError
@@ -220,6 +221,14 @@ def test_a_response_that_lost_the_others_to_its_prompt_is_left_out() -> None:
     kept, alone = drop_alone([response(a), response(b), response(a, 1), response(c)])
     assert [one.prompt.id for one in kept] == ["p0", "p0"]
     assert alone == 2
+
+
+@pytest.mark.parametrize("key", ["ppo.value_lr", "ppo.value_lora.r", "ppo.lam"])
+def test_keys_of_a_critic_that_is_not_there_change_no_training(key: str) -> None:
+    without = ["ppo.estimator=grpo", "ppo.samples_per_prompt=4"]
+    assert kind_of(load_config(None, []), "train", key) == "result"
+    assert kind_of(load_config(None, without), "train", key) == "execution"
+    assert kind_of(load_config(None, without), "train", "ppo.lr") == "result"
 
 
 # --- the loop -------------------------------------------------------------------------------------

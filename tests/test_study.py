@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -315,6 +316,21 @@ def test_a_run_that_fails_is_a_row_and_the_next_call_tries_it_again(
     assert not any(run["failure"] for run in read_study(config)["runs"])
 
 
+def test_reward_models_that_cannot_be_made_fail_their_variant_alone(
+    tmp_path: Path, stages: Stages
+) -> None:
+    config = settings(tmp_path, "study.variants={fine: [], sentence: [segment.unit=sentence]}")
+    shared = shared_config(config, variant_config(config, "sentence", 1))
+    stages.breaks = {shared.name}
+    run_study(config, Console(quiet=True))
+    failures = {(r["variant"], r["seed"]): r["failure"] for r in read_study(config)["runs"]}
+    assert failures["fine", 1] is failures["fine", 2] is None
+    assert failures["sentence", 1] == failures["sentence", 2] == "rollout-0 died for good"
+    stages.breaks = set()
+    run_study(config, Console(quiet=True))
+    assert not any(run["failure"] for run in read_study(config)["runs"])
+
+
 def test_a_summary_runs_nothing(tmp_path: Path, stages: Stages) -> None:
     config = settings(tmp_path, VARIANTS)
     run_study(config, Console(quiet=True))
@@ -338,6 +354,41 @@ def test_a_variant_with_reward_models_of_its_own_makes_them_once(
     run_study(config, Console(quiet=True))
     shared = [entry for entry in stages.done if re.fullmatch("[0-9a-f]{12}", entry[0])]
     assert [todo for _, todo in shared] == [("annotate", "train-reward", "eval-before")]
+
+
+def test_trainings_run_side_by_side_as_processes_of_their_own(
+    tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process is played by a call with ``only``; one of them dies without a word."""
+    config = settings(tmp_path, VARIANTS, "study.parallel=2")
+    both, seen = Barrier(2), set[str]()
+
+    class Done:
+        returncode = 0
+
+    def run(line: list[str], check: bool, stdout: Any, stderr: Any) -> Done:
+        assert line[1:4] == ["-m", "fgaif", "study"]
+        both.wait(timeout=30)  # two are there at the same time
+        seen.add(line[-1])
+        done = Done()
+        if line[-1] == "coarse:2":
+            done.returncode = 137
+        else:
+            run_study(load_config(line[5]), Console(quiet=True), only=line[-1])
+        return done
+
+    monkeypatch.setattr(study_module.subprocess, "run", run)
+    run_study(config, Console(quiet=True))
+    assert seen == {"fine:1", "fine:2", "coarse:1", "coarse:2"}
+    failures = {(r["variant"], r["seed"]): r["failure"] for r in read_study(config)["runs"]}
+    assert "ended with exit code 137; see" in failures.pop(("coarse", 2))
+    assert set(failures.values()) == {None}
+
+
+def test_only_names_a_run_of_the_study(tmp_path: Path, stages: Stages) -> None:
+    config = settings(tmp_path, VARIANTS)
+    with pytest.raises(ConfigError, match=r"--only coarse:3: no such run; .* coarse:1, "):
+        run_study(config, Console(quiet=True), only="coarse:3")
 
 
 def test_checkpoints_are_evaluated_for_the_plots_where_that_is_wanted(

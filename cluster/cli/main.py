@@ -194,11 +194,15 @@ def study(
     summary: Annotated[
         bool, typer.Option("--summary", help="Run nothing; sum up what is finished.")
     ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="VARIANT:SEED", help="Make this training alone; sum up nothing."),
+    ] = None,
 ) -> None:
     """Compare variants of a run over seeds -> RUN/study.{json,html,tex}, with paired tests."""
     from cluster.pipeline.study import run_study
 
-    run_study(_load(config, overrides), out, summary=summary)
+    run_study(_load(config, overrides), out, summary=summary, only=only)
 
 
 @app.command()

@@ -41,6 +41,10 @@ AFTER: dict[Stage, tuple[Stage, ...]] = {
 ORDER: tuple[Stage, ...] = tuple(AFTER)
 
 
+_OF_CRITIC = ("ppo.value_", "ppo.lam")
+"""Keys that say nothing where the estimator has no critic (``ppo.value_lora.r`` among them)."""
+
+
 def _result(*stages: Stage) -> Place:
     return dict.fromkeys(stages, "result")
 
@@ -151,6 +155,8 @@ class Change:
 def kind_of(config: Config, stage: Stage, key: str) -> Kind:
     """What a change of ``key`` does to a stage; keys that no longer exist do nothing."""
     own = (_place(key) or {}).get(stage)
+    if own == "result" and not config.ppo.has_critic and key.startswith(_OF_CRITIC):
+        return "execution"
     if own == "extends" and key == "ppo.steps" and config.ppo.schedule == "cosine":
         return "result"  # the learning rate of every step depends on their number
     if own is not None:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -41,13 +42,20 @@ _SHARED: dict[Stage, str] = {
     "train-reward": "rewards",
 }
 """Stages that variants share, and the folder of each in a run."""
-_FAILURE = "failure.txt"
 
 
-def run_study(config: Config, console: Console, *, summary: bool = False) -> Path:
+def _beside(run: Config, suffix: str) -> Path:
+    """A file about a run, beside its folder, which nothing but stages writes into."""
+    return run.run_dir.with_name(f"{run.name}.{suffix}")
+
+
+def run_study(
+    config: Config, console: Console, *, summary: bool = False, only: str | None = None
+) -> Path:
     """Run everything that is missing, write ``RUN/study.json``, page and tables; print the tables.
 
     With ``summary`` nothing is run: what is finished is summed up, the rest said to be not run.
+    ``only`` (``VARIANT:SEED``) makes this one training and sums up nothing; its folder is returned.
 
     Raises:
         ConfigError: fewer than two seeds, no variant, or a command of none.
@@ -69,10 +77,13 @@ def run_study(config: Config, console: Console, *, summary: bool = False) -> Pat
         for seed in study.seeds
         for variant in study.variants
     }
+    if only is not None:
+        key = _key(only, runs)
+        _attempt(config, key, runs[key], console)
+        return runs[key].run_dir
     if not summary:
         run_stages(config, (*_SHARED, "eval-before"), False, console)
-        for key, run in runs.items():
-            _attempt(config, key, run, console)
+        _attempt_all(config, runs, console)
     results = {key: _result(config, key, run) for key, run in runs.items()}
     matched = _matched(config, runs, results)
     if not summary:
@@ -125,9 +136,49 @@ def _same(config: Config, other: Config, stage: Stage) -> bool:
     return stage_values(config, stage) == stage_values(other, stage)
 
 
+def _key(only: str, runs: Mapping[Key, Config]) -> Key:
+    variant, _, seed = only.rpartition(":")
+    if seed.lstrip("-").isdecimal() and (variant, int(seed)) in runs:
+        return variant, int(seed)
+    known = ", ".join(f"{name}:{number}" for name, number in runs)
+    raise ConfigError(f"--only {only}: no such run; there are {known}")
+
+
+def _attempt_all(config: Config, runs: Mapping[Key, Config], console: Console) -> None:
+    """Train and evaluate all runs, so many at a time as ``study.parallel`` says."""
+    if config.study.parallel == 1:
+        for key, run in runs.items():
+            _attempt(config, key, run, console)
+        return
+    shared = {made.run_dir: made for made in (shared_config(config, run) for run in runs.values())}
+    for made in shared.values():
+        if made is not config:
+            try:
+                _make_shared(config, made, console)
+            except FgaifError as error:  # its runs will say so too
+                console.print(f"{made.run_dir}: {error}", style="red", markup=False)
+    file = config.run_dir / "study.yaml"
+    write_whole(file, dump_config(config))
+
+    def attempt(key: Key) -> None:
+        name = f"{key[0]}:{key[1]}"
+        log = _beside(runs[key], "log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        line = [sys.executable, "-m", "fgaif", "study", "--config", str(file), "--only", name]
+        with log.open("ab") as output:
+            code = subprocess.run(line, check=False, stdout=output, stderr=output).returncode
+        note = _beside(runs[key], "failure.txt")
+        if code and not note.is_file():
+            write_whole(note, f"its process ended with exit code {code}; see {log}\n")
+        console.print(f"{name} {'failed' if code else 'is done'}: {log}", markup=False)
+
+    with ThreadPoolExecutor(config.study.parallel) as pool:
+        list(pool.map(attempt, runs))
+
+
 def _attempt(config: Config, key: Key, run: Config, console: Console) -> None:
     """Train and evaluate a run; what stops it is written down, and the study goes on."""
-    note = run.run_dir / _FAILURE
+    note = _beside(run, "failure.txt")
     console.rule(f"{key[0]}, seed {key[1]}", align="left")
     try:
         shared = shared_config(config, run)
@@ -158,11 +209,12 @@ def _make_shared(config: Config, shared: Config, console: Console) -> None:
 
 def _adopt(source: Config, run: Config, stages: Sequence[Stage]) -> None:
     """Take over finished stages of another run, unless they are there."""
+    stage_status = StageStatus(run.run_dir)
+    wanted = [stage for stage in stages if stage_status.status(run, stage) != "done"]
+    if not wanted:
+        return
     with driver_lock(run.run_dir):
-        stage_status = StageStatus(run.run_dir)
-        for stage in stages:
-            if stage_status.status(run, stage) == "done":
-                continue
+        for stage in wanted:
             part = _SHARED[stage]
             shutil.copytree(source.run_dir / part, run.run_dir / part, dirs_exist_ok=True)
             stage_status.adopt(run, stage)
@@ -205,7 +257,7 @@ def _adapter_of(run_dir: Path, commands: Sequence[str]) -> Path:
 def _result(config: Config, key: Key, run: Config) -> StudyRun:
     """What a run came to, from its folder."""
     variant, seed = key
-    note = run.run_dir / _FAILURE
+    note = _beside(run, "failure.txt")
     if note.is_file():
         lines = note.read_text(encoding="utf-8").splitlines()
         return StudyRun(variant=variant, seed=seed, failure=lines[0] if lines else "failed")

@@ -67,6 +67,9 @@ class StudyConfig(Section):
     commands: dict[str, tuple[str, ...]] = Field({})
     """By a variant's name: fgaif commands that make its policy instead of PPO, one after another,
     such as `[pairs, baseline dpo]`; the last leaves an adapter in the run's folder."""
+    parallel: int = Field(1, ge=1)
+    """Trainings at a time, each in a process of its own; one cluster or machine must have room for
+    all of them."""
     evaluate_every: int = Field(0, ge=0)
     """Evaluate the checkpoints of every so many steps too, for the plots; 0: only what matched KL
     needs."""

@@ -254,9 +254,8 @@ def _recall(study: Json, runs: Sequence[Json], colours: Mapping[str, str]) -> Fi
             axes.plot(x, y, "o", color=colour, alpha=0.35, markersize=4)
             mean = sum(x) / len(x), sum(y) / len(y)
             axes.plot(*mean, "o", color=colour, markersize=8, label=variant)
-        _finish(axes, "hallucinated share, held-out images", "object recall")
+        _finish(axes, "hallucinated share, held-out images", "object recall", from_zero=False)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_ylim(auto=True)
         return laid_out(figure)
 
 
@@ -280,9 +279,10 @@ def _cost(study: Json, colours: Mapping[str, str]) -> Figure | None:
         return laid_out(figure)
 
 
-def _finish(axes: Axes, x: str, y: str) -> None:
+def _finish(axes: Axes, x: str, y: str, *, from_zero: bool = True) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
+    if from_zero:
+        axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(ncols=2, fontsize=8)
