@@ -84,7 +84,7 @@ class LearnerActor:
         )
         if policy.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        self._encoder = load_encoder(checkpoint, max_image_pixels=config.data.max_image_pixels)
+        self._encoder = load_encoder(checkpoint, **config.data.image_limits)
         model = attach_lora(base, policy.lora, config.seed, projector=policy.train_projector)
         set_vision_aside(base, projector=not policy.train_projector)
         self._engine = LoraEngine(

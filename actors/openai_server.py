@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 
-from actors.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT, context_length, engine_settings
+from actors.vllm_engine import (
+    CPU_ENVIRONMENT,
+    ENVIRONMENT,
+    context_length,
+    engine_settings,
+    image_settings,
+)
 from fgaif.config import Config
 from fgaif.errors import ConfigError
+from fgaif.lvlm.checkpoint_files import read_json
+from fgaif.lvlm.families import family_of_type
 from fgaif.lvlm.model import load_processor
 
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -31,6 +39,8 @@ def server_command(model: Path, name: str, config: Config, host: str, port: int)
         )
     on_gpu = torch.cuda.is_available()
     settings = engine_settings(config, context_length(model, config), on_gpu)
+    found = family_of_type(read_json(model / "config.json")["model_type"])
+    settings |= image_settings(found, config)
     settings |= {"model": str(model), "served_model_name": name, "host": host, "port": port}
     if template := _template(model):
         settings["chat_template"] = template

@@ -223,7 +223,7 @@ class ReferenceActor:
         return model
 
     def _reader(self, model: nn.Module, path: Path) -> _Reader:
-        encoder = load_encoder(path, max_image_pixels=self._config.data.max_image_pixels)
+        encoder = load_encoder(path, **self._config.data.image_limits)
         features = self._models.features(base_of(model), encoder)
         return _Reader(model=model, encoder=encoder, features=features)
 

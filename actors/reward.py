@@ -33,7 +33,7 @@ class _Scorer:
         self._encoder = load_reward_encoder(
             self._backbone,
             resolve_checkpoint(config.policy.model),
-            max_image_pixels=config.data.max_image_pixels,
+            **config.data.image_limits,
         )
         self._load = {
             "dtype": config.policy.dtype,

@@ -13,7 +13,13 @@ from fgaif.feedback.extract import kind_meanings
 from fgaif.feedback.facts import SceneFacts
 from fgaif.lvlm.hub import model_name
 from fgaif.lvlm.model import load_processor, resolve_checkpoint
-from fgaif.reward.checkpoint import RewardCard, common_min_words, read_cards, rewards_version
+from fgaif.reward.checkpoint import (
+    RewardCard,
+    common_image_pixels,
+    common_min_words,
+    read_cards,
+    rewards_version,
+)
 from fgaif.serving.schema import DEFAULT_PROMPT, CardOut, ModelOut
 from fgaif.serving.scoring import Refused, ScoreInput, ScoreOutput, TextScorer
 from fgaif.serving.shape import served_shape
@@ -64,7 +70,11 @@ class ScoringActor:
     def __init__(
         self, rewards_dir: Path, config: Config, kinds: Sequence[Kind] | None = None
     ) -> None:
-        limit = {"max_image_pixels": config.serve.max_image_pixels}
+        cards = read_cards(rewards_dir, kinds or config.kind_names)
+        limit = {
+            "max_image_pixels": config.serve.max_image_pixels,
+            "image_pixels": common_image_pixels(list(cards.values())),
+        }
         data = config.data.model_copy(update=limit)
         self._config = config.model_copy(update={"data": data})
         self._rewards_dir = rewards_dir

@@ -27,7 +27,7 @@ from fgaif.chat.messages import ChatRequest, Reply
 from fgaif.errors import CheckpointError, ConfigError, DataError, SyncError
 from fgaif.lvlm.allocator import set_allocator
 from fgaif.lvlm.arrival import Sums, add_sums, arrived
-from fgaif.lvlm.families.base import require_served_adapters
+from fgaif.lvlm.families.base import Family, require_served_adapters
 from fgaif.lvlm.inputs import load_encoder
 from fgaif.lvlm.sizes import read_facts
 from fgaif.lvlm.weights import parts, split_tensors
@@ -79,10 +79,11 @@ class VllmEngine:
 
         if not on_gpu:
             set_allocator(read_facts(model_dir).parameters)
-        self.encoder = load_encoder(model_dir, max_image_pixels=config.data.max_image_pixels)
+        self.encoder = load_encoder(model_dir, **config.data.image_limits)
         self.max_model_len = context_length(model_dir, config)
         self._unmerged = adapters and not config.merges_adapters
         settings = engine_settings(config, self.max_model_len, on_gpu)
+        settings |= image_settings(self.encoder.family, config)
         if self._unmerged:
             require_served_adapters(self.encoder.family)
             settings |= lora_settings(config.policy.lora.r)
@@ -367,6 +368,14 @@ def context_length(model_dir: Path, config: EngineSettings) -> int:
     """Tokens of prompt and answer together: as configured, as far as the model goes."""
     model = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     return min(config.cluster.engine.max_model_len, model.text_config.max_position_embeddings)
+
+
+def image_settings(family: Family, config: EngineSettings) -> Json:
+    """vLLM's arguments for the largest image: what it makes room for, and shrinks others to."""
+    pixels = config.data.image_pixels
+    if pixels is None or family.bound is None:
+        return {}
+    return {"mm_processor_kwargs": family.bound(pixels)}
 
 
 def engine_settings(config: EngineSettings, max_model_len: int, on_gpu: bool) -> Json:

@@ -1,5 +1,6 @@
 """The configurations for GPUs are what their headers say: our recipe, the paper's, the scripts'."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlavaConfig
+from transformers import AutoConfig, LlavaConfig
 
 from cluster.memory.actors import Models
 from cluster.memory.devices import parse_assumed
@@ -219,6 +220,78 @@ def test_it_fits_the_hardware_that_its_header_names(name: str, llava15: Models) 
     plan = plan_memory(load(name), devices=parse_assumed(devices), models=llava15)
     assert plan.problems == ()
     assert any(load.gpu is not None for load in plan.loads)
+
+
+QWEN_TEXT = {
+    "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+}  # fmt: skip
+ONEVISION_SIDES = [384 * side for side in range(1, 7)]
+# What the config.json files of the published checkpoints say of sizes.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen2.5-VL-7B-Instruct": QWEN_TEXT
+    | {
+        "model_type": "qwen2_5_vl", "max_position_embeddings": 128000,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "out_hidden_size": 3584,
+        },
+    },
+    "Qwen3-VL-8B-Instruct": {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "model_type": "qwen3_vl_text", "vocab_size": 151936, "hidden_size": 4096,
+            "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
+            "rope_scaling": {
+                "rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+            "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24],
+        },
+    },
+    "llava-onevision-qwen2-7b-ov-hf": {
+        "model_type": "llava_onevision", "vision_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": [[h, w] for h in ONEVISION_SIDES for w in ONEVISION_SIDES],
+        "text_config": QWEN_TEXT
+        | {"model_type": "qwen2", "vocab_size": 152000, "max_position_embeddings": 32768},
+        "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+            "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384,
+            "patch_size": 14, "vision_use_head": False,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "words", "billions", "tokens"),
+    [
+        ("qwen25vl_7b_4gpu", "4x80", "four 80 GB GPUs", 8.3, 1280),
+        ("qwen25vl_7b_1gpu", "1x80", "one 80 GB GPU", 8.3, 640),
+        ("qwen3vl_8b_4gpu", "4x80", "four 80 GB GPUs", 8.8, 1280),
+        ("llava_onevision_7b_4gpu", "4x80", "four 80 GB GPUs", 8.0, 8829),
+    ],
+)
+def test_other_families_fit_the_hardware_by_their_config_json_alone(
+    name: str, devices: str, words: str, billions: float, tokens: int, tmp_path: Path
+) -> None:
+    config = load(name)
+    assert words in header(name)
+    assert "Nobody has run it on" in header(name)
+    published = PUBLISHED[Path(config.policy.model).name]
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    facts = config_facts(AutoConfig.from_pretrained(tmp_path), config.data.image_pixels)
+    assert round(facts.parameters / 1e9, 1) == billions
+    assert facts.image_tokens == tokens
+    models = {config.policy.model: facts}
+    plan = plan_memory(config, devices=parse_assumed(devices), models=models)
+    assert plan.problems == ()
+    assert any(load.gpu is not None for load in plan.loads)
+    assert config.cluster.engine.max_model_len >= config.policy.max_new_tokens + 640
 
 
 def test_a_larger_verifier_fits_my_images_as_its_header_says(llava15: Models) -> None:

@@ -382,14 +382,15 @@ def gemma3(directory: Path) -> Path:
 
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen2_vl": qwen2_vl,
     "llava": tiny.build_tiny_llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
-    "qwen2_vl": qwen2_vl,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
-    "internvl": internvl,
     "gemma3": gemma3,
 }
+"""By ``model_type``."""

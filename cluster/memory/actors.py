@@ -87,7 +87,8 @@ def read_models(config: Config, roles: Collection[Role]) -> Models:
     critic = config.ppo.has_critic and "reference" in roles
     if critic and config.ppo.value_init != "policy":
         names.add(config.reward_backbone)
-    return {name: read_facts(resolve_checkpoint(name)) for name in names if name}
+    pixels = config.data.image_pixels
+    return {name: read_facts(resolve_checkpoint(name), pixels) for name in names if name}
 
 
 def actor_memory(
@@ -289,7 +290,9 @@ def kv_token(model: ModelFacts, width: int) -> int:
 
 
 def _sequence(config: Config, model: ModelFacts) -> int:
-    return model.image_tokens + PROMPT_TEXT + config.policy.max_new_tokens
+    length = model.image_tokens + PROMPT_TEXT + config.policy.max_new_tokens
+    # Longer prompts are left out before the first step.
+    return min(length, max(config.cluster.engine.max_model_len, config.policy.max_new_tokens))
 
 
 def _reward_sequence(config: Config, model: ModelFacts) -> int:

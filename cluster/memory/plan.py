@@ -296,13 +296,19 @@ def show_memory(
     config: Config, roles: Collection[Role], devices: Devices, console: Console
 ) -> None:
     """Print the plan of these roles; refuse it like :func:`check_memory`."""
-    plan = plan_memory(config, roles, devices)
+    models = read_models(config, held_roles(plan_roles(config, roles)))
+    plan = plan_memory(config, roles, devices, models)
     if not plan.loads and not plan.unplaced:
         return
     console.print(memory_table(plan))
+    for name, size in models.items():
+        console.print(
+            f"{name}: an image takes {size.image_tokens:,} tokens at most", markup=False,
+            soft_wrap=True,
+        )  # fmt: skip
     if plan.unknown:
         console.print(plan.unknown, soft_wrap=True, markup=False)
-    refuse(plan, config, roles)
+    refuse(plan, config, roles, models)
     if plan.fits:
         console.print(plan.fits, markup=False)
 

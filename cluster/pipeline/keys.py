@@ -66,7 +66,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("data", "train", _result("sample", "train")),
     ("data", "responses", _result("sample")),
     ("data", "held_out eval_prompts", _result(*_EVALS)),
-    ("data", "image_root shuffle seed max_image_pixels", _SAMPLING),
+    ("data", "image_root shuffle seed max_image_pixels image_pixels", _SAMPLING),
     # The first prompts of a larger number are those of a smaller one, each with a seed of its own.
     ("data", "feedback_prompts", _extends("sample", "annotate")),
     ("data", "ppo_prompts", _result("train")),  # the order of all batches is drawn from them

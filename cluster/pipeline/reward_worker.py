@@ -34,7 +34,7 @@ def run_reward_task(task: RewardTask) -> None:
     encoder = load_reward_encoder(
         path,
         resolve_checkpoint(config.policy.model),
-        max_image_pixels=config.data.max_image_pixels,
+        **config.data.image_limits,
     )
     backbone = _load_backbone(path, config)
     features = FeatureCache(backbone, encoder.encoder)

@@ -160,8 +160,7 @@ class Run:
         self._policy_path = resolve_checkpoint(config.policy.model)
         self._resume = False
         self._hashes = Hashes(config.run_dir)
-        pixels = config.data.max_image_pixels
-        self._encoder = load_encoder(self._policy_path, max_image_pixels=pixels)
+        self._encoder = load_encoder(self._policy_path, **config.data.image_limits)
         self._tokenizer = self._encoder.tokenizer
 
     def prepare(self, plan: StagePlan, stage_status: StageStatus) -> None:

@@ -143,7 +143,7 @@ def train_baseline(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULT, {"done": False, "settings": settings})
     path = resolve_checkpoint(config.policy.model)
-    encoder = load_encoder(path, max_image_pixels=config.data.max_image_pixels)
+    encoder = load_encoder(path, **config.data.image_limits)
     loaded = load_lvlm(path, dtype=config.policy.dtype, attention=config.policy.attention)
     policy = config.policy
     model = (

@@ -1,10 +1,18 @@
 """Images and prompts."""
 
 from pathlib import Path
+from typing import TypedDict
 
 from pydantic import Field
 
 from fgaif.config.section import Section
+
+
+class ImageLimits(TypedDict):
+    """Arguments of encoders; see the keys of :class:`DataConfig`."""
+
+    max_image_pixels: int
+    image_pixels: int | None
 
 
 class DataConfig(Section):
@@ -35,3 +43,13 @@ class DataConfig(Section):
     """Held-out prompts of the evaluation."""
     max_image_pixels: int = Field(50_000_000, ge=1)
     """Larger images are refused before they are decoded."""
+    image_pixels: int | None = Field(None, ge=3136)
+    """Models that see images at their own resolution (Qwen-VL) are shown larger ones shrunk to so
+    many pixels, the same in all roles: 1,003,520 are 1,280 tokens of Qwen2.5-VL, whose own limit is
+    16,384. Models that take images of one size, or in tiles, take no notice; default: the
+    processor's own limit."""
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """Both limits on images, for encoders."""
+        return ImageLimits(max_image_pixels=self.max_image_pixels, image_pixels=self.image_pixels)

@@ -39,8 +39,18 @@ class EncodedBatch:
 class Encoder:
     """Tokenises prompts and preprocesses images of one checkpoint, caching pixels by content."""
 
-    def __init__(self, processor: Any, config: Any, *, max_image_pixels: int = 50_000_000) -> None:
-        """``processor`` and ``config`` are transformers' of the checkpoint."""
+    def __init__(
+        self,
+        processor: Any,
+        config: Any,
+        *,
+        max_image_pixels: int = 50_000_000,
+        image_pixels: int | None = None,
+    ) -> None:
+        """``processor`` and ``config`` are transformers' of the checkpoint.
+
+        ``max_image_pixels`` and ``image_pixels`` are those of ``fgaif.config.DataConfig``.
+        """
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.family = family_of(config)
@@ -52,6 +62,9 @@ class Encoder:
         self.config = config
         self._special = _special_pattern(self.tokenizer)
         self._max_pixels = max_image_pixels
+        if image_pixels is not None and self.family.bound is not None:
+            for name, value in self.family.bound(image_pixels).items():
+                setattr(processor.image_processor, name, value)
         self._pixels = PixelCache(_CACHE_BYTES)
         self._placed: dict[str, str] = {}
         self._prompts: dict[tuple[str, str], list[int]] = {}
@@ -192,14 +205,18 @@ class _Shown:
         return self.encoder.pixels(self.image)
 
 
-def load_encoder(path: Path, *, max_image_pixels: int = 50_000_000) -> Encoder:
-    """The encoder of a checkpoint folder.
+def load_encoder(
+    path: Path, *, max_image_pixels: int = 50_000_000, image_pixels: int | None = None
+) -> Encoder:
+    """The encoder of a checkpoint folder; the limits are those of ``fgaif.config.DataConfig``.
 
     Raises:
         CheckpointError: as :func:`fgaif.lvlm.model.load_processor`.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    return Encoder(load_processor(path), config, max_image_pixels=max_image_pixels)
+    return Encoder(
+        load_processor(path), config, max_image_pixels=max_image_pixels, image_pixels=image_pixels
+    )
 
 
 def as_tensor(array: Any, like: Tensor) -> Tensor:

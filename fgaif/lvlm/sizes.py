@@ -53,8 +53,10 @@ class ModelFacts:
         return lora.r * sum(rows + columns for rows, columns in self.linears)
 
 
-def read_facts(path: Path) -> ModelFacts:
+def read_facts(path: Path, image_pixels: int | None = None) -> ModelFacts:
     """Facts of a checkpoint folder, from config.json and the headers of its safetensors files.
+
+    ``image_pixels`` is `data.image_pixels`: it bounds what an image costs.
 
     Raises:
         CheckpointError: it holds no safetensors weights, or a damaged file.
@@ -64,22 +66,24 @@ def read_facts(path: Path) -> ModelFacts:
         shapes |= {name: item["shape"] for name, item in read_header(file).items()}
     if not shapes:
         raise CheckpointError(f"{path}: no *.safetensors weights; pickled weights are not loaded")
-    return _facts(AutoConfig.from_pretrained(path, local_files_only=True), shapes)
+    return _facts(AutoConfig.from_pretrained(path, local_files_only=True), shapes, image_pixels)
 
 
-def config_facts(config: PretrainedConfig) -> ModelFacts:
+def config_facts(config: PretrainedConfig, image_pixels: int | None = None) -> ModelFacts:
     """Facts of the model that a configuration describes; nothing is allocated.
 
     ``config_facts(LlavaConfig())`` are those of LLaVA-1.5-7B but for 64 rows of the vocabulary.
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    return _facts(config, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    return _facts(
+        config, {name: tuple(p.shape) for name, p in model.named_parameters()}, image_pixels
+    )
 
 
-def _facts(config: PretrainedConfig, shapes: Shapes) -> ModelFacts:
+def _facts(config: PretrainedConfig, shapes: Shapes, image_pixels: int | None) -> ModelFacts:
     family, text = family_of(config), config.text_config
-    vision = family.vision(config)
+    vision = family.vision(config, image_pixels)
     held = {family.public_of_file(name): shape for name, shape in shapes.items()}
 
     def count(part: str | None) -> int:

@@ -80,6 +80,8 @@ class RewardCard(BaseModel):
     shape: RewardShapeConfig | None = None
     """`ppo.shape` of the training's configuration: what the service makes rewards with. Cards of
     earlier versions have none, which counts as the default shape."""
+    image_pixels: int | None = None
+    """`data.image_pixels` of the training: at which size it saw images."""
     input_digest: str
     """Digest of everything the training depended on; equal inputs need no second training."""
     noise: NoiseCard | None = None
@@ -126,6 +128,7 @@ def make_card(
         tokenizer_digest=tokenizer_digest,
         min_words=config.segment.least_words,
         shape=config.ppo.shape,
+        image_pixels=config.data.image_pixels,
         input_digest=input_digest,
         noise=_noise_card(kind, config, data),
         metrics=metrics,
@@ -241,6 +244,21 @@ def common_min_words(cards: Sequence[RewardCard]) -> int:
             "with one"
         )
     return cards[0].min_words
+
+
+def common_image_pixels(cards: Sequence[RewardCard]) -> int | None:
+    """The ``data.image_pixels`` that reward models were trained with.
+
+    Raises:
+        CheckpointError: they were trained with different ones.
+    """
+    found = {card.kind: card.image_pixels for card in cards}
+    if len(set(found.values())) > 1:
+        raise CheckpointError(
+            f"reward models that saw images at different sizes (data.image_pixels): {found}; train "
+            "them with one configuration"
+        )
+    return cards[0].image_pixels
 
 
 def common_shape(cards: Sequence[RewardCard]) -> RewardShapeConfig:

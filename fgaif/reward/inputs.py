@@ -106,9 +106,11 @@ class RewardEncoder:
         return ids
 
 
-def load_reward_encoder(backbone: Path, policy: Path, *, max_image_pixels: int) -> RewardEncoder:
+def load_reward_encoder(
+    backbone: Path, policy: Path, *, max_image_pixels: int, image_pixels: int | None = None
+) -> RewardEncoder:
     """Encoder of a backbone for the responses of a policy; compares their vocabularies."""
-    encoder = load_encoder(backbone, max_image_pixels=max_image_pixels)
+    encoder = load_encoder(backbone, max_image_pixels=max_image_pixels, image_pixels=image_pixels)
     same = policy == backbone or tokenizer_digest(encoder.tokenizer) == tokenizer_digest(
         load_processor(policy).tokenizer
     )

@@ -92,7 +92,7 @@ def train_rewards(
     encoder = load_reward_encoder(
         path,
         resolve_checkpoint(config.policy.model),
-        max_image_pixels=config.data.max_image_pixels,
+        **config.data.image_limits,
     )
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = load_lvlm(path, device=where, attention=config.policy.attention)

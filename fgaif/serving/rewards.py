@@ -31,6 +31,7 @@ from fgaif.reward.checkpoint import (
     SAVED_FILES,
     RewardCard,
     checkpoint_digest,
+    common_image_pixels,
     common_min_words,
     common_shape,
     load_reward_model,
@@ -188,7 +189,10 @@ class Rewards:
         self._device = torch.device(device)
         self._micro_batch = micro_batch
         self._shared = shared
-        self._encoder = load_reward_encoder(backbone, policy, max_image_pixels=MAX_PIXELS)
+        seen = common_image_pixels(list(self.cards.values()))
+        self._encoder = load_reward_encoder(
+            backbone, policy, max_image_pixels=MAX_PIXELS, image_pixels=seen
+        )
         self._tokenizer = load_processor(policy).tokenizer
         load = {"dtype": dtype, "device": device, "attention": attention}
         self._models: list[RewardModel | SharedRewardModels] = (

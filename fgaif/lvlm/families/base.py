@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fgaif.errors import CheckpointError, ConfigError
+from fgaif.types import Json
 
 Pixels = Mapping[str, NDArray[Any]]
 """One preprocessed image: arrays by the names that transformers has for them, floats and integers.
@@ -116,8 +117,8 @@ class Family:
     """Prefixes of parameter names in memory, and in published checkpoints."""
     features: Callable[[Any, Sequence[Tensors]], list[ImageFeatures]]
     """Image features from model and images, one for each. Vision tower and projector are frozen."""
-    vision: Callable[[Any], VisionFacts]
-    """What an image costs at most, from the configuration."""
+    vision: Callable[[Any, int | None], VisionFacts]
+    """What an image costs at most, from the configuration and the bound on its pixels."""
     language: str = "model.language_model"
     """The language model: LoRA goes there and nowhere else."""
     tower: str = "model.vision_tower"
@@ -136,6 +137,9 @@ class Family:
     """The placeholder in a text without a chat template, with what belongs around it."""
     positions: Callable[[Any, Tensor, ImageFeatures], dict[str, Any]] = no_positions
     """What the language model is told beside the embeddings, from model, ids (B, L), features."""
+    bound: Callable[[int], Json] | None = None
+    """Settings of the image processor that shrink larger images to so many pixels; None where
+    images are of one size or tiled."""
     check: Callable[[Any, Any], None] = nothing_to_check
     """Raise CheckpointError where processor and configuration do not fit together."""
     serves_adapters: bool = True

@@ -44,7 +44,7 @@ def _positions(model: Any, input_ids: Tensor, features: ImageFeatures) -> dict[s
     return {"attention_mask": masks}
 
 
-def _vision(config: Any) -> VisionFacts:
+def _vision(config: Any, pixels: int | None) -> VisionFacts:
     vision = config.vision_config
     return VisionFacts(
         image_tokens=config.mm_tokens_per_image,

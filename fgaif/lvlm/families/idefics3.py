@@ -40,7 +40,7 @@ def _tile_tokens(config: Any) -> int:
     return int((vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2)
 
 
-def _vision(config: Any) -> VisionFacts:
+def _vision(config: Any, pixels: int | None) -> VisionFacts:
     vision, tiles = config.vision_config, MOST_TILES + 1
     return VisionFacts(
         image_tokens=tiles * _tile_tokens(config),

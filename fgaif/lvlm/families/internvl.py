@@ -54,7 +54,7 @@ def _tile_patches(config: Any) -> int:
     return int(high * wide)
 
 
-def _vision(config: Any) -> VisionFacts:
+def _vision(config: Any, pixels: int | None) -> VisionFacts:
     vision, tiles = config.vision_config, MOST_TILES + 1
     high, wide = vision.image_size
     return VisionFacts(

@@ -30,7 +30,7 @@ def image_token_count(config: Any) -> int:
     return patches + with_cls - (config.vision_feature_select_strategy == "default")
 
 
-def _vision(config: Any) -> VisionFacts:
+def _vision(config: Any, pixels: int | None) -> VisionFacts:
     vision = config.vision_config
     return VisionFacts(
         image_tokens=image_token_count(config),

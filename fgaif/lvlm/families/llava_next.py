@@ -52,7 +52,7 @@ def tower_facts(config: Any, image_tokens: int) -> VisionFacts:
     )
 
 
-def _vision(config: Any) -> VisionFacts:
+def _vision(config: Any, pixels: int | None) -> VisionFacts:
     _, tiled, rows = tiles(config)
     return tower_facts(config, tiled + rows + patches(config) ** 2 + 1)
 

@@ -17,7 +17,7 @@ _POOLED_FROM = 1.1
 """Tokens are pooled where their number is larger than the square of this times the limit's."""
 
 
-def _vision(config: Any) -> VisionFacts:
+def _vision(config: Any, pixels: int | None) -> VisionFacts:
     _, tiled, rows = tiles(config)
     limit = int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * patches(config) ** 2
     most = min(tiled, int(limit * _POOLED_FROM**2))

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fgaif.lvlm.families import qwen_vl
 from fgaif.lvlm.families.base import Family, ImageFeatures, Tensors, VisionFacts
+from fgaif.types import Json
 
-MOST_PIXELS = 16_777_216
-"""What the published processors shrink larger images to: 16,384 tokens of 32 x 32 pixels."""
+LEAST_PIXELS, MOST_PIXELS = 65_536, 16_777_216
+"""Between which the published processors scale images: 64 and 16,384 tokens of 32 x 32 pixels."""
 
 
 def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
@@ -37,8 +38,12 @@ def _positions(model: Any, input_ids: Tensor, features: ImageFeatures) -> dict[s
     }
 
 
-def _vision(config: Any) -> VisionFacts:
-    return qwen_vl.vision_facts(config, MOST_PIXELS)
+def _bound(pixels: int) -> Json:
+    return qwen_vl.bound(pixels, LEAST_PIXELS)
+
+
+def _vision(config: Any, pixels: int | None) -> VisionFacts:
+    return qwen_vl.vision_facts(config, pixels or MOST_PIXELS)
 
 
 QWEN3_VL = Family(
@@ -55,6 +60,7 @@ QWEN3_VL = Family(
     projector=None,
     expand=qwen_vl.expand,
     written=qwen_vl.written,
+    bound=_bound,
     positions=_positions,
     check=qwen_vl.check,
 )

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import Family, ImageFeatures, Shown, Tensors, VisionFacts
+from fgaif.types import Json
 
-MOST_PIXELS = 12_845_056
-"""What the published processors shrink larger images to: 16,384 tokens of 28 x 28 pixels."""
+LEAST_PIXELS, MOST_PIXELS = 3_136, 12_845_056
+"""Between which the published processors scale images: 4 and 16,384 tokens of 28 x 28 pixels."""
 START, END = "<|vision_start|>", "<|vision_end|>"
 
 
@@ -87,8 +88,13 @@ def vision_facts(config: Any, pixels: int) -> VisionFacts:
     )
 
 
-def _vision(config: Any) -> VisionFacts:
-    return vision_facts(config, MOST_PIXELS)
+def bound(pixels: int, least: int = LEAST_PIXELS) -> Json:
+    """Bounds on the size that an image is scaled to."""
+    return {"size": {"shortest_edge": min(least, pixels), "longest_edge": pixels}}
+
+
+def _vision(config: Any, pixels: int | None) -> VisionFacts:
+    return vision_facts(config, pixels or MOST_PIXELS)
 
 
 QWEN_VL = Family(
@@ -105,6 +111,7 @@ QWEN_VL = Family(
     projector=None,
     expand=expand,
     written=written,
+    bound=bound,
     positions=positions,
     check=check,
 )
