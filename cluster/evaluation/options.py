@@ -54,6 +54,14 @@ class JudgeOptions:
     judge_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with its key.")
     ] = None
+    rejudge: Annotated[
+        str | None,
+        typer.Option(help="Second judge, another entry: compares both, and writes rejudge.json."),
+    ] = None
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A rejudge.json: says what figures are worth at the old judge."),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.judge is not None and self.judge_model is not None:

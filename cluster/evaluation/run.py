@@ -19,7 +19,7 @@ from cluster.evaluation.settings import Settings, judge_settings
 from fgaif.chat.store import ReplyStore
 from fgaif.config import with_overrides
 from fgaif.data.prompts import Skipped
-from fgaif.errors import DataError
+from fgaif.errors import ConfigError, DataError
 from fgaif.eval.benchmark import EvalContext, Judges, PreparedBenchmark
 from fgaif.eval.benchmark_results import (
     benchmarks_in,
@@ -33,6 +33,7 @@ from fgaif.eval.benchmarks import benchmark_names, load_benchmark
 from fgaif.eval.checks import general_checks, warned
 from fgaif.eval.coverage import bought_with_coverage
 from fgaif.eval.expected import check_setup, image_list_digest, setup_lines
+from fgaif.eval.rejudge import converted_lines, rejudge_lines, rejudged
 from fgaif.eval.scored import Scored
 from fgaif.eval.tables import (
     comparison_table,
@@ -77,12 +78,43 @@ def run_benchmarks(
         return
     if any(one.judged for one in prepared):
         judge_settings(settings.config, settings.judge)  # before an hour of generation
+        if settings.rejudge is not None:
+            judge_settings(settings.config, settings.rejudge)
     if settings.model is not None:
         _generate(prepared, settings, settings.model, err)
     scored = [
         _with_provenance(one, result, settings) for one, result in _score(prepared, settings, err)
     ]
-    _report(scored, settings, out, err, by_name)
+    if settings.calibration is not None:
+        scored = [
+            replace(one, provenance=one.provenance | converted_lines(settings.calibration, one))
+            if plan.judged
+            else one
+            for plan, one in zip(prepared, scored, strict=True)
+        ]
+    found = _rejudge(prepared, scored, settings, err) if settings.rejudge is not None else {}
+    _report(scored, settings, out, err, by_name, found)
+
+
+def _rejudge(
+    prepared: Sequence[PreparedBenchmark],
+    scored: Sequence[Scored],
+    settings: Settings,
+    err: Console,
+) -> dict[str, Json]:
+    """Have the second judge score the same answers, and compare the two by benchmark."""
+    judged = [(plan, one) for plan, one in zip(prepared, scored, strict=True) if plan.judged]
+    if not judged:
+        raise ConfigError("--rejudge compares judges: no judge is asked here; give --judge too")
+    second = replace(settings, judge=settings.rejudge)
+    again = _score([plan for plan, _ in judged], second, err)
+    found = {
+        one.benchmark: rejudged(one, other, seed=settings.seed)
+        for (_, one), (_, other) in zip(judged, again, strict=True)
+    }
+    if settings.out is not None:
+        write_whole(settings.out / "rejudge.json", _dump(found))
+    return found
 
 
 def prepare_all(
@@ -282,7 +314,12 @@ def _with_provenance(prepared: PreparedBenchmark, scored: Scored, settings: Sett
 
 
 def _report(
-    scored: Sequence[Scored], settings: Settings, out: Console, err: Console, by_name: bool
+    scored: Sequence[Scored],
+    settings: Settings,
+    out: Console,
+    err: Console,
+    by_name: bool,
+    judges: Mapping[str, Json],
 ) -> None:
     results = [
         (full, intervals(full, seed=settings.seed))
@@ -295,9 +332,13 @@ def _report(
         err.print(f"results: {settings.out / 'results.html'}", highlight=False)
     if settings.as_json:
         trees = {full.benchmark: result_json(full, found, settings.seed) for full, found in results}
+        for name, comparison in judges.items():
+            trees[name]["rejudged"] = comparison
         _print_json(trees if by_name else next(iter(trees.values())))
     else:
         out.print(for_console(results_table("results", results)))
+        for line in (line for found in judges.values() for line in rejudge_lines(found)):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_plan(prepared: Sequence[PreparedBenchmark], settings: Settings, out: Console) -> None:

@@ -37,6 +37,8 @@ class Settings:
     images: Path | None = None
     corruption: str | None = None
     judge: str | None = None
+    rejudge: str | None = None
+    calibration: Path | None = None
     verifier: str | None = None
     replies: Path
     seed: int = 0
@@ -73,6 +75,8 @@ def make_settings(
         images=common.images,
         corruption=common.corrupt,
         judge=entry,
+        rejudge=judge.rejudge if judge is not None else None,
+        calibration=judge.calibration if judge is not None else None,
         verifier=checkpoint,
         replies=common.out / "judge.sqlite" if common.out is not None else _REPLIES,
         seed=common.seed,

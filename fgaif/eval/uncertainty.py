@@ -18,6 +18,7 @@ from fgaif.eval.scored import FigureFunction, Scored, Stats
 RESAMPLES = 2000
 PERMUTATIONS = 10_000
 LEVEL = 0.95
+_OWN = ("model", "answers", "adapter", "converted")
 _CELLS = 2**21
 """Numbers per block of resamples, which bounds memory: about 16 MiB."""
 
@@ -178,7 +179,7 @@ def _other_conditions(a: Scored, b: Scored) -> Iterator[str]:
     """What besides the answers differs, as judges and prompts do; answers and models may."""
     for key in sorted(a.provenance.keys() | b.provenance.keys()):
         mine, theirs = a.provenance.get(key), b.provenance.get(key)
-        if mine != theirs and not key.startswith(("model", "answers", "adapter")):
+        if mine != theirs and not key.startswith(_OWN):
             yield f"{a.benchmark}: {key} differs: {mine or 'none'} and {theirs or 'none'}"
 
 
