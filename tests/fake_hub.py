@@ -109,7 +109,10 @@ class FakeHub:
 
 @contextmanager
 def online(fake: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within, huggingface_hub asks the fake and keeps its files under ``cache``."""
+    """Within, huggingface_hub asks the fake and keeps its files under ``cache``.
+
+    What is patched within has to be undone within: with a context of the patch.
+    """
     thread = Thread(target=fake.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{fake.server.server_port}"

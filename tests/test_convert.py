@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 import tiny
 import torch
+from engines import photo_prompts, response_to, rollout_actor
 from fake_hub import FakeHub, online
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from PIL import Image
+from ppo_world import hf_logprobs
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -218,6 +221,15 @@ def test_image_features_are_those_of_clip_through_the_projector(
     wanted = nn.functional.linear(nn.functional.gelu(first), weights["2.weight"], weights["2.bias"])
     found = image_features(load_lvlm(converted), [{"pixel_values": each[None]} for each in pixels])
     torch.testing.assert_close(torch.stack([each.rows for each in found]), wanted)
+
+
+@pytest.mark.long
+def test_vllm_and_transformers_agree_on_it(converted: Path, photos: Path) -> None:
+    """On photographs that are not square, padded by the processor that was written."""
+    probe = [response_to(prompt, [40, 61, 17, 203, 9, 2]) for prompt in photo_prompts(photos)[:2]]
+    wanted = hf_logprobs(load_lvlm(converted), converted, probe).numpy()
+    found = np.stack(rollout_actor(converted).probe_logprobs(probe))
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 def test_the_prompt_is_the_one_of_training_and_images_are_padded(converted: Path) -> None:

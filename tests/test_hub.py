@@ -1,6 +1,10 @@
 """Models by their names at the hub: against a server on loopback and a cache of one's own."""
 
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +21,7 @@ from fgaif.errors import CheckpointError
 from fgaif.lvlm import hub
 from fgaif.lvlm.adapters import read_adapter_config
 from fgaif.lvlm.export import export_merged
-from fgaif.lvlm.model import attach_lora, load_lvlm, resolve_checkpoint
+from fgaif.lvlm.model import attach_lora, load_lvlm, resolve_checkpoint, split_model
 from fgaif.reward.checkpoint import make_card
 
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -107,16 +111,34 @@ def test_what_is_in_the_cache_is_used_without_the_hub(
     asked = len(connected.asked)
     assert resolve_checkpoint(f"{NAME}@{FIRST}") == folder
     assert len(connected.asked) == asked  # a commit never changes
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub._folder.cache_clear()
-    assert resolve_checkpoint(f"{NAME}@main") == folder
-    assert hub.pinned(f"{NAME}@main") == f"{NAME}@{FIRST}"
-    with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set: .*`hf download .*`"):
-        resolve_checkpoint(f"{NAME}@{SECOND}")
-    (folder / "model.safetensors").unlink()
-    hub._folder.cache_clear()
-    with pytest.raises(CheckpointError, match="only some of its files"):
-        resolve_checkpoint(f"{NAME}@main")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        hub._folder.cache_clear()
+        assert resolve_checkpoint(f"{NAME}@main") == folder
+        assert hub.pinned(f"{NAME}@main") == f"{NAME}@{FIRST}"
+        with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set: .*`hf download .*`"):
+            resolve_checkpoint(f"{NAME}@{SECOND}")
+        (folder / "model.safetensors").unlink()
+        hub._folder.cache_clear()
+        with pytest.raises(CheckpointError, match="only some of its files"):
+            resolve_checkpoint(f"{NAME}@main")
+
+
+def test_the_download_that_is_advised_is_all_that_is_needed(
+    connected: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set") as refused:
+            resolve_checkpoint(f"{NAME}@main")
+    program, *arguments = shlex.split(str(refused.value).split("`")[1])
+    address = f"http://127.0.0.1:{connected.server.server_port}"
+    where = {"HF_ENDPOINT": address, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    subprocess.run(command, env=os.environ | where, check=True, capture_output=True, timeout=100)
+    asked = len(connected.asked)
+    assert resolve_checkpoint(f"{NAME}@{FIRST}").name == FIRST
+    assert len(connected.asked) == asked
 
 
 @pytest.mark.parametrize(
@@ -168,3 +190,9 @@ def test_cards_and_adapters_name_the_commit(connected: FakeHub, tmp_path: Path) 
     readme = (tmp_path / "out" / "README.md").read_text()
     assert f"base checkpoint: `{name}`" in readme
     assert str(tmp_path) not in readme
+    moved, adapter = resolve_checkpoint(f"{NAME}@{SECOND}"), tmp_path / "adapter"
+    with pytest.raises(CheckpointError, match=f"give the base as {name}"):
+        export_merged(moved, adapter, tmp_path / "other", dtype="float32")
+    with pytest.raises(CheckpointError, match=f"give the base as {name}"):
+        split_model(f"{NAME}@{SECOND}+{adapter}", "--model")
+    assert split_model(f"{name}+{adapter}", "--model") == (folder, adapter)

@@ -22,6 +22,8 @@ def set_allocator(parameters: int) -> None:
     if mallopt is None:  # other C libraries have none
         return
     if parameters >= LARGE:
+        mallopt(_M_MMAP_MAX, 2**16)  # glibc's own, as the next: a small model may have come before
+        mallopt(_M_TOP_PAD, 2**17)
         mallopt(_M_MMAP_THRESHOLD, 2**17)
         mallopt(_M_TRIM_THRESHOLD, 2**24)
     else:

@@ -18,7 +18,7 @@ from fgaif.errors import CheckpointError
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
 from fgaif.lvlm.arrival import arrived, merged_sums
 from fgaif.lvlm.families import family_of
-from fgaif.lvlm.hub import model_name
+from fgaif.lvlm.hub import check_base, model_name
 from fgaif.lvlm.model import load_adapter, load_lvlm, load_processor
 from fgaif.types import Arrived
 
@@ -88,10 +88,11 @@ def export_merged(
     complete, so an interrupted export leaves nothing that looks finished.
 
     Raises:
-        CheckpointError: the adapter does not fit, ``out_dir`` exists and is not empty, or less than
-            ``least`` of the update survives; then nothing is written.
+        CheckpointError: the adapter does not fit or names another commit, ``out_dir`` exists and
+            is not empty, or less than ``least`` of the update survives; then nothing is written.
     """
     _check_empty(out_dir)
+    check_base(adapter_dir, read_adapter_config(adapter_dir), base_dir)
     processor = load_processor(base_dir)
     adapted = load_adapter(load_lvlm(base_dir, dtype="float32"), adapter_dir)
     kept = surviving(adapted, dtype)

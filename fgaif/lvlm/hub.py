@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from fgaif.errors import CheckpointError, first_line
 
@@ -130,6 +130,22 @@ def name_base(model: PeftModel, base: str) -> None:
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = parts[0] if parts else base
         settings.revision = parts[1] if parts else None
+
+
+def check_base(adapter: Path, settings: LoraConfig, base: Path) -> None:
+    """Refuse a base of the hub that is another commit than the adapter names.
+
+    Raises:
+        CheckpointError: with the name of the one that it was trained on.
+    """
+    found, named = hub_name(base), str(settings.revision)
+    if found is None or settings.base_model_name_or_path != found[0]:
+        return
+    if _COMMIT.fullmatch(named) and named != found[1]:
+        raise CheckpointError(
+            f"{adapter}: was trained on {found[0]}@{named}, and {found[1]} is another commit: give "
+            f"the base as {found[0]}@{named}"
+        )
 
 
 def hub_name(folder: Path) -> tuple[str, str] | None:

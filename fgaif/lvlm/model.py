@@ -13,7 +13,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fgaif.errors import CheckpointError, DataError
-from fgaif.lvlm.adapters import ADAPTER_FILES, check_adapter_loaded, read_adapter
+from fgaif.lvlm.adapters import (
+    ADAPTER_FILES,
+    check_adapter_loaded,
+    read_adapter,
+    read_adapter_config,
+)
 from fgaif.lvlm.allocator import set_allocator
 from fgaif.lvlm.checkpoint_files import check_weights, read_json
 from fgaif.lvlm.families import family_of, family_of_type, in_original_layout
@@ -73,7 +78,8 @@ def split_model(text: str, option: str) -> tuple[Path, Path | None]:
         option: what messages call the text.
 
     Raises:
-        CheckpointError: no such checkpoint, or no adapter in the folder.
+        CheckpointError: no such checkpoint, no adapter in the folder, or one that was trained on
+            another commit of the checkpoint.
     """
     whole = Path(text).expanduser().is_dir() or "+" not in text
     name, _, behind = (text, "", "") if whole else text.rpartition("+")
@@ -84,6 +90,10 @@ def split_model(text: str, option: str) -> tuple[Path, Path | None]:
                 f"{option} {text}: {adapter}/{file} does not exist; give a LoRA adapter's folder "
                 "after the +"
             )
+    if adapter is not None and "@" in name:
+        from fgaif.lvlm.hub import check_base
+
+        check_base(adapter, read_adapter_config(adapter), checkpoint)
     return checkpoint, adapter
 
 
