@@ -240,7 +240,8 @@ def test_no_reply_raises_or_speaks_of_other_segments(
 @pytest.mark.parametrize(
     "nothing",
     ["none", "None.", "N/A", "n/a", "NA", "nil", "null", "nothing", "No facts.", "Not applicable",
-     "No relation.", "no attributes mentioned", "There are no relations", "None mentioned."],
+     "No relation.", "no attributes mentioned", "There are no relations", "None mentioned.",
+     "No attributes are mentioned.", "The segment states no facts.", "none are given", "Not found"],
 )  # fmt: skip
 def test_words_for_nothing_are_no_facts(nothing: str) -> None:
     said = {"object": ["There is a dog."], "attribute": [nothing], "relation": []}

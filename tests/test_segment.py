@@ -460,6 +460,9 @@ def test_a_piece_is_settled_once_its_successor_cannot_move() -> None:
         ["The TV is 42 in. wide. ", "It is on."],
         ["It has 9 sq. feet. ", "The dept. store is max. ten minutes away."],
         ["There are: 1. A dog on the mat. ", "2. A cat on the bed. ", "3. A red ball."],
+        ["هل هذا كلب صغير جدا؟ ", "نعم هو كلب."],
+        ["The board is approx. 3 m long. ", "It is brown."],
+        ["It says Jan. 5 in red. ", "It is brown."],
     ],
 )
 def test_full_stops_of_other_scripts_units_and_inline_lists(pieces: list[str]) -> None:

@@ -43,9 +43,11 @@ MAX_LENGTH = 160
 _FENCED = re.compile(r"```(?:json)?\s(.*?)```", re.DOTALL | re.IGNORECASE)
 _HEADER = re.compile(r"\W*+segment\s+([0-9]{1,6})\W*+", re.IGNORECASE)
 _NOTHING = re.compile(
-    r"[\W_]*+(none(?: mentioned| stated| found)?|n\W?a|nil|null|nothing|empty"
-    r"|not (?:applicable|mentioned|stated)|(?:there (?:are|is) )?no (?:atomic )?(?:\w+ )?"
-    r"(?:facts?|statements?|objects?|attributes?|relations?)(?: mentioned| stated)?)?[\W_]*+",
+    r"[\W_]*+(none(?: (?:is |are )?(?:mentioned|stated|found|given|present))?|n\W?a|nil|null"
+    r"|nothing|empty|not (?:applicable|mentioned|stated|found|given|present)"
+    r"|(?:there (?:are|is) |th(?:is|e) (?:segment|sentence|text) (?:states|has|contains) )?"
+    r"no (?:atomic )?(?:\w+ )?(?:facts?|statements?|objects?|attributes?|relations?)"
+    r"(?: (?:are |is )?(?:mentioned|stated|found|given|present))?)?[\W_]*+",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W_]+")

@@ -5,8 +5,8 @@ the pieces are long enough. The original finds sentences with spaCy's ``en_core_
 that is not on the package index; here rules do. On 400 LLaVA captions of COCO images (3,511
 pieces) both give the same boundaries everywhere. They differ on purpose in these cases: a blank
 line and a list item (``-``, ``*``, ``1.``) begin a sentence, a list number stays with its item,
-and a sentence ends only at white space ("dog.The" is one word), or at a Chinese, Japanese or Indian
-full stop. Where English is ambiguous
+and a sentence ends only at white space ("dog.The" is one word), or at a full stop of another
+script. Where English is ambiguous
 (initials, "a.m.", an ellipsis) neither is always right.
 """
 
@@ -23,7 +23,7 @@ from fgaif.types import Response, Segment
 
 _UNFINISHED = f"{REPLACEMENT} \t\n"
 _BREAKS = frozenset(",;!?")
-_FULL = "。！？｡।॥"  # full stops after which no space follows, and India's
+_FULL = "。！？｡।॥؟۔။።។"  # of scripts that need no space after them, and of those beside them
 _CLOSING = "\"'”’»)\\]*_」』）】"
 _CUT = re.compile(  # before a word that may begin a piece
     rf"(?:[.!?…{_CLOSING},;]\s|\n)\s*|[{_FULL}][{_CLOSING}{_FULL}]*\s*"
@@ -34,6 +34,7 @@ _BLANK_LINE = re.compile(r"\n\s*\n")
 _INITIAL = re.compile(r"[A-Z]\.$")
 _NEVER_ENDS = re.compile(r"(?:mr|mrs|ms|dr|prof|st|mt|gen|col|sgt|lt|rev|vs|e\.g|i\.e)\.$")
 _BEFORE_NUMBERS = re.compile(r"(?:no|nos|fig|p)\.$")
+_WITH_NUMBERS = re.compile(r"(?:approx|ca|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)\.$")
 _MAY_END = re.compile(
     r"(?:etc|inc|ltd|co|corp|jr|sr|approx|ave|blvd|ft|lb|oz|in|sq|max|min|dept|est|info|cm|mm|km|kg"
     r"|hr|sec|vol|gal|yd|mi|avg|temp|misc|incl|[a-z](?:\.[a-z])+)\.$"
@@ -160,6 +161,8 @@ def _starts_sentence(found: _Words, k: int) -> bool:
         return False
     if _BEFORE_NUMBERS.match(body.lower()):
         return not word[0].isdigit()
+    if _WITH_NUMBERS.match(body.lower()) and word[0].isdigit():
+        return False
     if closing or _MAY_END.match(body.lower()):
         return not lower_follows
     return True
