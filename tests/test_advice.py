@@ -216,7 +216,9 @@ def is_key(name: str) -> bool:
 def is_file(name: str) -> bool:
     """A file's name, or that of a module or of something in one."""
     modules = (ROOT / name.replace(".", "/"), (ROOT / name.replace(".", "/")).parent)
-    return name.endswith(".json") or any(path.with_suffix(".py").is_file() for path in modules)
+    if Path(name).suffix in (".html", ".tex", ".json", ".jsonl", ".md", ".png", ".txt"):
+        return True
+    return any(path.with_suffix(".py").is_file() for path in modules)
 
 
 def test_options_keys_and_commands_in_messages_exist() -> None:

@@ -50,7 +50,7 @@ def test_python_dash_m_works() -> None:
     [
         (["run", "ppo.setps=3"], ["ppo.setps", "did you mean ppo.steps?"]),
         (["run", "--config", "nowhere.yaml"], ["nowhere.yaml", "existing file"]),
-        (["run", "--dry-run", "policy.model=nowhere"], ["nowhere", "LLaVA"]),
+        (["run", "--dry-run", "policy.model=nowhere"], ["nowhere", "checkpoint"]),
         (["frobnicate"], ["frobnicate"]),
         (["report", "name=never_ran"], ["never_ran"]),
     ],
@@ -91,11 +91,24 @@ def test_a_stage_without_its_input_names_the_command_to_run(
 def test_dry_run_prints_configuration_placement_and_stages_and_starts_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert fgaif(monkeypatch, "demo", "--dry-run", f"dir={tmp_path}", "seed=5") == 0
+    assert fgaif(monkeypatch, "demo", "--dry-run", "--full", f"dir={tmp_path}", "seed=5") == 0
     text = capsys.readouterr().out
     for word in ("seed: 5", "rollout-0", "reward-relation-0", "memory", "eval-after", "missing"):
         assert word in text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_fits_on_a_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert fgaif(monkeypatch, "run", "--dry-run", f"dir={tmp_path}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 20
+    for word in ("eval-after", "2,000 others for PPO", "15,600 questions", "memory, PPO", "fits"):
+        assert word in "\n".join(lines)
+    assert not list(tmp_path.iterdir())
+    assert fgaif(monkeypatch, "run", "--full", f"dir={tmp_path}") == 2
+    assert "--full goes with --dry-run" in capsys.readouterr().err
 
 
 def test_scenes_are_drawn_to_look_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from cluster.cli.baselines import baseline, pairs
 from cluster.cli.generate import generate
 from cluster.cli.hub import convert, push
 from cluster.cli.jobs import jobs_app, submit
+from cluster.cli.keys import show_keys
 from cluster.cli.labels import labels_app
 from cluster.cli.logs import logs
 from cluster.cli.options import ConfigFile, Overrides
@@ -49,7 +50,16 @@ out = Console()
 err = Console(stderr=True)
 
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print configuration, plan and stages; start nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Say what would be done and refuse what cannot be; start nothing."
+    ),
+]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full", help="With --dry-run: configuration, placement and each actor's memory too."
+    ),
 ]
 Assume = Annotated[
     str | None,
@@ -69,9 +79,10 @@ def demo(
     dry_run: DryRun = False,
     force: Force = False,
     assume: Assume = None,
+    full: Full = False,
 ) -> None:
     """Align the embedded policy end to end, on two CPU cores, in a few minutes."""
-    _run(None, overrides, dry_run, force, assume)
+    _run(None, overrides, dry_run, force, assume, full)
 
 
 @app.command()
@@ -81,9 +92,10 @@ def run(
     dry_run: DryRun = False,
     force: Force = False,
     assume: Assume = None,
+    full: Full = False,
 ) -> None:
     """Run all stages: sample, annotate, train-reward, eval, train, eval, report."""
-    _run(config, overrides, dry_run, force, assume)
+    _run(config, overrides, dry_run, force, assume, full)
 
 
 @app.command()
@@ -93,9 +105,10 @@ def sample(
     dry_run: DryRun = False,
     force: Force = False,
     assume: Assume = None,
+    full: Full = False,
 ) -> None:
     """Step 1a: sample responses from the policy -> RUN/responses."""
-    _run(config, overrides, dry_run, force, assume, "sample")
+    _run(config, overrides, dry_run, force, assume, full, "sample")
 
 
 @app.command()
@@ -104,6 +117,7 @@ def annotate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     assume: Assume = None,
+    full: Full = False,
     force: Annotated[
         bool,
         typer.Option(
@@ -136,7 +150,7 @@ def annotate(
         raise ConfigError("--answers goes with --audit, and --second with --answers")
     extra = [f"feedback.max_cost={max_cost}"] if max_cost is not None else []
     if not audit:
-        _run(config, [*(overrides or []), *extra], dry_run, force, assume, "annotate")
+        _run(config, [*(overrides or []), *extra], dry_run, force, assume, full, "annotate")
         return
     from cluster.pipeline.feedback_report import prepare_audit, report_audit
 
@@ -154,9 +168,10 @@ def train_reward(
     dry_run: DryRun = False,
     force: Force = False,
     assume: Assume = None,
+    full: Full = False,
 ) -> None:
     """Step 2: train one reward model per kind -> RUN/rewards/KIND."""
-    _run(config, overrides, dry_run, force, assume, "train-reward")
+    _run(config, overrides, dry_run, force, assume, full, "train-reward")
 
 
 @app.command()
@@ -166,13 +181,14 @@ def train(
     dry_run: DryRun = False,
     force: Force = False,
     assume: Assume = None,
+    full: Full = False,
     resume: Annotated[
         str | None, typer.Option(help="'latest' or a checkpoint directory: go on from there.")
     ] = None,
 ) -> None:
     """Step 3: PPO with per-token rewards -> RUN/policy."""
     extra = [f"ppo.resume={resume}"] if resume else []
-    _run(config, [*(overrides or []), *extra], dry_run, force, assume, "train")
+    _run(config, [*(overrides or []), *extra], dry_run, force, assume, full, "train")
 
 
 @eval_app.command("run")
@@ -182,9 +198,10 @@ def evaluate(
     dry_run: DryRun = False,
     force: Force = False,
     assume: Assume = None,
+    full: Full = False,
 ) -> None:
     """The run's policy before and after training, on held-out images -> RUN/eval."""
-    _run(config, overrides, dry_run, force, assume, "eval-before", "eval-after")
+    _run(config, overrides, dry_run, force, assume, full, "eval-before", "eval-after")
 
 
 @app.command()
@@ -373,6 +390,7 @@ def version() -> None:
 
 # After the stages, so that --help begins with what a newcomer runs first.
 app.command()(prompts)
+app.command("config")(show_keys)
 app.add_typer(labels_app)
 app.add_typer(jobs_app)
 app.command()(submit)
@@ -430,9 +448,12 @@ def _run(
     dry_run: bool,
     force: bool,
     assume: str | None,
+    full: bool,
     *stages: Stage,
 ) -> None:
     settings = _load(config, overrides)
+    if full and not dry_run:
+        raise ConfigError("--full goes with --dry-run: it is its long view")
     if assume is not None and not dry_run:
         raise ConfigError("--assume goes with --dry-run: a run uses the devices that there are")
     # Before torch and Ray, whose import takes seconds, and on a cold disk many.
@@ -446,9 +467,14 @@ def _run(
     from cluster.pipeline.stages import run_stages
 
     if dry_run:
-        out.print(dump_config(settings), highlight=False)
-        print_plan(settings, stages or ORDER, force, out)
+        if full:
+            out.print(dump_config(settings), highlight=False, markup=False)
+        print_plan(settings, stages or ORDER, force, out, full=full)
         roles = stage_roles(settings, stages or ORDER)
-        show_memory(settings, roles, devices_of(settings, assume), out)
+        show_memory(settings, roles, devices_of(settings, assume), out, full=full)
+        if not full:
+            out.print(
+                "--full adds configuration, placement, each actor's memory, requests by model"
+            )
     else:
         run_stages(settings, stages or ORDER, force, out)

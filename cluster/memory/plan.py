@@ -293,24 +293,48 @@ def check_memory(
 
 
 def show_memory(
-    config: Config, roles: Collection[Role], devices: Devices, console: Console
+    config: Config,
+    roles: Collection[Role],
+    devices: Devices,
+    console: Console,
+    *,
+    full: bool = True,
 ) -> None:
-    """Print the plan of these roles; refuse it like :func:`check_memory`."""
+    """Print the plan of these roles; refuse it like :func:`check_memory`.
+
+    ``full`` has every actor and its parts, else there is a line for each phase.
+    """
     models = read_models(config, held_roles(plan_roles(config, roles)))
     plan = plan_memory(config, roles, devices, models)
     if not plan.loads and not plan.unplaced:
         return
-    console.print(memory_table(plan))
-    for name, size in models.items():
-        console.print(
-            f"{name}: an image takes {size.image_tokens:,} tokens at most", markup=False,
-            soft_wrap=True,
-        )  # fmt: skip
+    if full:
+        console.print(memory_table(plan))
+        for name, size in models.items():
+            tokens = f"{name}: an image takes {size.image_tokens:,} tokens at most"
+            console.print(tokens, markup=False, soft_wrap=True)
+    else:
+        for line in _memory_lines(plan):
+            console.print(line, markup=False, soft_wrap=True, highlight=False)
     if plan.unknown:
         console.print(plan.unknown, soft_wrap=True, markup=False)
     refuse(plan, config, roles, models)
     if plan.fits:
         console.print(plan.fits, markup=False)
+
+
+def _memory_lines(plan: MemoryPlan) -> Iterator[str]:
+    """A line for each phase: what the fullest GPU, if there is any, and the host would hold."""
+    for phase in dict.fromkeys(load.phase for load in plan.loads):
+        loads = [load for load in plan.loads if load.phase == phase]
+        gpus = sorted((load for load in loads if load.gpu is not None), key=lambda load: load.total)
+        hosts = [load for load in loads if load.gpu is None]
+        parts = [
+            f"{load.name} {load.total / GIB:.1f}"
+            + (f" of {load.size / GIB:.1f} GiB" if load.size is not None else " GiB")
+            for load in (*gpus[-1:], *hosts)
+        ]
+        yield f"memory, {phase}: {', '.join(parts)}"
 
 
 def refuse(

@@ -1,6 +1,6 @@
 """What a command does with each stage, decided before anything starts; ``--dry-run`` shows it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from cluster.pipeline.evaluate import judging_engines, verifier_judges
 from cluster.pipeline.inputs import refuse_inputs, wrong_inputs
 from cluster.pipeline.keys import AFTER, ORDER, Stage
 from cluster.pipeline.run_lock import require_own
+from cluster.pipeline.split import refuse_too_few, split_of
 from cluster.pipeline.stage_status import (
     StageState,
     StageStatus,
@@ -58,17 +59,23 @@ class StagePlan:
         return f"{self.stage}: {verb} {', '.join(self.outputs)} to {target}: {self.why}"
 
 
-def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Console) -> None:
-    """Show placement and what each stage would do, and start nothing.
+def print_plan(
+    config: Config, stages: Sequence[Stage], force: bool, console: Console, *, full: bool = True
+) -> None:
+    """Show what each stage would do and what it reads and asks, and start nothing.
+
+    ``full`` adds the placement, and tables in the place of lines.
 
     Raises:
         ConfigError: the training cannot go on as asked; see :func:`plan_stages`.
         DataError: an input of a stage cannot be used; all that are so are named.
     """
-    if bundles := plan_roles(config, stage_roles(config, stages)):
+    if full and (bundles := plan_roles(config, stage_roles(config, stages))):
         console.print(plan_table(bundles, phases(config)))
     plans = plan_stages(StageStatus(config.run_dir), config, stages, force)
-    table = Table(title=f"stages of {config.run_dir}", title_justify="left")
+    table = Table(title=f"stages of {config.run_dir}" if full else None, title_justify="left")
+    if not full:
+        table = Table.grid(padding=(0, 2))
     for column in ("stage", "found", "would"):
         table.add_column(column)
     for plan in plans:
@@ -83,8 +90,41 @@ def print_plan(config: Config, stages: Sequence[Stage], force: bool, console: Co
     wrong = wrong_inputs(config, running)
     judged = verifier_judges(config) and {"eval-before", "eval-after"} & set(running)
     if ("annotate" in running or judged) and "data.responses" not in wrong:
-        console.print(feedback_table(config, running))
+        if full:
+            console.print(feedback_table(config, running))
+        else:
+            console.print(_asking_line(config, running), markup=False, soft_wrap=True)
     refuse_inputs(wrong)
+    say_split(config, plans, console)
+
+
+def say_split(config: Config, plans: Sequence[StagePlan], console: Console) -> None:
+    """Say who gets which prompts, where a stage that will run reads them.
+
+    Raises:
+        ConfigError: a run would begin with fewer rows than it wants for feedback.
+        DataError: a file cannot be read.
+    """
+    running = {plan.stage: plan for plan in plans if plan.runs}
+    if not {"sample", "train"} & set(running):
+        return
+    split = split_of(config, held_out=bool({"eval-before", "eval-after"} & set(running)))
+    console.print(split.line(config), markup=False, soft_wrap=True, highlight=False)
+    if "sample" in running and not running["sample"].goes_on:
+        refuse_too_few(split, config)
+    for warning in split.warnings(config):
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _asking_line(config: Config, stages: Collection[Stage]) -> str:
+    asked = [row for _, _, rows in _asking(config, stages) for row in rows]
+    tokens = sum(row.tokens for row in asked)
+    said = f"asks {sum(row.requests for row in asked):,} questions"
+    if not tokens:
+        return f"{said} of checkpoints on this cluster"
+    priced = all(row.priced for row in asked if row.tokens)
+    cost = f"cost {sum(row.cost for row in asked):,.2f}" if priced else "no price set"
+    return f"{said}, about {tokens:,} tokens of APIs, {cost}; stored replies are free"
 
 
 def _would(plan: StagePlan) -> str:
@@ -243,8 +283,10 @@ def require_upstream(stage_status: StageStatus, config: Config, todo: Sequence[S
             )
 
 
-def feedback_table(config: Config, stages: Collection[Stage]) -> Table:
-    """What annotating and judging captions will ask of each model, and about what it costs."""
+def _asking(
+    config: Config, stages: Collection[Stage]
+) -> Iterator[tuple[int, str, Sequence[Asked]]]:
+    """About how many of what each stage that asks models asks about, and what it asks."""
     responses = response_store(config.run_dir / "responses" / "responses.jsonl")
     labels = label_store(config.run_dir / "feedback" / "labels.jsonl")
     count = len(responses)
@@ -254,17 +296,21 @@ def feedback_table(config: Config, stages: Collection[Stage]) -> Table:
         count = config.data.feedback_prompts * config.feedback.samples_per_prompt
     sizes = measure(labels, responses, config)
     captions = len(MODES) * config.data.eval_prompts
+    for stage, what in _ASKING.items():
+        if stage in stages and (stage == "annotate" or verifier_judges(config)):
+            number = count if stage == "annotate" else captions
+            yield number, what, plan_feedback(config, number, sizes)
+
+
+def feedback_table(config: Config, stages: Collection[Stage]) -> Table:
+    """What annotating and judging captions will ask of each model, and about what it costs."""
     table = Table(
         title="asking models takes about this; stored replies are free", title_justify="left"
     )
     for column in ("for", "role", "model", "requests", "tokens", "cost"):
         table.add_column(column, justify="left" if column in ("for", "role", "model") else "right")
     plan: list[Asked] = []
-    for stage, what in _ASKING.items():
-        if stage not in stages or (stage != "annotate" and not verifier_judges(config)):
-            continue
-        number = count if stage == "annotate" else captions
-        asked = plan_feedback(config, number, sizes)
+    for number, what, asked in _asking(config, stages):
         plan += asked
         for row in asked:
             tokens = f"{row.tokens:,}" if row.tokens else ""

@@ -19,7 +19,13 @@ from cluster.launch import Cluster
 from cluster.pipeline.annotate import annotate_responses
 from cluster.pipeline.aside import move_aside
 from cluster.pipeline.contents import Hashes
-from cluster.pipeline.dry_run import StagePlan, plan_stages, require_upstream, stage_roles
+from cluster.pipeline.dry_run import (
+    StagePlan,
+    plan_stages,
+    require_upstream,
+    say_split,
+    stage_roles,
+)
 from cluster.pipeline.evaluate import CaptionJudges, truth_known
 from cluster.pipeline.feedback_report import write_summary
 from cluster.pipeline.inputs import refuse_inputs, wrong_inputs
@@ -94,6 +100,7 @@ def run_stages(
         return None
     require_upstream(stage_status, config, [plan.stage for plan in todo])
     refuse_inputs(wrong_inputs(config, [plan.stage for plan in todo]))
+    say_split(config, todo, console)
     if heavy := [plan for plan in todo if plan.stage != "report"]:
         with driver_lock(config.run_dir):
             if stage_status.entries() != planned_on:

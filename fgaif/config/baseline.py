@@ -13,6 +13,7 @@ class BaselineConfig(Section):
     sft_lr: float = Field(1e-4, gt=0)
     """Learning rate of SFT (LLaVA-RLHF's for its first LoRA)."""
     dpo_lr: float = Field(5e-6, gt=0)
+    """Learning rate of DPO."""
     beta: float = Field(0.1, gt=0)
     """DPO's: how dear it is to leave the reference."""
     epochs: float = Field(1.0, gt=0)
@@ -24,6 +25,7 @@ class BaselineConfig(Section):
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises; then it falls as a cosine."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps; the last two checkpoints are kept until the end."""
     rounds: int = Field(3, ge=1)

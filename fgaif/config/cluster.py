@@ -11,8 +11,11 @@ class RoleConfig(Section):
     """Resources of one role."""
 
     replicas: int = Field(1, ge=1)
+    """Actors of the role."""
     cpus: float = Field(1.0, ge=0)
+    """CPUs that Ray reserves for each."""
     gpus: float = Field(0.0, ge=0)
+    """GPUs that Ray reserves for each, or a fraction of one."""
 
 
 class RewardRoleConfig(RoleConfig):
@@ -27,7 +30,9 @@ class AutoscaleConfig(Section):
     """Number of rollout engines by the length of their queue."""
 
     min: int = Field(1, ge=1)
+    """Fewest engines."""
     max: int = Field(ge=1)
+    """Most engines."""
     target_queue: float = Field(2.0, gt=0)
     """Chunks per engine and batch that are aimed at."""
     patience: int = Field(3, ge=1)
@@ -51,18 +56,24 @@ class RolloutRoleConfig(RoleConfig):
     come and go, larger ones fill an engine better; not the number of engines but this decides
     which responses share a batch, so scaling does not change what is sampled."""
     autoscale: AutoscaleConfig | None = None
+    """Follow the queue's length with the number of engines; default: keep it."""
 
 
 class EngineConfig(Section):
     """vLLM settings."""
 
     max_num_seqs: int = Field(64, ge=1)
+    """Responses that an engine samples at the same time."""
     max_model_len: int = Field(2048, ge=16)
+    """Tokens of prompt, image and response together."""
     kv_cache_mib: int = Field(64, ge=1)
     """KV cache on CPU engines; on GPU, `gpu_memory_utilization` rules."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that an engine takes."""
     tensor_parallel: int = Field(1, ge=1)
+    """GPUs over which an engine is spread."""
     enforce_eager: bool = True
+    """Without CUDA graphs: less memory, a quicker start, slower."""
     adapters: Literal["auto", "merged", "unmerged"] = "auto"
     """How engines hold the policy's LoRA adapter: `merged` adds it to the weights, which is faster,
     and in bfloat16 rounds small updates away; `unmerged` serves it beside them, as vLLM does with
@@ -107,7 +118,9 @@ class ClusterConfig(Section):
     stall_timeout_s: float = Field(900.0, gt=0)
     """An actor at work that makes no progress for so long hangs, and is replaced."""
     start_timeout_s: float = Field(600.0, gt=0)
+    """Time that an actor has to load its model."""
     call_timeout_s: float = Field(3600.0, gt=0)
+    """Time that a call of an actor may take before it counts as hanging."""
 
     @model_validator(mode="after")
     def _roles_share(self) -> Self:

@@ -18,6 +18,7 @@ class EndpointConfig(Section):
     model: str
     """Model name as the endpoint knows it."""
     base_url: str = "https://api.openai.com/v1"
+    """Address of the API, up to and without `/chat/completions`."""
     api_key_env: str = Field("OPENAI_API_KEY", pattern="^[A-Za-z_][A-Za-z0-9_]*$")
     """Environment variable that holds the key; the key itself is never configured."""
     api_key_file: Path | None = None
@@ -25,9 +26,11 @@ class EndpointConfig(Section):
     concurrency: int = Field(16, ge=1)
     """Requests on their way at the same time."""
     requests_per_minute: float | None = Field(None, gt=0)
+    """Most requests sent in a minute; default: no limit."""
     tokens_per_minute: float | None = Field(None, gt=0)
     """Input and output tokens, estimated before the request, counted after it."""
     timeout_s: float = Field(120.0, gt=0)
+    """Time that a request may take."""
     attempts: int = Field(10, ge=1)
     """Tries of a request before it counts as failed."""
     backoff_s: float = Field(0.5, gt=0)
@@ -84,6 +87,7 @@ class FeedbackConfig(Section):
     abstain: float = Field(0.0, ge=0, lt=0.5)
     """Half-width around p(yes) = 0.5 within which the verdict is `unknown`."""
     samples_per_prompt: int = Field(1, ge=1)
+    """Responses sampled for each prompt."""
     max_facts: int = Field(16, ge=1)
     """Facts of one kind in one segment; a longer list is cut and the segment not trusted."""
     reads: int = Field(3, ge=1)

@@ -11,7 +11,9 @@ class LoraConfig(Section):
     """Low-rank adapter, anchored to the language model's linear layers."""
 
     r: int = Field(64, ge=1)
+    """Rank."""
     alpha: float = Field(16.0, gt=0)
+    """The adapter is scaled by `alpha / r`."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Of reward models only: PPO trains without."""
 
@@ -39,7 +41,9 @@ class PolicyConfig(Section):
     the reference: no. The vision tower stays frozen: the method aligns what is said about an image,
     and features of frozen towers are computed once."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Transformers' implementation of attention."""
 
 
 SENTENCES = 1_000_000

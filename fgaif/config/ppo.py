@@ -27,6 +27,7 @@ class KlConfig(Section):
     """KL of the policy to the reference."""
 
     coef: float = Field(0.1, ge=0)
+    """Factor of the KL to the reference, per token."""
     placement: Literal["reward", "loss"] = "reward"
     """`reward`: its k1 estimate, subtracted from each token's reward (the method); `loss`: its k3
     estimate, added to the policy's loss, as GRPO does."""
@@ -51,6 +52,7 @@ class PpoConfig(Section):
     token_penalty: float = Field(0.1, ge=0)
     """Of `token_grpo`: share of the advantage's size taken off at the tokens of bad segments."""
     steps: int = Field(54, ge=1)
+    """Steps: batches that are sampled and trained on."""
     rollout_batch: int = Field(512, ge=1)
     """Responses per step: those of `rollout_batch / samples_per_prompt` prompts."""
     minibatch: int = Field(256, ge=1)
@@ -67,19 +69,30 @@ class PpoConfig(Section):
     """Of the adapter: LoRA needs 1e-5 to 5e-5 (configs/llava15_7b_4gpu.yaml says where from); the
     paper's 1e-7 leaves the policy where it was."""
     value_lr: float = Field(1e-5, gt=0)
+    """Learning rate of the value model."""
     value_lora: LoraConfig = LoraConfig()
     value_init: Kind = "policy"
     """Backbone of the value model: the policy's, or, for a kind, its reward model with adapter."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's, of policy and value model."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's, of policy and value model."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate after the warm-up."""
     gamma: float = Field(1.0, gt=0, le=1)
+    """Discount of a reward per token."""
     lam: float = Field(0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation."""
     clip: float = Field(0.2, gt=0)
+    """PPO's range of the ratio: 1 - clip to 1 + clip."""
     value_clip: float | None = Field(0.2, gt=0)
+    """How far a value may move from the old one in the value loss; `null`: anywhere."""
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed's ZeRO stage of the learner."""
     kl: KlConfig = KlConfig()
     shape: RewardShapeConfig = RewardShapeConfig()
     anchor: AnchorConfig = AnchorConfig()
@@ -87,6 +100,7 @@ class PpoConfig(Section):
     """Steps. The driver keeps the batches since the last checkpoint, to repeat their updates where
     the learner dies: 44 bytes per token, 20 MB for 512 responses of 896 tokens."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints that are kept, the newest."""
     resume: str | None = None
     """`latest`, or a checkpoint directory."""
     async_depth: int = Field(0, ge=0, le=2)

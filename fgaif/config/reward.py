@@ -47,15 +47,19 @@ class RewardConfig(Section):
     """LLaVA checkpoint of the reward models, as in `policy.model`; default: the policy's."""
     lora: LoraConfig = LoraConfig()
     lr: float = Field(2e-5, gt=0)
+    """Learning rate of adapter and head."""
     batch_size: int = Field(32, ge=1)
     """Responses per optimiser step, over all workers."""
     micro_batch: int = Field(8, ge=1)
     """Responses per forward pass, in training and in scoring."""
     epochs: float = Field(4.0, gt=0)
+    """Passes over the labels."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
     val_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the images held out for early stopping."""
     patience: int = Field(5, ge=1)
@@ -72,12 +76,15 @@ class RewardConfig(Section):
     head: Literal["linear", "mlp"] = "linear"
     """`linear` is the paper's; `mlp` adds one hidden layer."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed's ZeRO stage."""
     workers: int = Field(1, ge=1)
     """Ray Train workers per reward model."""
     parallel: int = Field(1, ge=1)
     """Reward models trained at the same time, at most as many as there are kinds."""
     cpus_per_worker: float = Field(1.0, ge=0)
+    """CPUs that Ray reserves for a worker."""
     gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs that Ray reserves for a worker: one, or a fraction of one."""
 
     @model_validator(mode="after")
     def _workers_share_batches(self) -> Self:
@@ -109,13 +116,17 @@ class RewardShapeConfig(Section):
     values: Literal["hard", "soft"] = "soft"
     """`hard`: the value of the most likely class; `soft`: the expected value."""
     value_ok: float = 1.0
+    """Of a segment whose facts are true."""
     value_hallu: float = -1.0
+    """Of a segment with a hallucination."""
     value_none: float = 0.0
+    """Of a segment without facts."""
     center: bool = True
     """Subtract from each segment with facts the kind's running mean reward."""
     center_offset: float = -0.2
     """Added to the mean that is subtracted: negative values pay a little for every fact stated."""
     center_momentum: float = Field(0.8, ge=0, lt=1)
+    """Share of the running mean that a batch leaves as it is."""
     repeat_penalty: float = Field(0.5, ge=0)
     """Subtracted at the end of a segment that repeats an earlier one of the same response, or
     that is malformed where the extractor can tell."""
@@ -124,6 +135,7 @@ class RewardShapeConfig(Section):
     length_penalty: float = Field(0.0, ge=0)
     """Subtracted per token beyond `length_target`, at the last token."""
     length_target: int = Field(0, ge=0)
+    """Tokens of a response that cost nothing."""
     placement: Literal["segment", "spread", "last"] = "segment"
     """`segment`: at each segment's last token (the method); `spread`: in equal parts on all of its
     tokens; `last`: the same sum on the last token of the response (the coarse control)."""

@@ -24,6 +24,7 @@ class EvalConfig(Section):
     pope_questions_per_image: int = Field(6, ge=2)
     """Half yes, half no."""
     seed: int = 123
+    """Of sampled captions and questions."""
     judge: Literal["auto", "verifier", "rewards"] = "auto"
     """Who judges the captions of other images than the embedded world's (there the truth is
     known): `verifier` asks the models of `feedback` about every fact, as in step 1; `rewards` takes
@@ -47,9 +48,13 @@ class TrackingConfig(Section):
     """Where metrics go besides console and JSONL."""
 
     tensorboard: bool = False
+    """Write event files to `RUN/policy/tensorboard`."""
     wandb: bool = False
+    """Log to Weights & Biases."""
     trackio: bool = False
+    """Log to trackio."""
     project: str = "fgaif"
+    """Project of W&B and trackio."""
     rollouts: int = Field(0, ge=0)
     """Write all rollouts of every so many steps to `policy/rollouts`, for `fgaif replay`; 0: never.
     A file takes about 100 bytes per token."""
@@ -59,6 +64,7 @@ class StudyConfig(Section):
     """Variants of a run compared over seeds; see `fgaif study` and docs/study.md."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds that each variant is trained with."""
     variants: dict[str, tuple[str, ...]] = Field(
         {"segment": (), "last": ("ppo.shape.placement=last",)}
     )
@@ -81,7 +87,9 @@ class Config(Section):
     name: str = Field("scenes", pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the run: its folder is `dir/name`."""
     dir: Path = Path("runs")
+    """Folder of all runs."""
     seed: int = 0
+    """Of sampling, training and evaluation; what draws prompts is `data.seed`."""
     kinds: tuple[KindConfig, ...] = Field(KindConfig.default(), min_length=1)
     """Kinds of hallucination, each with a reward model of its own: names, or mappings with `name`,
     `description`, `prompt` and `colour`. Their order is that of all arrays and seeds."""

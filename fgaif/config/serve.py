@@ -21,11 +21,15 @@ class ServeReplicasConfig(Section):
     """Replicas of a scoring deployment: autoscaled where `min` and `max` differ."""
 
     min: int = Field(1, ge=1)
+    """Fewest replicas."""
     max: int = Field(1, ge=1)
+    """Most replicas."""
     target_ongoing: float = Field(8.0, gt=0)
     """Requests per replica that autoscaling aims at."""
     cpus: float = Field(1.0, ge=0)
+    """CPUs that Ray reserves for each."""
     gpus: float = Field(0.0, ge=0)
+    """GPUs that Ray reserves for each, or a fraction of one."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -52,6 +56,7 @@ class ServeConfig(Section):
     ingress_replicas: int = Field(1, ge=1)
     """Processes that read and check requests."""
     ingress_cpus: float = Field(0.5, ge=0)
+    """CPUs that Ray reserves for each of them."""
     queue: int = Field(128, ge=1)
     """Requests in work or waiting, per ingress replica; more are refused with 429."""
     streams: int = Field(64, ge=1)
@@ -73,6 +78,7 @@ class ServeConfig(Section):
     allow_urls: bool = False
     """Fetch images by https URL; never from private addresses."""
     url_timeout_s: float = Field(10.0, gt=0)
+    """Time that fetching an image by URL may take."""
     cors: tuple[str, ...] = ()
     """Origins of other sites' pages that may call the service, such as `https://a.example`."""
     key_env: str = "FGAIF_SERVE_KEY"

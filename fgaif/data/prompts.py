@@ -177,6 +177,22 @@ def look_at_prompts(source: str, *, root: Path | None = None, max_pixels: int = 
         require_image(path, [row.image for row in rows], root, max_pixels)
 
 
+def count_prompts(source: str, root: Path | None, most: int) -> int:
+    """Rows of a source, counted up to ``most``, with images that are not looked at.
+
+    The embedded world has as many as one wants.
+
+    Raises:
+        DataError: unreadable file.
+    """
+    if source.startswith(SCENES):
+        return most
+    if source.startswith(COCO):
+        found = find_coco(Path(source.removeprefix(COCO)), root)
+        return min(most, len(read_coco(found.annotations)))
+    return sum(1 for _ in islice(read_rows(Path(source), _COLUMNS), most))
+
+
 def require_image(path: Path, images: Sequence[str], root: Path | None, max_pixels: int) -> None:
     """See that one of the images that a file names can be used.
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -82,7 +82,7 @@ def main() -> None:
     )
     print(*(load.row() for load in loads), sep="\n")
     if options.json:
-        options.json.write_text(json.dumps([asdict(load) for load in loads]) + "\n")
+        options.json.write_text(json.dumps([vars(load) for load in loads]) + "\n")
     wrong = sum(sum(load.hostile.values()) for load in loads)
     wrong -= sum(load.hostile["refused"] + load.hostile["scored"] for load in loads)
     raise SystemExit(bool(wrong or any(load.harmed for load in loads)))
