@@ -16,6 +16,7 @@ from actors.deepspeed_setup import deepspeed_config, master_tensors, torch_optim
 from fgaif.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fgaif.config import PpoConfig
 from fgaif.errors import CheckpointError
+from fgaif.files import readable
 from fgaif.lvlm.model import without_dropout
 
 _LORA = "lora.safetensors"
@@ -122,6 +123,8 @@ class LoraEngine:
         if self._rank == 0:
             save_file(adapter, path / _LORA)
             (path / _FACTS).write_text(json.dumps(self._layout() | dict(facts)), encoding="utf-8")
+            readable(path / _LORA)
+        readable(self._rank_file(path))
 
     def restore(self, path: Path) -> dict[str, int]:
         """Put back what ``save`` wrote and return its facts (collective).

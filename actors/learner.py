@@ -19,6 +19,8 @@ from actors.deepspeed_setup import import_deepspeed, join_process_group
 from actors.engine import LoraEngine
 from actors.progress import advance
 from actors.settings import LearnerSettings
+from fgaif.files import readable
+from fgaif.lvlm.card import write_adapter_card
 from fgaif.lvlm.features import set_vision_aside
 from fgaif.lvlm.hub import name_base
 from fgaif.lvlm.inputs import load_encoder
@@ -176,6 +178,15 @@ class LearnerActor:
             model = self._engine.model
             name_base(model, self._config.policy.model)
             model.save_pretrained(path, state_dict=adapter, save_embedding_layers=False)
+            lora = self._config.policy.lora
+            write_adapter_card(
+                path,
+                base=self._config.policy.model,
+                rank=lora.r,
+                alpha=lora.alpha,
+                steps=self._updates,
+            )
+            readable(path)
 
     def _minibatches(self, batch: TrainBatch) -> Iterator[IntArray]:
         config = self._config

@@ -21,6 +21,7 @@ from actors.progress import advance
 from actors.settings import ReferenceSettings
 from fgaif.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fgaif.errors import CheckpointError, ConfigError
+from fgaif.files import readable
 from fgaif.lvlm.features import FeatureCache
 from fgaif.lvlm.inputs import EncodedBatch, Encoder, load_encoder
 from fgaif.lvlm.logprobs import gather_hidden, hidden_logprobs
@@ -192,6 +193,7 @@ class ReferenceActor:
         if self._device.type == "cuda":
             state["rng.cuda"] = torch.cuda.get_rng_state()
         save_file({name: value.cpu() for name, value in state.items()}, path / _STATE)
+        readable(path / _STATE)
         facts = {"updates": self._updates, "value_init": self._config.ppo.value_init}
         (path / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """Text files that are whole or not there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ def write_whole(path: Path, text: str) -> None:
         raise DataError(
             f"{path}: cannot be written: {error.strerror}; free some space or correct its rights"
         ) from error
+
+
+def readable(*paths: Path) -> None:
+    """Give files, and those in folders, the rights that other new files have here (the umask's).
+
+    safetensors makes its files for their owner alone, so that nobody else of a group could read the
+    weights.
+    """
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in paths:
+        for file in path.rglob("*") if path.is_dir() else (path,):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Any) -> None:

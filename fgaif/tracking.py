@@ -8,7 +8,8 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import IO, Any, Protocol, Self
 from fgaif.config import TrackingConfig
 from fgaif.errors import ConfigError, DataError
 from fgaif.files import write_whole
-from fgaif.types import Kind, StepReport
+from fgaif.types import Json, Kind, StepReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,14 +155,16 @@ class Tracker:
         config: TrackingConfig,
         *,
         name: str = "fgaif",
+        settings: Json | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
+        """``settings``: the run's configuration, for trackers that keep it."""
         self._sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", say)]
         if config.tensorboard:
             self._sinks.append(_TensorBoard(folder / "tensorboard"))
         for package in ("wandb", "trackio"):
             if getattr(config, package):
-                self._sinks.append(_Hosted(package, config.project, name, folder))
+                self._sinks.append(_Hosted(package, config.project, name, folder, settings))
 
     def log(self, report: StepReport) -> None:
         """Send one step to every sink."""
@@ -269,18 +272,66 @@ class _TensorBoard:
 
 
 class _Hosted:
-    """W&B, or trackio, which has the same calls."""
+    """W&B, or trackio, which has the same calls.
 
-    def __init__(self, package: str, project: str, name: str, folder: Path) -> None:
-        module = _load(package, package)
-        own = {"dir": str(folder), "id": name} if package == "wandb" else {}
-        self._run = module.init(project=project, name=name, resume="allow", **own)
+    A run is known by an id of its own in its folder, not by its name: runs that are called the same
+    stay apart, and one that goes on, or whose results come later, is found again.
+    """
+
+    def __init__(
+        self, package: str, project: str, name: str, folder: Path, settings: Json | None = None
+    ) -> None:
+        self._module = _load(package, package)
+        own: Json = {"name": f"{name}-{_run_id(folder)}"}
+        if package == "wandb":
+            own = {"name": name, "dir": str(folder), "id": _run_id(folder)}
+        self._run = self._module.init(project=project, resume="allow", config=settings or {}, **own)
 
     def log(self, report: StepReport) -> None:
         self._run.log(report.metrics, step=report.step)
 
+    def results(
+        self, figures: Mapping[str, float], columns: Sequence[str], rows: list[Any]
+    ) -> None:
+        """Final figures, and a table of samples where the tracker has them."""
+        if hasattr(self._run, "summary"):
+            self._run.summary.update(figures)
+            table = self._module.Table(columns=list(columns), data=rows)
+            self._run.log({"captions": table})
+        else:
+            self._run.log(dict(figures))
+
     def close(self) -> None:
         self._run.finish()
+
+
+def log_results(
+    folder: Path,
+    config: TrackingConfig,
+    name: str,
+    settings: Json,
+    figures: Mapping[str, float],
+    columns: Sequence[str],
+    rows: list[Any],
+) -> None:
+    """Send a run's final figures and sample captions to the hosted trackers that are switched on.
+
+    Raises:
+        ConfigError: as :class:`Tracker`.
+    """
+    for package in ("wandb", "trackio"):
+        if getattr(config, package):
+            run = _Hosted(package, config.project, name, folder, settings)
+            run.results(figures, columns, rows)
+            run.close()
+
+
+def _run_id(folder: Path) -> str:
+    """The id of the training in this folder, made at the first use; one anew gets another."""
+    file = folder / "tracking_id"
+    if not file.is_file():
+        write_whole(file, uuid.uuid4().hex[:12] + "\n")
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _load(module: str, key: str) -> Any:

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, plans, one clear message per mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,27 @@ def test_python_dash_m_works() -> None:
         [sys.executable, "-m", "fgaif", "version"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "0.1.0")
+
+
+def test_the_version_is_an_option_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fgaif(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_the_shell_completes_commands() -> None:
+    environment = {
+        **os.environ, "_FGAIF_COMPLETE": "complete_bash", "COMP_WORDS": "fgaif trai",
+        "COMP_CWORD": "1",
+    }  # fmt: skip
+    script = "import sys; sys.argv = ['fgaif']; from cluster.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["train-reward", "train"] or set(done.stdout.split()) == {
+        "train", "train-reward"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

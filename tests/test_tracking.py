@@ -12,7 +12,15 @@ from rich.console import Console
 from cluster.console import StepDisplay, _left, progress_bars
 from fgaif.config import TrackingConfig
 from fgaif.errors import ConfigError, DataError
-from fgaif.tracking import GLOSSARY, JsonlSink, Metric, Tracker, explain, read_metrics
+from fgaif.tracking import (
+    GLOSSARY,
+    JsonlSink,
+    Metric,
+    Tracker,
+    explain,
+    log_results,
+    read_metrics,
+)
 from fgaif.types import DEFAULT_KINDS, StepReport
 
 
@@ -91,27 +99,68 @@ def test_a_missing_tracker_names_key_and_extra(
         Tracker(tmp_path, TrackingConfig(**{package: True}))
 
 
-def test_hosted_trackers_get_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[object] = []
+class FakeHosted:
+    """W&B's module, or trackio's: what is called, by run id or name."""
 
-    class FakeRun:
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            calls.append((step, metrics))
+    def __init__(self, *, tables: bool) -> None:
+        self.runs: list[dict[str, object]] = []
+        self.logged: list[object] = []
+        self.summary: dict[str, float] = {}
+        if tables:
+            self.Table = lambda columns, data: {"columns": columns, "data": data}
+
+    def init(self, **settings: object) -> "FakeHosted.Run":
+        self.runs.append(settings)
+        return FakeHosted.Run(self)
+
+    class Run:
+        def __init__(self, module: "FakeHosted") -> None:
+            self._module = module
+            if hasattr(module, "Table"):
+                self.summary = module.summary
+
+        def log(self, metrics: dict[str, object], step: int | None = None) -> None:
+            self._module.logged.append((step, metrics))
 
         def finish(self) -> None:
-            calls.append("finish")
+            self._module.logged.append("finish")
 
-    class FakeTrackio:
-        @staticmethod
-        def init(**settings: object) -> FakeRun:
-            calls.append(settings)
-            return FakeRun()
 
-    monkeypatch.setitem(sys.modules, "trackio", FakeTrackio)  # type: ignore[arg-type]
+def test_trackio_gets_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = FakeHosted(tables=False)
+    monkeypatch.setitem(sys.modules, "trackio", module)  # type: ignore[arg-type]
     with Tracker(tmp_path, TrackingConfig(trackio=True, project="p"), name="n") as tracker:
         tracker.log(step(1, kl__response=1.0))
-    settings = {"project": "p", "name": "n", "resume": "allow"}
-    assert calls == [settings, (1, {"kl/response": 1.0}), "finish"]
+    assert module.runs[0]["project"] == "p"
+    assert module.logged == [(1, {"kl/response": 1.0}), "finish"]
+
+
+def test_wandb_gets_settings_steps_figures_and_samples_in_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = FakeHosted(tables=True)
+    monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]
+    config, settings = TrackingConfig(wandb=True), {"ppo": {"lr": 3e-5}}
+    with Tracker(tmp_path, config, name="n", settings=settings) as tracker:
+        tracker.log(step(1, kl__response=1.0))
+    log_results(tmp_path, config, "n", settings, {"after/sampled/any": 0.2}, ("text",), [["A."]])
+    first, second = module.runs
+    assert first["id"] == second["id"]
+    assert (first["name"], first["config"], first["resume"]) == ("n", settings, "allow")
+    assert module.summary == {"after/sampled/any": 0.2}
+    assert (None, {"captions": {"columns": ["text"], "data": [["A."]]}}) in module.logged
+    log_results(tmp_path, TrackingConfig(), "n", settings, {}, (), [])  # nobody is told
+    assert len(module.runs) == 2
+
+
+def test_runs_of_one_name_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name was the id, so that a second run of it went on in the first."""
+    module = FakeHosted(tables=True)
+    monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]
+    for folder in ("a", "b", "a"):
+        Tracker(tmp_path / folder, TrackingConfig(wandb=True), name="same").close()
+    ids = [run["id"] for run in module.runs]
+    assert ids[0] == ids[2] != ids[1]
 
 
 def test_tensorboard_writes_an_event_file(tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ _INTERRUPTED = 130
 app = typer.Typer(
     name="fgaif",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Align vision-language models against hallucination with fine-grained AI feedback.\n\n"
@@ -71,6 +70,22 @@ Assume = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Redo stages that are up to date; their outputs move aside.")
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def whole(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command()

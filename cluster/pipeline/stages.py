@@ -44,10 +44,10 @@ from fgaif.data.prompts import PromptSet, skipped_warning, split_by_length
 from fgaif.data.scenes.facts import SCENE_KINDS, oracle
 from fgaif.data.sources import Source, open_anchors, open_source, split_prompts
 from fgaif.errors import DataError
-from fgaif.eval.policy import evaluate_policy
+from fgaif.eval.policy import Captions, evaluate_policy
 from fgaif.eval.pope_questions import PopeQuestion
-from fgaif.eval.report import build_report, console_table
-from fgaif.eval.run_results import REWARDS, Phase, note_too_long, write_eval
+from fgaif.eval.report import EXAMPLES, build_report, console_table
+from fgaif.eval.run_results import REWARDS, Phase, figures_json, note_too_long, write_eval
 from fgaif.eval.scenes import SceneJudge, scene_questions
 from fgaif.feedback.external import read_responses
 from fgaif.feedback.facts import SceneFacts
@@ -61,8 +61,9 @@ from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import calibration_bins, reward_metrics
-from fgaif.tracking import Tracker
+from fgaif.tracking import Tracker, log_results
 from fgaif.types import (
+    EvalReport,
     GenerationRequest,
     Json,
     LabeledResponse,
@@ -329,10 +330,31 @@ class Run:
             self._say(f"judging the captions {phase}: {took}")
         report = replace(report, judging=judges.judging)
         write_eval(folder or self._dir / "eval", phase, report, captions, answers)
+        if phase == "after" and folder is None:
+            self._log_results(report, captions)
         if phase == "before" and truth_known(self._config):
             own = SceneJudge(source.scene_of, self._segmenter, self._config.kind_names)
             responses = [caption.labeled.response for caption in captions.sampled]
             self._check_rewards([caption.labeled for caption in own(responses)])
+
+    def _log_results(self, report: EvalReport, captions: Captions) -> None:
+        """Final figures and some captions, to trackers that show them."""
+        config = self._config
+        figures = {
+            f"after/{mode}/{name}": value
+            for mode, metrics in (("sampled", report.sampled), ("greedy", report.greedy))
+            for name, value in figures_json(metrics).items()
+            if value is not None
+        }
+        rows = [
+            [caption.labeled.response.prompt.id, caption.labeled.response.text, report.judge]
+            for caption in captions.sampled[:EXAMPLES]
+        ]
+        settings = config.model_dump(mode="json")
+        columns = ("prompt", "caption", "judge")
+        log_results(
+            self._dir / "policy", config.tracking, config.name, settings, figures, columns, rows
+        )
 
     def train(self) -> None:
         """Step 3: PPO; a training that was interrupted goes on from its last checkpoint."""
@@ -374,7 +396,13 @@ class Run:
         )
         driver = PpoDriver(config, roles, data, self._segmenter, self._malformed)
         with (
-            Tracker(folder, config.tracking, name=config.name, say=self._console.print) as tracker,
+            Tracker(
+                folder,
+                config.tracking,
+                name=config.name,
+                settings=config.model_dump(mode="json"),
+                say=self._console.print,
+            ) as tracker,
             StepDisplay(config.ppo.steps, config.kind_names, self._console) as display,
         ):
             for report in driver.run():

@@ -26,7 +26,7 @@ from fgaif.baselines.chat_text import ChatText
 from fgaif.baselines.files import Example
 from fgaif.config import Config
 from fgaif.errors import ConfigError, DataError, DivergedError
-from fgaif.files import write_json, write_whole
+from fgaif.files import readable, write_json, write_whole
 from fgaif.lvlm.adapters import ADAPTER_FILES, check_adapter_loaded, read_adapter
 from fgaif.lvlm.checkpoint_files import read_tensors
 from fgaif.lvlm.inputs import load_encoder
@@ -307,5 +307,6 @@ def _save(model: Any, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside, selected_adapters=["default"], save_embedding_layers=False)
     read_adapter(aside)
+    readable(aside)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

@@ -3,6 +3,7 @@
 from fgaif.client.answers import ScoringError, ScoringRefused
 from fgaif.client.client import AsyncRewardClient, RewardClient
 from fgaif.client.requests import ScoreItem
+from fgaif.client.trainers import easyr1_reward, swift_reward, verl_reward
 from fgaif.client.trl import trl_reward
 
 __all__ = [
@@ -11,5 +12,8 @@ __all__ = [
     "ScoreItem",
     "ScoringError",
     "ScoringRefused",
+    "easyr1_reward",
+    "swift_reward",
     "trl_reward",
+    "verl_reward",
 ]

@@ -5,16 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fgaif.client.answers import ScoringRefused, rewards
+from fgaif.client.batches import score_rows
 from fgaif.client.client import RewardClient
 from fgaif.client.requests import Image, ScoreItem
 from fgaif.errors import DataError
 from fgaif.types import Kind
 
 log = logging.getLogger(__name__)
-
-_PER_REQUEST = 16
-"""Completions in one request, so that their images stay below the size limit of a body."""
 
 Message = dict[str, Any]
 
@@ -59,25 +56,17 @@ class TrlReward:
             if text := _text(completion):
                 picture = _picture(row, prompt, found[row] if found is not None else None)
                 items[row] = ScoreItem(image=picture, text=text, prompt=_text(prompt, "user"))
-        given: list[float | None] = [0.0] * len(prompts)
-        given_up = []
-        rows = list(items)
-        for start in range(0, len(rows), _PER_REQUEST):
-            part = rows[start : start + _PER_REQUEST]
-            answers = self.client.score_batch([items[row] for row in part])
-            for row, answer in zip(part, answers, strict=True):
-                if isinstance(answer, ScoringRefused):
-                    given[row] = None
-                    given_up.append(answer)
-                else:
-                    (given[row],) = rewards(answer, self.kind)
-        if given_up:
+        scored = score_rows(self.client, items, self.kind)
+        given: list[float | None] = [scored.total.get(row, 0.0) for row in range(len(prompts))]
+        for row in scored.refused:
+            given[row] = None
+        if scored.refused:
             log.warning(
                 "%d of %d completions have no reward; the first: %s",
-                *(len(given_up), len(prompts), given_up[0]),
+                *(len(scored.refused), len(prompts), next(iter(scored.refused.values()))),
             )
         if (log_metric := columns.get("log_metric")) is not None:
-            log_metric(f"{self.__name__}/refused", float(len(given_up)))
+            log_metric(f"{self.__name__}/refused", float(len(scored.refused)))
         return given
 
 

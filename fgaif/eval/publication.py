@@ -23,7 +23,7 @@ from fgaif.errors import CheckpointError, ServiceError, first_line
 from fgaif.eval.before_after import compare
 from fgaif.eval.run_folder import RunOutcome, read_run
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter, read_adapter_config
-from fgaif.lvlm.checkpoint_files import check_weights, read_json
+from fgaif.lvlm.checkpoint_files import EMBEDDED, check_weights, read_json
 from fgaif.lvlm.hub import FILES, split_name
 from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.reward.checkpoint import CARD, HEAD, RewardCard, read_card
@@ -203,7 +203,9 @@ def _adapter_base(folder: Path, given: str | None) -> Base:
 def _find_base(name: str) -> Base:
     parts = split_name(name)
     if parts is None:
+        embedded = Path(name).parent == EMBEDDED
         short = name if name.startswith("scenes:") else Path(name).name
+        short = f"scenes:{short}" if embedded else short
         readme = _read_licence(partial(_local_readme, name))
         return Base(name=short, repository=None, revision=None, licence=readme)
     repository, revision = parts

@@ -1,4 +1,8 @@
-"""Labelled responses as Parquet: the objects of labels.jsonl, verdicts as a map by fact."""
+"""Labelled responses as Parquet: the objects of labels.jsonl, with lists of structs for mappings.
+
+Hugging Face's `datasets` reads every column; files of earlier versions, with Arrow maps, are read
+too.
+"""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -32,9 +36,9 @@ LABELS = pa.schema(
         "kinds": pa.list_(_TEXT),
         "segments": pa.list_(pa.struct(_SPAN)),
         "facts": pa.list_(pa.struct(_FACT)),
-        "verdicts": pa.map_(_TEXT, pa.struct(_ANSWER)),
+        "verdicts": pa.list_(pa.struct({"fact": _TEXT} | _ANSWER)),
         "labels": pa.list_(pa.list_(_INT)),
-        "provenance": pa.map_(_TEXT, _TEXT),
+        "provenance": pa.list_(pa.struct({"key": _TEXT, "value": _TEXT})),
     }
 )
 """Columns of a file of labelled responses."""
@@ -60,7 +64,7 @@ def read_labels(path: Path) -> Iterator[LabeledResponse]:
         return
     for number, row in read_rows(path, tuple(LABELS.names)):
         try:
-            yield decode_labeled(row)
+            yield decode_labeled(_decode(row))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}:{number}: malformed ({error!r}); write it again") from error
 
@@ -80,4 +84,17 @@ def write_parquet(path: Path, rows: Iterable[Json], schema: pa.Schema) -> int:
 
 def _encode(item: LabeledResponse) -> Json:
     row = encode_labeled(item)
-    return row | {name: list(row[name].items()) for name in ("verdicts", "provenance")}
+    verdicts = [{"fact": fact, **answer} for fact, answer in row["verdicts"].items()]
+    provenance = [{"key": key, "value": value} for key, value in row["provenance"].items()]
+    return row | {"verdicts": verdicts, "provenance": provenance}
+
+
+def _decode(row: Json) -> Json:
+    """A row as labels.jsonl has it; earlier files hold the two mappings as such."""
+    found = dict(row)
+    if isinstance(verdicts := row.get("verdicts"), list):
+        answers = [dict(one) for one in verdicts]
+        found["verdicts"] = {answer.pop("fact"): answer for answer in answers}
+    if isinstance(provenance := row.get("provenance"), list):
+        found["provenance"] = {one["key"]: one["value"] for one in provenance}
+    return found

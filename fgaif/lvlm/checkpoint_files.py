@@ -12,6 +12,9 @@ from torch import Tensor
 from fgaif.errors import CheckpointError
 from fgaif.types import Json
 
+SCENES = "scenes:"
+EMBEDDED = Path(__file__).parents[1] / "data" / "scenes" / "models"
+"""Folder of the embedded models, which `scenes:NAME` names."""
 _LFS = b"version https://git-lfs"
 _JSON_BYTES = 64 * 2**20
 _HEADER_BYTES = 100_000_000

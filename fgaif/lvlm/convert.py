@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from fgaif.errors import CheckpointError, first_line
+from fgaif.files import readable
 from fgaif.lvlm.adapters import ADAPTER_FILES
 from fgaif.lvlm.checkpoint_files import read_json, read_tensors
 from fgaif.lvlm.families.base import LORA_LEAVES
@@ -199,6 +200,7 @@ def _convert_checkpoint(folder: Path, out: Path, vision: str | None) -> None:
     )
     card = _CARD.format(name=out.name, source=_told(folder), vision=_told(tower))
     (out / "README.md").write_text(card, encoding="utf-8")
+    readable(out)
 
 
 def _told(folder: Path) -> str:
@@ -364,3 +366,4 @@ def _convert_adapter(folder: Path, out: Path) -> None:
         raise CheckpointError(f"{folder}: {other or 'bias or peft_type'}: only plain LoRA is known")
     written.save_pretrained(out)
     save_file(renamed, out / ADAPTER_FILES[1], metadata={"format": "pt"})
+    readable(out)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fgaif.errors import CheckpointError
+from fgaif.files import readable
 from fgaif.lvlm.adapters import ADAPTER_FILES, read_adapter_config
 from fgaif.lvlm.arrival import arrived, merged_sums
 from fgaif.lvlm.families import family_of
@@ -123,6 +124,7 @@ def export_merged(
         save_model(adapted.merge_and_unload(), processor, partial, dtype=getattr(torch, dtype))
         _copy_adapter(adapter_dir, partial / "adapter")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        readable(partial)
         if out_dir.exists():
             out_dir.rmdir()
         partial.rename(out_dir)

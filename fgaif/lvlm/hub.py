@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from peft import LoraConfig, PeftModel
 
 from fgaif.errors import CheckpointError, first_line
+from fgaif.lvlm.checkpoint_files import EMBEDDED, SCENES
 
 if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic
     from fgaif.config import Config
@@ -125,8 +126,13 @@ def reference(folder: Path) -> str:
 
 
 def name_base(model: PeftModel, base: str) -> None:
-    """Have a PEFT model save ``base``, a name as in a configuration, as what it was trained on."""
+    """Have a PEFT model save ``base``, a name as in a configuration, as what it was trained on.
+
+    An embedded model is saved as its folder: PEFT and transformers know no ``scenes:NAME``.
+    """
     parts = split_name(base)
+    if base.startswith(SCENES):
+        base = str(EMBEDDED / base.removeprefix(SCENES))
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = parts[0] if parts else base
         settings.revision = parts[1] if parts else None

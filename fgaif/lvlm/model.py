@@ -20,14 +20,13 @@ from fgaif.lvlm.adapters import (
     read_adapter_config,
 )
 from fgaif.lvlm.allocator import set_allocator
-from fgaif.lvlm.checkpoint_files import check_weights, read_json
+from fgaif.lvlm.checkpoint_files import EMBEDDED, SCENES, check_weights, read_json
 from fgaif.lvlm.families import family_of, family_of_type, in_original_layout
 from fgaif.lvlm.families.base import Family, ImageFeatures, Tensors
 
 if TYPE_CHECKING:  # the measurements on a bare GPU machine do without pydantic
     from fgaif.config import LoraConfig
 
-_SCENES = "scenes:"
 _TEMPLATE_PROBE = "What is in the image?"
 
 
@@ -39,10 +38,7 @@ def resolve_checkpoint(name: str) -> Path:
         CheckpointError: not a directory, nothing that the hub gives, no config.json, of no family
             that is supported, in LLaVA's original layout, quantised, or with damaged files.
     """
-    if name.startswith(_SCENES):
-        path = Path(__file__).parents[1] / "data" / "scenes" / "models" / name.removeprefix(_SCENES)
-    else:
-        path = _folder(name)
+    path = EMBEDDED / name.removeprefix(SCENES) if name.startswith(SCENES) else _folder(name)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(

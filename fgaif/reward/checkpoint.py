@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from fgaif.config import Config, RewardShapeConfig
 from fgaif.errors import CheckpointError
-from fgaif.files import write_whole
+from fgaif.files import readable, write_whole
 from fgaif.kinds import check_kinds
 from fgaif.lvlm.adapters import check_adapter_loaded, read_adapter
 from fgaif.lvlm.checkpoint_files import read_tensors
-from fgaif.lvlm.hub import name_base, reference
+from fgaif.lvlm.hub import name_base, reference, split_name
 from fgaif.lvlm.model import (
     base_of,
     check_adapter_anchored,
@@ -165,6 +165,7 @@ def save_reward_model(
     save_file(_part(state, "head."), aside / HEAD)
     (aside / "README.md").write_text(_readme(card), encoding="utf-8")
     (aside / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    readable(aside)
     shutil.rmtree(directory, ignore_errors=True)
     aside.rename(directory)
 
@@ -403,13 +404,14 @@ def _readme(card: RewardCard) -> str:
     figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in card.metrics.items())
     return f"""---
 library_name: peft
-base_model: {json.dumps(card.backbone)}
+{_base_line(card.backbone)}tags: [fgaif, reward-model]
 ---
 # FGAIF reward model: {card.kind}
 
 LoRA adapter (PEFT) and a {card.head} head (`{HEAD}`) that classify each sub-sentence of a response
 as {", ".join(card.classes)} with respect to its {card.kind} facts, read at the separator after the
-sub-sentence. It fits only the backbone whose digest is in `{CARD}`.
+sub-sentence. It fits only the backbone `{card.backbone}`, whose digest is in `{CARD}`. Load it with
+`fgaif.load_rewards` on the folder above this one, or serve it with `fgaif serve --rewards`.
 
 {_noise_note(card.noise)}Held-out images of the training data, labels by AI feedback:
 
@@ -417,6 +419,12 @@ sub-sentence. It fits only the backbone whose digest is in `{CARD}`.
 |---|---|
 {figures}
 """
+
+
+def _base_line(backbone: str) -> str:
+    """The base as the hub's cards name it; none for what is not on the hub."""
+    parts = split_name(backbone)
+    return f"base_model: {json.dumps(parts[0])}\n" if parts else ""
 
 
 def _noise_note(noise: NoiseCard | None) -> str:
