@@ -24,7 +24,7 @@ from rich.text import Text
 from fgaif.tracking import explain
 from fgaif.types import Kind, StepReport
 
-_STARTING = "starting learner, reference and reward models, then the first step"
+_STARTING = "starting learner, reference and rewards, then the first step"
 _QUARTERS = 4
 _PACE_S = 900.0
 """A round of a slow engine takes minutes, and a pace needs two of them."""

@@ -504,13 +504,21 @@ def test_without_two_variants_there_is_nothing_to_compare() -> None:
 def test_the_shipped_studies_make_every_variant(path: Path, tmp_path: Path) -> None:
     """Every override is accepted, and every variant trains otherwise or on something else."""
     config = load_config(path, [f"dir={tmp_path}"])
-    assert config.name == path.stem
+    assert config.name.startswith(path.stem)
+    assert set(config.study.commands) <= set(config.study.variants)
     assert next(iter(config.study.variants)) == "fine"
     assert config.study.variants["fine"] == ()
     made = [variant_config(config, name, config.study.seeds[0]) for name in config.study.variants]
-    values = {json.dumps(stage_values(run, "train"), sort_keys=True) for run in made}
-    assert len(values) == len(made)
-    demo = load_config(CONFIG.parent / "scenes.yaml")
+    ways = [
+        (stage_values(run, "train"), config.study.commands.get(name))
+        for name, run in zip(config.study.variants, made, strict=True)
+    ]
+    assert len({json.dumps(way, sort_keys=True) for way in ways}) == len(made)
+    of = "scenes" if config.data.train.startswith("scenes:") else path.stem
+    demo = load_config(CONFIG.parent / f"{of}.yaml")
+    if of != "scenes":
+        assert made[0].ppo == demo.ppo.model_copy(update={"keep_checkpoints": demo.ppo.steps})
+        return
     assert made[0].ppo == demo.ppo.model_copy(
         update={"checkpoint_every": 2, "keep_checkpoints": demo.ppo.steps}
     )
