@@ -112,7 +112,7 @@ def test_splits_are_paired_by_name_and_averaged(run: Run, tmp_path: Path) -> Non
         (["pope", "--questions", "q.jsonl", "--model", "scenes:policy"], ["--model needs --im"]),
         (
             ["pope", "--questions", "q.jsonl", "--model", "no", "--images", ".", "--out", "o"],
-            ["LLaVA"],
+            ["checkpoint"],
         ),
         (["pope", "--questions", "q.jsonl", "--corrupt", "fog:3"], ["--corrupt", "--model"]),
         (["--json", "pope", "--questions", "q.jsonl"], ["after its name", "pope ... --json"]),

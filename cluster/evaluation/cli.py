@@ -230,6 +230,28 @@ def corrupt(
         err.print(f"{len(done.skipped)} images left out", style="yellow")
 
 
+@eval_app.command()
+def guard(
+    after: Annotated[
+        list[Path],
+        typer.Option("--from", help="Result files of lmms-eval or VLMEvalKit; repeat it."),
+    ],
+    before: Annotated[
+        list[Path] | None, typer.Option(help="The same of the model before training; repeat it.")
+    ] = None,
+    beside: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="BEFORE AFTER", help="Our result folders of the two, shown with it."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Folder for guard.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Read MM-Vet, MMBench, MMStar and the like: did the model lose what it could do?"""
+    from cluster.evaluation.guard import run_guard
+
+    run_guard(after, before or [], beside, output, as_json=as_json, console=out)
+
+
 @eval_app.command("build-pope")
 def build_pope(
     output: Annotated[Path, typer.Option("--out", help="Folder for coco_pope_SPLIT.jsonl.")],
