@@ -82,7 +82,11 @@ class LearnerActor:
         checkpoint = resolve_checkpoint(policy.model)
         models = models or BaseModels()
         base = models.load(
-            checkpoint, dtype=policy.dtype, device=device, attention=policy.attention
+            checkpoint,
+            dtype=policy.dtype,
+            device=device,
+            attention=policy.attention,
+            quantization=policy.quantization,
         )
         if policy.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -218,7 +218,11 @@ class ReferenceActor:
     def _load(self, path: Path) -> PreTrainedModel:
         policy = self._config.policy
         model = self._models.load(
-            path, dtype=policy.dtype, device=str(self._device), attention=policy.attention
+            path,
+            dtype=policy.dtype,
+            device=str(self._device),
+            attention=policy.attention,
+            quantization=policy.quantization,
         )
         if policy.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

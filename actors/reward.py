@@ -1,6 +1,7 @@
 """The reward role: scores segments for one hallucination kind, or for all on one backbone."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,13 +116,18 @@ class SharedRewardActor(_Scorer):
     ) -> None:
         super().__init__(config)
         self._models = models or BaseModels()
+        self._quantization = config.policy.quantization
         self._kinds = config.kind_names
         self.load(rewards_dir)
 
     def load(self, rewards_dir: Path) -> list[RewardCard]:
         """Load (or replace) all reward models; raises CheckpointError if one does not fit."""
         model = load_shared_reward_models(
-            rewards_dir, self._backbone, self._kinds, load=self._models.load, **self._load
+            rewards_dir,
+            self._backbone,
+            self._kinds,
+            partial(self._models.load, quantization=self._quantization),
+            **self._load,
         )
         self._use(model, self._models.features(base_of(model.backbone), self._encoder.encoder))
         self._cards = [read_card(rewards_dir / kind) for kind in self._kinds]

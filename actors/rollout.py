@@ -43,6 +43,10 @@ class RolloutActor:
         Raises:
             DataError: prompt and response together could exceed the engine's context.
         """
+        with self._engine.awake():
+            return self._generate(requests)
+
+    def _generate(self, requests: Sequence[GenerationRequest]) -> list[Response]:
         self._engine.forget()
         for request in requests:
             new_tokens = len(request.prefix) + request.max_new_tokens
@@ -66,7 +70,8 @@ class RolloutActor:
 
     def p_yes(self, prompts: Sequence[Prompt]) -> list[float]:
         """Probability of answering yes rather than no, per prompt."""
-        return self._engine.p_yes(prompts)
+        with self._engine.awake():
+            return self._engine.p_yes(prompts)
 
     def load_weights(
         self, manifest: WeightsManifest, probe: Sequence[Response] = ()
@@ -77,6 +82,10 @@ class RolloutActor:
             SyncError: damaged on the way, or it names weights that the engine does not have; the
                 version loaded before stays in place.
         """
+        with self._engine.awake():
+            return self._load_weights(manifest, probe)
+
+    def _load_weights(self, manifest: WeightsManifest, probe: Sequence[Response]) -> LoadedWeights:
         if arrays_digest(manifest.tensors) != manifest.digest:
             raise SyncError(
                 f"weights version {manifest.version}: the digest does not match the tensors; "

@@ -9,7 +9,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -87,6 +88,9 @@ class VllmEngine:
         if self._unmerged:
             require_served_adapters(self.encoder.family)
             settings |= lora_settings(config.policy.lora.r)
+        self._sleeps = engine.sleep and on_gpu and adapters
+        if self._sleeps:
+            settings |= {"enable_sleep_mode": True}
         try:
             llm = LLM(str(model_dir), **settings, **_SYNC)
         except ValueError as error:
@@ -104,7 +108,22 @@ class VllmEngine:
         self._pristine = True
         self._served = self._tokens = 0
         self._seconds = 0.0
+        if self._sleeps:
+            self._llm.sleep(level=1)
         self._ready_seconds = time.perf_counter() - start
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Wake up for what is done within, and go to sleep after it, where engines sleep."""
+        if not self._sleeps:
+            yield
+            return
+        self._llm.wake_up()
+        try:
+            yield
+        finally:
+            self.forget()  # what is cached goes with the cache
+            self._llm.sleep(level=1)
 
     def encode(self, prompt: Prompt, response: Sequence[int] = ()) -> Json:
         """Make vLLM's multimodal input of a prompt and of response ids that follow it."""

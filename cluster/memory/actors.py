@@ -45,6 +45,8 @@ _GPU_FRAGMENTS = 0.1
 """Share of the activations that torch's caching allocator holds beyond them; not measured here."""
 _ZERO3_LIVE = 1_000_000_000
 """Parameters that ZeRO-3 may hold gathered at a time, at DeepSpeed's default."""
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight: 4 bits, of 64 one scale of 8 bits, and of 256 scales one of 32."""
 _LARGE_GPU = 70 * GIB  # vLLM's own limit between its two defaults
 _CPU_BATCHED_TOKENS = 4096
 
@@ -114,9 +116,23 @@ def actor_memory(
 def _trained(role: Role, config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
     """A role that is no engine, without what its process takes anyway."""
     if role == "reference":
-        return _reference(config, models, on_gpu=on_gpu)
-    build = {"reward": _scorer, "trainer": _trainer, "learner": _learner}[role]
-    return build(config, models)
+        found = _reference(config, models, on_gpu=on_gpu)
+    else:
+        build = {"reward": _scorer, "trainer": _trainer, "learner": _learner}[role]
+        found = build(config, models)
+    if config.policy.quantization == "none":
+        return found
+    # A product unpacks the weights of one layer.
+    largest = max(rows * columns for rows, columns in _model(role, config, models).linears)
+    return replace(found, activations=found.activations + largest * _width(config))
+
+
+def _base(model: ModelFacts, config: Config) -> int:
+    """A base's weights; in 4 bits only the linears of the language model."""
+    if config.policy.quantization == "none":
+        return model.parameters * _width(config)
+    linears = sum(rows * columns for rows, columns in model.linears)
+    return (model.parameters - linears) * _width(config) + round(linears * _NF4)
 
 
 def _settle(
@@ -301,6 +317,15 @@ def _reward_sequence(config: Config, model: ModelFacts) -> int:
     return _sequence(config, model) + config.policy.max_new_tokens // config.segment.min_words
 
 
+def _rows(config: Config, model: ModelFacts, share: int) -> int:
+    """Rows of a micro-batch of PPO if all are as long as can be, of ``share`` in a minibatch."""
+    ppo = config.ppo
+    rows = min(ppo.micro_batch, share)
+    if ppo.micro_tokens is not None:
+        rows = min(rows, max(1, ppo.micro_tokens // _sequence(config, model)))
+    return rows
+
+
 # --- training states ------------------------------------------------------------------------------
 
 
@@ -385,7 +410,8 @@ def _learner(config: Config, models: Models) -> ActorMemory:
     model, policy, ppo, w = models[config.policy.model], config.policy, config.ppo, _width(config)
     trained = model.lora_parameters(policy.lora)
     projector = 0
-    rows = min(ppo.micro_batch, -(-ppo.minibatch // config.cluster.learner.replicas))
+    share = -(-ppo.minibatch // config.cluster.learner.replicas)
+    rows = _rows(config, model, share)
     run = Pass(
         rows=rows,
         length=_sequence(config, model),
@@ -401,7 +427,9 @@ def _learner(config: Config, models: Models) -> ActorMemory:
         projector = tokens * (model.vision_hidden + 3 * model.hidden) * w
     ranks = config.cluster.learner.replicas
     shards = ranks if ppo.zero_stage == 3 else 1
-    weights = sharded_weights(model, shards, w, projector=policy.train_projector)
+    weights = _base(model, config)
+    if shards > 1:
+        weights = sharded_weights(model, shards, w, projector=policy.train_projector)
     state = deepspeed_state(trained, stage=ppo.zero_stage, ranks=ranks, width=w)
     scored = rows * policy.max_new_tokens
     activations = max(
@@ -422,7 +450,7 @@ def _reference(config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
     ppo, policy, w = config.ppo, config.policy, _width(config)
     from_policy = ppo.value_init == "policy"
     base = models[policy.model]
-    rows = min(ppo.micro_batch, ppo.minibatch)
+    rows = _rows(config, base, ppo.minibatch)
     if not ppo.has_critic:
         run = Pass(
             rows=rows,
@@ -434,12 +462,12 @@ def _reference(config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
         )
         reading = inference_peak(base, run, rows * policy.max_new_tokens, adapted=False)
         return ActorMemory(
-            weights=base.parameters * w, activations=max(reading, vision_peak(base, rows, w))
+            weights=_base(base, config), activations=max(reading, vision_peak(base, rows, w))
         )
     model = base if from_policy else models[config.reward_backbone]
     lora = ppo.value_lora if from_policy else config.reward.lora
     two = not from_policy and config.reward_backbone != policy.model
-    weights = (model.parameters + (base.parameters if two else 0)) * w
+    weights = _base(model, config) + (_base(base, config) if two else 0)
     trained = model.lora_parameters(lora) + model.hidden + 1
     run = Pass(
         rows=rows,
@@ -480,7 +508,7 @@ def _scorer(config: Config, models: Models) -> ActorMemory:
         attention=config.policy.attention,
     )
     return ActorMemory(
-        weights=model.parameters * w,
+        weights=_base(model, config),
         adapters=len(config.kinds) * model.lora_parameters(run.lora) * w if shared else 0,
         activations=max(
             inference_peak(model, run, adapted=shared), vision_peak(model, run.rows, w)
@@ -505,7 +533,7 @@ def _shared(roles: Sequence[Role], config: Config, models: Models, *, on_gpu: bo
         bases.add(config.reward_backbone)
     activations = [part.activations for part in parts]
     return ActorMemory(
-        weights=sum(models[name].parameters for name in bases) * _width(config),
+        weights=sum(_base(models[name], config) for name in bases),
         adapters=sum(part.adapters for part in parts),
         optimizer=sum(part.optimizer for part in parts),
         activations=max(activations) if on_gpu else sum(activations),
@@ -526,7 +554,9 @@ def _trainer(config: Config, models: Models) -> ActorMemory:
         attention=config.policy.attention,
     )
     trained = model.lora_parameters(reward.lora) + head
-    weights = sharded_weights(model, reward.workers if reward.zero_stage == 3 else 1, w)
+    weights = _base(model, config)
+    if reward.zero_stage == 3 and reward.workers > 1:
+        weights = sharded_weights(model, reward.workers, w)
     state = deepspeed_state(trained, stage=reward.zero_stage, ranks=reward.workers, width=w)
     activations = max(
         training_peak(model, run, 0),

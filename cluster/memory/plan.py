@@ -41,6 +41,8 @@ class Planned:
     bundle: Bundle
     gpus: tuple[int, ...]
     memory: ActorMemory
+    sleeps: bool = False
+    """An engine that gives its device's memory to others while they work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +67,15 @@ class Load:
 
     @property
     def total(self) -> int:
-        """Bytes of all its actors."""
-        return self.extra + sum(self.part(actor) for actor in self.actors)
+        """Bytes of all its actors; with engines that sleep the larger of what there is while they
+        are awake and while others work."""
+        sleepers = [actor for actor in self.actors if actor.sleeps]
+        if self.gpu is None or not sleepers:
+            return self.extra + sum(self.part(actor) for actor in self.actors)
+        others = [actor for actor in self.actors if not actor.sleeps]
+        awake = sum(self.part(actor) for actor in sleepers) + sum(map(_idle, others))
+        asleep = sum(actor.memory.process for actor in sleepers) + sum(map(self.part, others))
+        return max(awake, asleep)
 
     def part(self, actor: Planned) -> int:
         """What one of its actors holds on it."""
@@ -83,6 +92,14 @@ class Load:
             f"{self.phase}: {self.name} would hold {self.total / GIB:.1f} GiB of "
             f"{self.size / GIB:.1f}: {', '.join(parts)}"
         )
+
+
+def _idle(actor: Planned) -> int:
+    """What an actor keeps while a sleeping engine has woken: of judges and workers of reward
+    training, which come and go while it sleeps, nothing."""
+    if actor.bundle.role in ("judge", "trainer"):
+        return 0
+    return actor.memory.total - actor.memory.activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +178,8 @@ def _add_sums(table: Table, load: Load) -> None:
     if load.extra:
         table.add_row(title, "Ray and the driver", *blank, f"{load.extra / GIB:.1f}", "")
         title = ""
+    asleep = any(actor.sleeps for actor in load.on_it)
+    title = title or ("(engines sleep while others work)" if asleep else "")
     size = "unknown" if load.size is None else f"{load.size / GIB:.1f}"
     style = "bold red" if load.problem() else None
     table.add_row(title, "all", *blank, f"{load.total / GIB:.1f}", size, style=style)
@@ -259,6 +278,7 @@ def _loads(
         Planned(
             bundle=bundle,
             gpus=places[bundle.name],
+            sleeps=config.cluster.engine.sleep and bundle.role == "rollout",
             memory=actor_memory(
                 bundle.role,
                 config,

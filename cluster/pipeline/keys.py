@@ -72,6 +72,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("data", "ppo_prompts", _result("train")),  # the order of all batches is drawn from them
     ("policy", "model dtype max_new_tokens temperature", _SAMPLING),
     ("policy", "train_projector", _result("train")),
+    ("policy", "quantization", _result("train-reward", "train")),
     ("policy.lora", "r alpha dropout", _result("train")),
     ("policy", "gradient_checkpointing attention", _EXECUTION),
     ("segment", "unit min_words", _result("annotate")),
@@ -122,7 +123,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("cluster.judge", "replicas cpus gpus", _EXECUTION),
     ("cluster.engine", "adapters", _EXECUTION),  # how much of an adapter is rounded away
     ("cluster.engine", "max_num_seqs max_model_len kv_cache_mib", _EXECUTION),
-    ("cluster.engine", "gpu_memory_utilization tensor_parallel enforce_eager", _EXECUTION),
+    ("cluster.engine", "gpu_memory_utilization tensor_parallel sleep enforce_eager", _EXECUTION),
     ("tracking", "tensorboard wandb trackio project rollouts", _EXECUTION),
     ("baseline", "*", _EXECUTION),  # no stage: `fgaif baseline` keeps its own settings
     ("study", "*", _EXECUTION),  # variants are runs of their own

@@ -50,7 +50,11 @@ def run_reward_task(task: RewardTask) -> None:
 def _load_backbone(path: Path, config: Config) -> PreTrainedModel:
     policy = config.policy
     backbone = load_lvlm(
-        path, dtype=policy.dtype, device=str(get_device()), attention=policy.attention
+        path,
+        dtype=policy.dtype,
+        device=str(get_device()),
+        attention=policy.attention,
+        quantization=policy.quantization,
     )
     if policy.gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})

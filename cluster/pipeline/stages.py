@@ -26,7 +26,7 @@ from cluster.pipeline.dry_run import (
     say_split,
     stage_roles,
 )
-from cluster.pipeline.evaluate import CaptionJudges, truth_known
+from cluster.pipeline.evaluate import CaptionJudges, truth_known, verifier_judges
 from cluster.pipeline.feedback_report import write_summary
 from cluster.pipeline.inputs import refuse_inputs, wrong_inputs
 from cluster.pipeline.keys import ORDER, Stage, stage_values
@@ -128,10 +128,15 @@ def _run_over_cluster(
         run = Run(config, cluster, console)
         stage_status.keep_values()
         write_whole(config.run_dir / "config.yaml", dump_config(config))
-        if config.feedback.local_verifier and any(plan.stage == "annotate" for plan in plans):
+        annotating = any(plan.stage == "annotate" for plan in plans)
+        if config.feedback.local_verifier and annotating and not config.cluster.engine.sleep:
             cluster.judges()  # loads while the policy samples
+        training = any(plan.stage == "train" for plan in plans)
+        training &= config.ppo.reward_source == "models" and not verifier_judges(config)
         for plan in plans:
             run.prepare(plan, stage_status)
+            if plan.stage == "eval-before" and training:
+                run.roles()  # they load while captions are sampled
             if cluster.live:
                 cluster.live.publisher.stage(plan.stage)
             start = time.monotonic()
@@ -356,6 +361,19 @@ class Run:
             self._dir / "policy", config.tracking, config.name, settings, figures, columns, rows
         )
 
+    def roles(self, verifier: OpenVerifier | None = None) -> Roles:
+        """PPO's actors; those that do not run yet are started, which does not wait for them.
+
+        With a ``verifier`` it gives the rewards.
+        """
+        rewards = self._dir / "rewards"
+        return Roles(
+            rollouts=self._cluster.rollouts(),
+            learner=self._cluster.learner(),
+            reference=self._cluster.reference(rewards),
+            rewards=self._cluster.rewards(rewards) if verifier is None else verifier.rewards,
+        )
+
     def train(self) -> None:
         """Step 3: PPO; a training that was interrupted goes on from its last checkpoint."""
         if self._config.ppo.reward_source == "models":
@@ -365,15 +383,10 @@ class Run:
                 self._train(verifier)
 
     def _train(self, verifier: OpenVerifier | None) -> None:
-        config, folder, rewards = self._config, self._dir / "policy", self._dir / "rewards"
+        config, folder = self._config, self._dir / "policy"
         if self._resume and config.ppo.resume is None and checkpoint_names(folder / "checkpoints"):
             config = with_overrides(config, ["ppo.resume=latest"])
-        roles = Roles(
-            rollouts=self._cluster.rollouts(),
-            learner=self._cluster.learner(),
-            reference=self._cluster.reference(rewards),
-            rewards=self._cluster.rewards(rewards) if verifier is None else verifier.rewards,
-        )
+        roles = self.roles(verifier)
         source = self.train_source
         _, wanted = split_prompts(source, config)
         prompts = self._fitting("train", wanted)

@@ -72,6 +72,10 @@ class EngineConfig(Section):
     """Share of a GPU's memory that an engine takes."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs over which an engine is spread."""
+    sleep: bool = False
+    """On a GPU the policy's engines keep their weights on the host and free their cache whenever
+    they have nothing to sample (vLLM's sleep mode, level 1), so that what works meanwhile may use
+    their memory: for one small GPU. Raise `rollout.chunk` with it, each chunk wakes them."""
     enforce_eager: bool = True
     """Without CUDA graphs: less memory, a quicker start, slower."""
     adapters: Literal["auto", "merged", "unmerged"] = "auto"

@@ -31,6 +31,10 @@ class PolicyConfig(Section):
     newest, which a run pins), or `scenes:policy`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Training and sampling precision."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: learner, reference, value and reward models hold the linear weights of their language
+    model in 4 bits (QLoRA; needs bitsandbytes), adapters in the precision of training: a quarter of
+    the memory. Engines sample with the whole weights, so `mismatch/mean` is larger; watch it."""
     max_new_tokens: int = Field(128, ge=1)
     """Responses are cut here (the reference: 896)."""
     temperature: float = Field(1.0, gt=0)

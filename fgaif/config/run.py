@@ -202,6 +202,36 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _four_bits_stay_as_they_are(self) -> Self:
+        if self.policy.quantization == "none":
+            return self
+        said = f"policy.quantization = {self.policy.quantization!r}"
+        if not self.cluster.reward.shared:
+            raise ValueError(
+                f"{said}: adapters cannot be merged into weights of 4 bits; set "
+                "cluster.reward.shared=true, with which reward models keep theirs beside them"
+            )
+        for section, stage in {
+            "ppo": self.ppo.zero_stage,
+            "reward": self.reward.zero_stage,
+        }.items():
+            if stage == 3:
+                raise ValueError(
+                    f"{section}.zero_stage = 3 with {said}: stage 3 cannot divide such weights; "
+                    f"set {section}.zero_stage=2"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sleepers_are_not_ahead(self) -> Self:
+        if self.cluster.engine.sleep and self.ppo.async_depth > 0:
+            raise ValueError(
+                f"cluster.engine.sleep with ppo.async_depth = {self.ppo.async_depth}: engines that "
+                "sample ahead never sleep; set ppo.async_depth=0"
+            )
+        return self
+
     @property
     def kind_names(self) -> tuple[Kind, ...]:
         """Names of the kinds, in order."""

@@ -9,10 +9,16 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fgaif.errors import CheckpointError, DataError
+from fgaif.errors import CheckpointError, DataError, first_line
 from fgaif.lvlm.adapters import (
     ADAPTER_FILES,
     check_adapter_loaded,
@@ -161,17 +167,24 @@ def _check_template(path: Path, processor: Any, image_token: str) -> None:
 
 
 def load_lvlm(
-    path: str | Path, *, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa"
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attention: str = "sdpa",
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """Load the checkpoint in evaluation mode with every parameter frozen.
 
-    ``path`` is a directory, or a name as in :func:`resolve_checkpoint`.
+    ``path`` is a directory, or a name as in :func:`resolve_checkpoint`. With ``quantization``
+    "nf4" the language model's linear weights are rounded to 4 bits as they are loaded.
 
     Raises:
-        CheckpointError: weights are missing or of the wrong shape.
+        CheckpointError: weights are missing or of the wrong shape, or bitsandbytes is.
     """
     path = _resolved(path)
     try:
+        extra = _in_4_bits(path, dtype, device) if quantization == "nf4" else {}
         model, info = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -179,7 +192,13 @@ def load_lvlm(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **extra,
         )
+    except ImportError as error:
+        raise CheckpointError(
+            f"policy.quantization = {quantization!r} needs bitsandbytes: pip install bitsandbytes "
+            f"({first_line(error)})"
+        ) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot load the model: {type(error).__name__}: {error}"
@@ -191,7 +210,29 @@ def load_lvlm(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, first {missing[0]}")
-    return model.to(device).eval().requires_grad_(False)
+    for part in model.modules() if extra else ():
+        # On CPUs bitsandbytes packs weights anew in the first pass without gradients, in place;
+        # passes with gradients, and other roles on the same weights, cannot read them then.
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
+    placed = model if extra else model.to(device)
+    return placed.eval().requires_grad_(False)
+
+
+def _in_4_bits(path: Path, dtype: str, device: str) -> dict[str, Any]:
+    """How transformers loads the language model's linears in NF4 with double quantisation (QLoRA,
+    arXiv 2305.14314), the rest as it is; products are computed in ``dtype``."""
+    family = family_of(AutoConfig.from_pretrained(path, local_files_only=True))
+    whole = [family.tower, *family.loose, "lm_head"]
+    whole += [family.projector] if family.projector else []
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=whole,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def attach_lora(

@@ -22,18 +22,30 @@ class BaseModels:
     """
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[Path, str, str, str], PreTrainedModel] = {}
+        self._loaded: dict[tuple[Path, str, str, str, str], PreTrainedModel] = {}
         self._features: dict[tuple[int, bool], FeatureCache] = {}
         self._lock = threading.Lock()
 
     def load(
-        self, path: Path, *, dtype: str = "float32", device: str = "cpu", attention: str = "sdpa"
+        self,
+        path: Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        attention: str = "sdpa",
+        quantization: str = "none",
     ) -> PreTrainedModel:
         """As `fgaif.lvlm.model.load_lvlm`, on the weights that are here already."""
-        key = (path, dtype, device, attention)
+        key = (path, dtype, device, attention, quantization)
         with self._lock:
             if key not in self._loaded:
-                self._loaded[key] = load_lvlm(path, dtype=dtype, device=device, attention=attention)
+                self._loaded[key] = load_lvlm(
+                    path,
+                    dtype=dtype,
+                    device=device,
+                    attention=attention,
+                    quantization=quantization,
+                )
             return with_own_modules(self._loaded[key])
 
     def features(
