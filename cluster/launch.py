@@ -23,6 +23,7 @@ from cluster.groups.placed_actor import PlacedActor, group_name
 from cluster.groups.role_groups import (
     JudgeGroup,
     LearnerGroup,
+    PreferenceGroup,
     ReferenceGroup,
     RewardGroup,
     StatelessActor,
@@ -144,16 +145,21 @@ class Cluster:
         model = resolve_checkpoint(name)
         return JudgeGroup(self._start("judge", "judge", JudgeActor, (model, self._config)))
 
-    def rewards(self, directory: Path) -> RewardGroup | SharedScorers:
-        """The scorers of the trained reward models in ``directory/KIND``."""
+    def rewards(self, directory: Path) -> RewardGroup | PreferenceGroup | SharedScorers:
+        """The scorers of the trained reward models in ``directory``."""
         if "reward" in self._together:
             assert directory == self._config.run_dir / "rewards"
             return SharedScorers(RolePart(self._processes(), "reward"))
+        if self._config.reward.form == "preference":
+            from actors.preference import PreferenceActor
+
+            scorer = (directory, self._config)
+            only = self._start("reward", "reward", PreferenceActor, scorer)
+            return PreferenceGroup(only, len(self._config.kind_names))
         if self._cluster.reward.shared:
             from actors.reward import SharedRewardActor
 
-            arguments = (directory, self._config)
-            scorers = self._start("reward", "reward", SharedRewardActor, arguments)
+            scorers = self._start("reward", "reward", SharedRewardActor, (directory, self._config))
             return RewardGroup([scorers], shared=True)
         from actors.reward import RewardActor
 

@@ -58,7 +58,8 @@ def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle,
     planned beside them; Ray Train starts them."""
     cluster, training = config.cluster, config.reward
     judges = cluster.judge.replicas if config.judge_checkpoints else 0
-    trainers = _names("trainer", training.parallel * training.workers)
+    several = training.parallel if training.form == "segment" else 1
+    trainers = _names("trainer", several * training.workers)
     worker = RoleConfig(cpus=training.cpus_per_worker, gpus=training.gpus_per_worker)
     wanted: list[tuple[Role, RoleConfig, tuple[str, ...]]] = [
         ("rollout", cluster.rollout, _names("rollout", cluster.rollout.replicas)),
@@ -66,7 +67,7 @@ def plan_roles(config: Config, roles: Collection[Role] = ROLES) -> tuple[Bundle,
             ("reward", cluster.reward, _names(prefix, cluster.reward.replicas))
             for prefix in (
                 ("reward",)
-                if cluster.reward.shared
+                if config.one_scorer
                 else [f"reward-{kind}" for kind in config.kind_names]
             )
         ),

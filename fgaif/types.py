@@ -187,9 +187,13 @@ class LabeledResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentScores:
-    """Class probabilities of one response: ``probs`` (S, K, C), each row summing to one."""
+    """Class probabilities of one response: ``probs`` (S, K, C), each row summing to one.
+
+    ``reward`` is what a preference model pays for the response as a whole; its probs say NONE.
+    """
 
     probs: FloatArray
+    reward: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from ppo_world import hf_logprobs
 from rich.console import Console
+from tiny_families import BUILDERS
 from transformers import AutoProcessor
 
 from cluster.pipeline.baselines import run_rounds, train_in
@@ -342,3 +344,40 @@ def test_rounds_of_dpo_go_on_where_they_stopped(
     assert second["first"]["loss"] == pytest.approx(np.log(2), abs=1e-4)  # of its own reference
     assert manifest_from_adapter(last, version=1).tensors.keys()
     assert last == folder / "adapter"
+
+
+QUICK = ("llava_onevision", "qwen2_5_vl")
+FAMILIES = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in BUILDERS
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_trained_on_the_ids_of_its_engine(family: str, tmp_path: Path) -> None:
+    """Templates differ in where a question ends and an answer begins; images in their size."""
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    checkpoint = resolve_checkpoint(str(BUILDERS[family](tmp_path / family)))
+    examples = []
+    for index, size in enumerate(((64, 48), (40, 80))):
+        file = tmp_path / f"{index}.png"
+        Image.new("RGB", size, (90 * index, 40, 7)).save(file)
+        turns = (("user", "What is it?"),)
+        examples.append(
+            Example(image=image_ref(file), turns=turns, chosen="A dog.", rejected="A red cat.")  # type: ignore[arg-type]
+        )
+    encoder = load_encoder(checkpoint)
+    rows = make_dataset("dpo", examples, ChatText(encoder))
+    batch = DataCollatorForVisionPreference(processor=encoder.processor)([rows[0], rows[1]])
+    for at in range(4):
+        answer = batch["completion_mask"][at].bool()
+        real = batch["attention_mask"][at].bool()
+        asked = Prompt(id="x", image=examples[at % 2].image, text="What is it?")
+        assert batch["input_ids"][at][real & ~answer].tolist() == encoder.prompt_ids(asked)
+        assert batch["input_ids"][at][answer][-1] == encoder.tokenizer.eos_token_id
+    settings = with_overrides(
+        config(batch_size=2, micro_batch=2, epochs=1), [f"policy.model={checkpoint}"]
+    )
+    result = train_baseline("dpo", examples, settings, tmp_path / "out")
+    assert result["first"]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert manifest_from_adapter(tmp_path / "out" / "adapter", version=1).tensors

@@ -184,9 +184,14 @@ def train_reward(
     force: Force = False,
     assume: Assume = None,
     full: Full = False,
+    form: Annotated[
+        Literal["segment", "preference"] | None,
+        typer.Option(help="A model of each kind, or Fact-RLHF's of preferences (reward.form)."),
+    ] = None,
 ) -> None:
-    """Step 2: train one reward model per kind -> RUN/rewards/KIND."""
-    _run(config, overrides, dry_run, force, assume, full, "train-reward")
+    """Step 2: train one reward model per kind -> RUN/rewards/KIND, or one of preferences."""
+    extra = [f"reward.form={form}"] if form is not None else []
+    _run(config, [*(overrides or []), *extra], dry_run, force, assume, full, "train-reward")
 
 
 @app.command()

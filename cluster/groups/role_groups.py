@@ -20,6 +20,7 @@ from fgaif.types import (
     Prompt,
     Response,
     Segment,
+    SegmentClass,
     SegmentScores,
     TrainBatch,
     UpdateReport,
@@ -164,6 +165,35 @@ class JudgeGroup(ReplicaGroup):
         """Split by length of the answer, ask everywhere, return in order."""
         costs = [1.0 if request.yes_no else float(request.max_tokens) for request in requests]
         return self.spread(lambda actor: actor.answer, requests, costs)
+
+
+class PreferenceGroup:
+    """Actors with the one preference model: a number for each response, and probs that say NONE."""
+
+    def __init__(self, replicas: Sequence[StatelessActor], kinds: int) -> None:
+        self._group, self._kinds = ReplicaGroup(replicas), kinds
+
+    def score(
+        self, responses: Sequence[Response], segments: Sequence[Sequence[Segment]]
+    ) -> Pending[list[SegmentScores]]:
+        """Score responses as wholes."""
+        items = list(zip(responses, segments, strict=True))
+        costs = [float(len(response.token_ids)) for response in responses]
+        call = self._group.spread(lambda actor: actor.score_pairs, items, costs)
+
+        def finish() -> list[SegmentScores]:
+            scores = []
+            for reward, pieces in zip(call.result(), segments, strict=True):
+                probs = np.zeros((len(pieces), self._kinds, len(SegmentClass)), dtype=np.float32)
+                probs[..., SegmentClass.NONE] = 1.0
+                scores.append(SegmentScores(probs=probs, reward=float(reward)))
+            return scores
+
+        return Then(finish)
+
+    def stop(self) -> None:
+        """Stop the scorers."""
+        self._group.stop()
 
 
 class RewardGroup:

@@ -311,9 +311,16 @@ def _sequence(config: Config, model: ModelFacts) -> int:
     return min(length, max(config.cluster.engine.max_model_len, config.policy.max_new_tokens))
 
 
+_JUDGING, _CAPTIONS = 16, 256
+"""Tokens of a preference model's judging prompt, and of the captions of an image."""
+
+
 def _reward_sequence(config: Config, model: ModelFacts) -> int:
     """Each sub-sentence ends with a separator; one has ``segment.min_words`` tokens or more. For
-    larger units that is an upper bound."""
+    larger units that is an upper bound. A preference model reads a judging prompt and captions."""
+    if config.reward.form == "preference":
+        more = _CAPTIONS if config.reward.captions is not None else 0
+        return _sequence(config, model) + _JUDGING + more
     return _sequence(config, model) + config.policy.max_new_tokens // config.segment.min_words
 
 
@@ -497,7 +504,7 @@ def _reference(config: Config, models: Models, *, on_gpu: bool) -> ActorMemory:
 
 def _scorer(config: Config, models: Models) -> ActorMemory:
     """A backbone with one kind's adapter merged, or with all kinds' beside it."""
-    shared = config.cluster.reward.shared
+    shared = config.cluster.reward.shared and config.reward.form == "segment"
     model, w = models[config.reward_backbone], _width(config)
     run = Pass(
         rows=config.reward.micro_batch,

@@ -21,6 +21,7 @@ from typing import Any
 
 from cluster.pipeline.keys import AFTER, Change, Kind, Stage
 from fgaif.config import API, Config
+from fgaif.data.captions import SCENE_GRAPHS
 from fgaif.data.images import check_image
 from fgaif.data.prompts import SCENES, PromptSet
 from fgaif.data.rows import read_rows
@@ -137,7 +138,11 @@ class Contents:
             return files | extracting | local
         if stage == "train-reward":
             backbone = self._checkpoint("reward.backbone", self._config.reward_backbone)
-            return {LABELS: self._whole(self._config.run_dir / LABELS)} | backbone
+            reward = self._config.reward
+            own = {} if reward.pairs is None else {"reward.pairs": self._whole(reward.pairs)}
+            if reward.captions is not None and reward.captions != SCENE_GRAPHS:
+                own["reward.captions"] = self._whole(Path(reward.captions))
+            return {LABELS: self._whole(self._config.run_dir / LABELS)} | own | backbone
         if stage == "train":
             anchor = self._config.ppo.anchor
             asked = anchor.prompts if anchor.weight and anchor.prompts != QUESTIONS else SCENES

@@ -18,6 +18,7 @@ from fgaif.chat.store import ReplyStore
 from fgaif.config import API, Config
 from fgaif.data.scenes.facts import SCENE_KINDS
 from fgaif.data.sources import Source, of_scenes
+from fgaif.errors import ConfigError
 from fgaif.eval.captions import JudgedCaption, judged_by_scores
 from fgaif.eval.policy import Judge, Review
 from fgaif.eval.run_results import ORACLE, REWARDS
@@ -81,6 +82,11 @@ class CaptionJudges:
             return ORACLE, SceneJudge(self.source.scene_of, self.segmenter, config.kind_names)
         if verifier_judges(config):
             return f"the verifier {_named(config, config.feedback.verifiers)}", self._by_feedback
+        if config.reward.form == "preference":
+            raise ConfigError(
+                "reward.form = 'preference': its reward model cannot say what is hallucinated, so "
+                "nobody judges the captions: set eval.judge=verifier"
+            )
         return REWARDS, self._by_rewards
 
     def others(self) -> dict[str, Review]:
@@ -89,7 +95,7 @@ class CaptionJudges:
         if config.eval.second_verifier is not None:
             name = _named(config, [config.eval.second_verifier])
             reviews[f"the second verifier {name}"] = self._by_second
-        if verifier_judges(config):
+        if verifier_judges(config) and config.reward.form == "segment":
             reviews[REWARDS] = lambda judged: self._by_rewards([c.labeled.response for c in judged])
         return reviews
 

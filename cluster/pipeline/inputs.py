@@ -15,6 +15,7 @@ from cluster.pipeline.keys import Stage
 from fgaif.chat.limits import check_prices
 from fgaif.chat.secrets import read_key
 from fgaif.config import API, Config
+from fgaif.data.captions import ImageCaptions
 from fgaif.data.prompts import look_at_prompts
 from fgaif.data.sources import QUESTIONS, require_questions
 from fgaif.errors import DataError, FgaifError
@@ -79,7 +80,12 @@ def _looks(config: Config, stage: Stage) -> dict[str, Look]:
     if stage == "annotate":
         return policy | _models(config, feedback.extractor, *feedback.verifiers)
     if stage == "train-reward":
-        return policy | {"reward.backbone": partial(_look_at_model, config.reward_backbone)}
+        backbone: dict[str, Look] = {
+            "reward.backbone": partial(_look_at_model, config.reward_backbone)
+        }
+        if config.reward.captions is not None:
+            backbone["reward.captions"] = partial(ImageCaptions, config.reward.captions)
+        return policy | backbone
     if stage == "train":
         looks: dict[str, Look] = policy | train
         if anchor.weight and anchor.prompts == QUESTIONS:

@@ -88,6 +88,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("endpoints.*", "api_key_env api_key_file concurrency timeout_s attempts", _EXECUTION),
     ("endpoints.*", "requests_per_minute tokens_per_minute backoff_s breaker", _EXECUTION),
     ("endpoints.*", "image_tokens price_input price_output", _EXECUTION),
+    ("reward", "form pairs captions", _result("train-reward")),
     ("reward", "backbone head lr batch_size epochs warmup", _result("train-reward")),
     ("reward", "weight_decay max_grad_norm val_fraction patience", _result("train-reward")),
     ("reward", "evals class_balance noise_seed", _result("train-reward")),

@@ -33,12 +33,14 @@ from cluster.pipeline.keys import ORDER, Stage, stage_values
 from cluster.pipeline.run_lock import driver_lock, require_own
 from cluster.pipeline.sample import sample_all
 from cluster.pipeline.stage_status import StageStatus, check_resumable
+from cluster.pipeline.train_preference import train_preference_model
 from cluster.pipeline.train_rewards import train_rewards
 from cluster.pipeline.verifier_rewards import OpenVerifier
 from cluster.roles import Roles
 from fgaif.chat.limits import Usage
 from fgaif.checkpoint import checkpoint_names
 from fgaif.config import Config, dump_config, with_overrides
+from fgaif.data.captions import ImageCaptions
 from fgaif.data.order import request_seed
 from fgaif.data.prompts import PromptSet, skipped_warning, split_by_length
 from fgaif.data.scenes.facts import SCENE_KINDS, oracle
@@ -61,6 +63,7 @@ from fgaif.lvlm.model import resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
 from fgaif.reward.checkpoint import checkpoint_digest
 from fgaif.reward.metrics import calibration_bins, reward_metrics
+from fgaif.reward.preference_model import PREFERENCE
 from fgaif.tracking import Tracker, log_results
 from fgaif.types import (
     EvalReport,
@@ -278,7 +281,10 @@ class Run:
         self._cluster.stop("judge")
 
     def train_reward(self) -> None:
-        """Step 2: one reward model per kind."""
+        """Step 2: one reward model per kind, or one of preferences."""
+        if self._config.reward.form == "preference":
+            self._train_preference()
+            return
         kinds = self._config.kind_names
         labels = label_store(self._dir / "feedback" / "labels.jsonl", kinds)
         check_order(labels, response_store(self._dir / "responses" / "responses.jsonl"))
@@ -293,6 +299,20 @@ class Run:
                 self._dir / "rewards",
                 lambda kind, done, total, _: progress(done, total, kind),
             )
+
+    def _train_preference(self) -> None:
+        config = self._config
+        labels = label_store(self._dir / "feedback" / "labels.jsonl", config.kind_names)
+        labeled = [] if config.reward.pairs is not None else list(labels)
+        with progress_bars(self._console, PREFERENCE) as progress:
+            card = train_preference_model(
+                config,
+                labeled,
+                self._dir / "rewards",
+                lambda name, done, total, _: progress(done, total, name),
+            )
+        left = ", ".join(f"{count} {name}" for name, count in card.pairs.items() if count)
+        self._say(f"pairs: {left}; {card.metrics['accuracy']:.1%} of those held out in order")
 
     def evaluate(
         self, phase: Phase, adapter: Path | None = None, folder: Path | None = None
@@ -337,7 +357,8 @@ class Run:
         write_eval(folder or self._dir / "eval", phase, report, captions, answers)
         if phase == "after" and folder is None:
             self._log_results(report, captions)
-        if phase == "before" and truth_known(self._config):
+        by_kind = self._config.reward.form == "segment"
+        if phase == "before" and truth_known(self._config) and by_kind:
             own = SceneJudge(source.scene_of, self._segmenter, self._config.kind_names)
             responses = [caption.labeled.response for caption in captions.sampled]
             self._check_rewards([caption.labeled for caption in own(responses)])
@@ -386,6 +407,9 @@ class Run:
         config, folder = self._config, self._dir / "policy"
         if self._resume and config.ppo.resume is None and checkpoint_names(folder / "checkpoints"):
             config = with_overrides(config, ["ppo.resume=latest"])
+        if config.reward.captions is not None:
+            wanted_images = split_prompts(self.train_source, config)[1]
+            ImageCaptions(config.reward.captions).require(prompt.image for prompt in wanted_images)
         roles = self.roles(verifier)
         source = self.train_source
         _, wanted = split_prompts(source, config)

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ Progress = Callable[[Kind, int, int, dict[str, float]], None]
 stopping, reports done == planned."""
 
 _POLL_S = 0.2
-_RAY_TRAIN_ENV = {
+RAY_TRAIN_ENV = {
     # Relative image paths must mean the same in the workers as here.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Runs of a minute should not wait 2 s for the controller to notice that they have ended.
@@ -72,7 +73,7 @@ def train_rewards(
     for kind in pending:  # data that cannot be trained on is found before anything is started
         read_data(kind, rows, config)
     if pending:
-        os.environ.update(_RAY_TRAIN_ENV)
+        os.environ.update(RAY_TRAIN_ENV)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
         slim = ray.put([replace(row, facts=(), verdicts={}) for row in rows])
         queue = Queue(actor_options={"num_cpus": 0})
@@ -89,7 +90,7 @@ def train_rewards(
             for part in np.array_split(pending, min(config.reward.parallel, len(pending)))
         ]
         try:
-            _run_tasks(tasks, queue, progress)
+            follow([partial(_fit, task) for task in tasks], queue, progress)
         finally:
             queue.shutdown(force=True)
     return {kind: read_card(out_dir / kind).metrics for kind in kinds}
@@ -110,7 +111,8 @@ def input_digest(
     results = {key for key in keys if kind_of(config, "train-reward", key) == "result"}
     counted = {key.split(".")[1] for key in results}.union(counting)
     # The backbone's digest tells more than its name; of the noise only this kind's counts.
-    counted -= {"backbone", "noise", "noise_seed"}
+    # Those of preference models, which these are not, would change the digests of earlier versions.
+    counted -= {"backbone", "noise", "noise_seed", "form", "pairs", "captions"}
     noise = config.reward.noise.get(kind)
     settings = config.reward.model_dump_json(include=counted)
     parts = [kind, settings, str(config.seed), config.policy.dtype, backbone_digest]
@@ -132,18 +134,22 @@ def _is_done(directory: Path, digests: Collection[str]) -> bool:
     return (directory / CARD).is_file() and read_card(directory).input_digest in digests
 
 
-def _run_tasks(tasks: Sequence[RewardTask], queue: Queue, progress: Progress) -> None:
-    """Run the tasks at the same time and pass on what they report, until all have ended."""
+def follow(fits: Sequence[Callable[[], None]], queue: Queue, progress: Progress) -> None:
+    """Run trainings at the same time and pass on what they report, until all have ended.
+
+    Raises:
+        FgaifError: the first cause of the first that failed.
+    """
     failures: list[Exception] = []
 
-    def run(task: RewardTask) -> None:
+    def run(fit: Callable[[], None]) -> None:
         try:
-            _fit(task)
+            fit()
         except Exception as error:  # kept for the main thread, which raises it
             failures.append(error)
 
     # Daemons: Ctrl-C in the main thread must not wait for them.
-    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
+    threads = [threading.Thread(target=run, args=(fit,), daemon=True) for fit in fits]
     for thread in threads:
         thread.start()
     running = True

@@ -32,21 +32,15 @@ class ChatText:
 
         The image stands in the user's first turn; special tokens in texts become plain text. The
         answer ends with EOS.
-
-        Raises:
-            DataError: the template writes the prompt otherwise when an answer follows.
         """
         messages = self._messages(turns)
         prompt = self._template(messages, True)
         whole = self._template([*messages, self._message("assistant", answer)], False)
-        if not whole.startswith(prompt):
-            raise DataError(
-                f"the chat template writes {whole[: len(prompt)]!r:.200} with an answer, but "
-                f"{prompt!r:.200} without: its prompt is not the beginning of the conversation"
-            )
         eos = self._tokenizer.eos_token
-        text = whole[len(prompt) :].rstrip()
-        text = self._seamless(prompt, text.removesuffix(eos).rstrip()) + eos
+        # Where the template ends a question otherwise than it begins an answer, as that of
+        # LLaVA-OneVision does, the prompt is what the policy is asked with.
+        behind = whole[len(prompt) :] if whole.startswith(prompt) else self._encoder.said(answer)
+        text = self._seamless(prompt, behind.rstrip().removesuffix(eos).rstrip()) + eos
         return (self._start if self._needs_start(prompt) else "") + prompt, text
 
     def _needs_start(self, prompt: str) -> bool:

@@ -205,7 +205,7 @@ def _read(
     rows: list[Example] = []
     skipped: list[Skipped] = []
     images: dict[str, ImageRef] = {}
-    for number, row in _rows(path):
+    for number, row in json_rows(path, _COLUMNS):
         where = f"{path}:{number}"
         try:
             if not isinstance(row, dict):
@@ -226,9 +226,14 @@ def _read(
     return found_all
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
+    """Yield (number from 1, row) of a .json list, a .jsonl or a .parquet file.
+
+    Raises:
+        DataError: the file cannot be read; see :func:`fgaif.data.rows.read_rows`.
+    """
     if path.suffix != ".json":
-        yield from read_rows(path, _COLUMNS)
+        yield from read_rows(path, columns)
         return
     try:
         if path.stat().st_size > MAX_JSON:
@@ -260,7 +265,7 @@ def _check(name: str, beside: Path, root: Path | None, max_pixels: int) -> Image
 def _asked(where: str, row: Json) -> tuple[Turn, ...]:
     if not isinstance(row.get("prompt"), list):
         return (("user", text_of(where, row, "prompt")),)
-    turns = _turns(where, "prompt", row["prompt"])
+    turns = turns_of(where, "prompt", row["prompt"])
     if not turns or turns[-1][0] != "user":
         raise DataError(f"{where}: prompt: the last turn must be the user's")
     return turns
@@ -269,14 +274,14 @@ def _asked(where: str, row: Json) -> tuple[Turn, ...]:
 def _answer(where: str, row: Json, column: str) -> str:
     if not isinstance(row.get(column), list):
         return text_of(where, row, column)
-    turns = _turns(where, column, row[column])
+    turns = turns_of(where, column, row[column])
     if len(turns) != 1 or turns[0][0] != "assistant":
         raise DataError(f"{where}: {column}: expected one turn, the assistant's")
     return turns[0][1]
 
 
 def _replies(where: str, column: str, said: Any) -> list[tuple[tuple[Turn, ...], str]]:
-    turns = _turns(where, column, said)
+    turns = turns_of(where, column, said)
     found = [
         (turns[:at], text)
         for at, (role, text) in enumerate(turns)
@@ -287,7 +292,12 @@ def _replies(where: str, column: str, said: Any) -> list[tuple[tuple[Turn, ...],
     return found
 
 
-def _turns(where: str, column: str, said: Any) -> tuple[Turn, ...]:
+def turns_of(where: str, column: str, said: Any) -> tuple[Turn, ...]:
+    """Turns of a conversation in TRL's form (role, content) or LLaVA's (from, value).
+
+    Raises:
+        DataError: it is none, or a turn has no text.
+    """
     if not isinstance(said, list):
         raise DataError(f"{where}: {column}: {said!r:.60}: expected a list of turns")
     return tuple(_turn(f"{where}: {column}[{at}]", turn) for at, turn in enumerate(said))

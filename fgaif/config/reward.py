@@ -1,6 +1,7 @@
 """Step 2: reward models, and the shape of the rewards made of their scores."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -41,8 +42,17 @@ class NoiseConfig(Section):
 
 
 class RewardConfig(Section):
-    """Step 2: one reward model per kind."""
+    """Step 2: one reward model per kind, or one of preferences."""
 
+    form: Literal["segment", "preference"] = "segment"
+    """`segment`: a model of each kind for every sub-sentence (the method); `preference`: one number
+    for the whole response, learned from pairs (Fact-RLHF), paid at its last token."""
+    pairs: Path | None = None
+    """Of `preference`: people's choices as rows with `image`, `conversations`, `output_1`,
+    `output_2` and `preference` 1 or 2; default: pairs of our labels, fewer hallucinations win."""
+    captions: str | None = None
+    """Of `preference`: captions that the model reads with every response (factual augmentation): a
+    COCO captions file, rows with `image` and `captions`, or `scenes`, the scene graphs."""
     backbone: str | None = None
     """LLaVA checkpoint of the reward models, as in `policy.model`; default: the policy's."""
     lora: LoraConfig = LoraConfig()
@@ -92,6 +102,24 @@ class RewardConfig(Section):
             raise ValueError(
                 f"reward.batch_size = {self.batch_size} is not a multiple of reward.workers = "
                 f"{self.workers}: a rank without work would hang the others; raise the first"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _form_has_its_keys(self) -> Self:
+        for key in ("pairs", "captions"):
+            if self.form == "segment" and getattr(self, key) is not None:
+                raise ValueError(
+                    f"reward.{key} = {str(getattr(self, key))!r} is for reward.form=preference"
+                )
+        if self.form == "preference" and self.workers > 1:
+            raise ValueError(
+                f"reward.workers = {self.workers}: a preference model trains in one worker; set 1"
+            )
+        if self.form == "preference" and (self.noise or self.head != "linear"):
+            raise ValueError(
+                "reward.form = 'preference' knows no reward.noise, and its head is linear; leave "
+                "out reward.noise and reward.head"
             )
         return self
 

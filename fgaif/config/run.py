@@ -168,6 +168,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _preferences_have_no_kinds(self) -> Self:
+        if self.reward.form == "preference" and self.ppo.value_init != "policy":
+            raise ValueError(
+                f"ppo.value_init = {self.ppo.value_init!r}: with reward.form=preference there is "
+                "no reward model of a kind; set ppo.value_init=policy"
+            )
+        cluster = self.cluster
+        shares = cluster.layout == "shared" and "reward" in cluster.shared_roles
+        if self.reward.form == "preference" and shares:
+            raise ValueError(
+                "reward.form = 'preference' with cluster.layout = 'shared': the shared process "
+                "scores sub-sentences only; set cluster.shared_roles=[learner,reference]"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ppo_without_dropout(self) -> Self:
         adapters = {"policy.lora": self.policy.lora, "ppo.value_lora": self.ppo.value_lora}
         for key, lora in adapters.items():
@@ -252,6 +268,11 @@ class Config(Section):
         """Whether engines add the policy's adapter to their weights (`cluster.engine.adapters`)."""
         wanted = self.cluster.engine.adapters
         return wanted == "merged" or (wanted == "auto" and self.policy.dtype == "float32")
+
+    @property
+    def one_scorer(self) -> bool:
+        """Whether one actor has all reward models, or the only one."""
+        return self.cluster.reward.shared or self.reward.form == "preference"
 
     @property
     def judge_checkpoints(self) -> tuple[str, ...]:

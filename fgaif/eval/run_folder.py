@@ -219,6 +219,8 @@ def _read_rewards(
     run_dir: Path, kinds: Sequence[Kind], missing: list[str]
 ) -> tuple[dict[str, Json], Literal["oracle", "labels"] | None]:
     cards: dict[str, Json] = {}
+    if (run_dir / "rewards" / "preference" / "preference.json").is_file():
+        return cards, None  # of the whole response: nothing by kind
     for kind in kinds:
         card = _read_json(run_dir / "rewards" / kind / "reward.json", missing, "fgaif train-reward")
         if card is not None and "metrics" not in card:

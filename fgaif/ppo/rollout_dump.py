@@ -71,7 +71,7 @@ class Header:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One response: ``tokens`` holds the arrays (T,) of ``PER_TOKEN``, rewards by segment their
-    parts: ``segment_values`` (S, K) and ``penalties`` (S,)."""
+    parts: ``segment_values`` (S, K) and ``penalties`` (S,); ``reward`` is a preference model's."""
 
     response: Response
     segments: tuple[Segment, ...]
@@ -80,6 +80,7 @@ class Row:
     segment_values: FloatArray
     penalties: FloatArray
     tokens: dict[str, FloatArray]
+    reward: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +186,7 @@ def recompute(dump: Dump, config: PpoConfig) -> dict[str, list[FloatArray]]:
     rewards = dense_rewards(
         responses,
         [row.segments for row in rows],
-        [SegmentScores(probs=row.probs) for row in rows],
+        [SegmentScores(probs=row.probs, reward=row.reward) for row in rows],
         [row.malformed for row in rows],
         config.shape,
         dump.header.centers,
@@ -235,26 +236,30 @@ def _row(
         for name in PER_TOKEN
         if name not in _OF_CRITIC or batch.values is not None
     }
-    return {
-        "prompt": {"id": response.prompt.id, "text": response.prompt.text},
-        "image": {"path": response.prompt.image.path, "sha256": response.prompt.image.sha256},
-        "sample": response.sample,
-        "version": response.policy_version,
-        "finish": response.finish,
-        "text": response.text,
-        "token_ids": response.token_ids.tolist(),
-        "segments": [
-            [piece.char_start, piece.char_end, piece.token_start, piece.token_end]
-            for piece in segments
-        ],
-        "malformed": sorted(malformed),
-        "probs": {
-            kind: [_numbers(row) for row in scores.probs[:, k]]
-            for k, kind in enumerate(rewards.centers.kinds)
-        },
-        "segment_values": [_numbers(row) for row in rewards.values[index]],
-        "penalties": _numbers(rewards.penalties[index]),
-    } | arrays
+    return (
+        {
+            "prompt": {"id": response.prompt.id, "text": response.prompt.text},
+            "image": {"path": response.prompt.image.path, "sha256": response.prompt.image.sha256},
+            "sample": response.sample,
+            "version": response.policy_version,
+            "finish": response.finish,
+            "text": response.text,
+            "token_ids": response.token_ids.tolist(),
+            "segments": [
+                [piece.char_start, piece.char_end, piece.token_start, piece.token_end]
+                for piece in segments
+            ],
+            "malformed": sorted(malformed),
+            "probs": {
+                kind: [_numbers(row) for row in scores.probs[:, k]]
+                for k, kind in enumerate(rewards.centers.kinds)
+            },
+            "segment_values": [_numbers(row) for row in rewards.values[index]],
+            "penalties": _numbers(rewards.penalties[index]),
+        }
+        | arrays
+        | ({"reward": scores.reward} if scores.reward else {})
+    )
 
 
 def _parsed(path: Path, number: int, line: str, read: Callable[[Json], T]) -> T:
@@ -324,6 +329,7 @@ def _read_row(row: Json, kinds: Sequence[Kind], names: Sequence[str]) -> Row:
         segment_values=_array(row["segment_values"], count, len(kinds)),
         penalties=_array(row["penalties"], count),
         tokens=tokens,
+        reward=float(row.get("reward", 0.0)),
     )
 
 

@@ -205,8 +205,16 @@ def saved_kinds(directory: Path) -> tuple[Kind, ...]:
     """The kinds, in order, that the reward models under ``directory`` were trained for.
 
     Without any, those of FGAIF, which are then missing.
+
+    Raises:
+        CheckpointError: the only model there is one of preferences.
     """
     cards = sorted(directory.glob(f"*/{CARD}"))
+    if not cards and (directory / "preference" / "preference.json").is_file():
+        raise CheckpointError(
+            f"{directory}: holds a preference model, which scores no sub-sentences; train reward "
+            "models of kinds with `fgaif train-reward --form segment` in another run (name=NEW)"
+        )
     return read_card(cards[0].parent).kinds if cards else DEFAULT_KINDS
 
 

@@ -3,7 +3,8 @@
     r_t = sum_i 1[t = T_i] (sum_k w_k v_{i,k} - c_i)  +  1[t = T - 1] e
 
 with T_i the last sampled token of segment i, v_{i,k} the value of segment i for kind k, c_i the
-penalty of a repeated or malformed segment and e the terms of the whole response (no stop, length).
+penalty of a repeated or malformed segment and e the terms of the whole response (no stop, length,
+and what a preference model pays for it).
 The KL term is not here: it belongs to PPO. Parent formula: Wu et al. 2023, section 4; FGAIF sums
 over the kinds. ``shape.order`` makes the sum piecewise, as one puts honesty before helpfulness: the
 value of a kind is 0 where one before it is hallucinated. Adding +1 per correct segment makes a
@@ -75,7 +76,7 @@ class DenseRewards:
 
     ``tokens`` (T,) is what PPO gets; ``own`` (T,) the reward of the segment that a token is of, 0
     for tokens of none; ``values`` (S, K) are unweighted v_{i,k}, 0 where the order of kinds lets
-    them not count; ``penalties`` (S,) are c_i >= 0; ``terminal`` is e <= 0; ``centers`` are the
+    them not count; ``penalties`` (S,) are c_i >= 0; ``terminal`` is e; ``centers`` are the
     means after this batch.
     """
 
@@ -108,7 +109,10 @@ def dense_rewards(
         segment_penalties(response.text, pieces, bad, shape.repeat_penalty)
         for response, pieces, bad in zip(responses, segments, malformed, strict=True)
     )
-    terminal = tuple(terminal_reward(response, shape) for response in responses)
+    terminal = tuple(
+        terminal_reward(response, shape) + score.reward
+        for response, score in zip(responses, scores, strict=True)
+    )
     weights = kind_weights(shape, kinds)
     tokens = tuple(
         token_rewards(

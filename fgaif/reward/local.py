@@ -81,8 +81,14 @@ def train_rewards(
 
     Raises:
         DataError: too little is labelled, or training diverged.
-        ConfigError: ``policy.dtype`` is not float32, which plain AdamW needs.
+        ConfigError: ``policy.dtype`` is not float32, which plain AdamW needs, or ``reward.form`` is
+            not ``segment``.
     """
+    if config.reward.form != "segment":
+        raise ConfigError(
+            f"reward.form = {config.reward.form!r}: this trains a model of each kind; use `fgaif "
+            "train-reward` for one of preferences"
+        )
     if config.policy.dtype != "float32":
         raise ConfigError(
             f"policy.dtype = {config.policy.dtype!r}: this trains in float32 alone; set it to "
