@@ -36,6 +36,9 @@ _PROCESS: Mapping[Role, int] = {
     "trainer": 800 * MIB,
 }
 """Resident memory on the host before the model is loaded: interpreter and libraries."""
+_CPU_LIBRARIES = 12 * MIB
+"""What libraries keep once they have worked on the CPU: oneDNN's kernels and scratch (in bfloat16 6
+MiB of 14 measured, gone with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0), small blocks of the heap."""
 _GPU_CONTEXT = 512 * MIB
 """CUDA context with torch's kernels, per process and device: 0.4 to 0.6 GiB on A100 and H100, what
 nvidia-smi shows of a process beside torch.cuda.memory_reserved; not measured here."""
@@ -141,7 +144,8 @@ def _settle(
     """Add the process of these roles, and put each part where it is kept."""
     process, caches = max(_PROCESS[role] for role in roles), _host_caches(roles, config, models)
     if not on_gpu:
-        whole = replace(found, caches=found.caches + caches, process=process)
+        caches += found.caches + _CPU_LIBRARIES
+        whole = replace(found, caches=caches, process=process)
         return replace(whole, host=whole.total)
     # from_pretrained reads the weights on the host, then moves them.
     host = process + _GPU_HOST + caches + found.weights
@@ -597,7 +601,6 @@ def _engine(
     scored = min(batched, context) * model.vocabulary
     probe = scored * (w + (8 if on_gpu else 13)) if role == "rollout" else 0
     body = inference_peak(model, run, adapted=adapters > 0)
-    activations = max(body, logits, probe)
     if not on_gpu:
         # Embeddings and head are kept beside the copies that vLLM packs for its kernels, and what
         # adapters are merged into beside the checkpoint's; a version comes in float32. An adapter
@@ -606,15 +609,17 @@ def _engine(
         if role == "rollout" and config.merges_adapters:
             weights += sum(rows * columns for rows, columns in model.linears) * w
             copy = 4 * model.lora_parameters(lora)
-        gathered = batched * max(model.ffn, model.hidden) * (4 if w == 4 else w + 4)
+        if adapters:
+            gathered = batched * max(model.ffn, model.hidden) * (4 if w == 4 else w + 4)
+            body += gathered * lora_slot(lora.r)
         found = ActorMemory(
             weights=weights,
             adapters=adapters + copy,
-            activations=activations + (gathered * lora_slot(lora.r) if adapters else 0),
+            activations=max(body, logits, probe),
             caches=engine.kv_cache_mib * MIB,
         )
         return _settle(found, [role], config, models, on_gpu=False)
-    activations = max(activations, vision_peak(model, images, w))
+    activations = max(body, logits, probe, vision_peak(model, images, w))
     activations += images * model.image_tokens * model.hidden * w  # vLLM's cache of features
     token = kv_token(model, w) // engine.tensor_parallel
     found = ActorMemory(
