@@ -28,8 +28,10 @@ def lmms(path: Path, star: float, vet: float, error: float | str = "N/A") -> Pat
 def test_figures_become_shares(tmp_path: Path) -> None:
     found = read_guards([lmms(tmp_path / "r.json", 0.33, 31.5, 0.01)])
     assert found == {"MMStar": Guard(value=0.33, error=0.01), "MM-Vet": Guard(value=0.315)}
-    (tmp_path / "m_MMBench_DEV_EN_acc.csv").write_text(
-        '"split","Overall","AR"\n"dev","0.64","0.7"\n'
+    for name, value in (("MMBench_DEV_EN", 0.64), ("MMBench_DEV_EN_V11", 0.6)):
+        (tmp_path / f"m_{name}_acc.csv").write_text(f'"split","Overall"\n"dev","{value}"\n')
+    (tmp_path / "m_HallusionBench_score.csv").write_text(
+        "split,aAcc,fAcc,qAcc\nOverall,46.9,24.9,10.6\nVS,40.0,20.0,10.0\n"
     )
     (tmp_path / "m_MMVet_gpt-4-turbo_score.csv").write_text(
         "Category,tot,acc\nrec,9,40.0\nOverall,18,31.1\n"
