@@ -62,7 +62,7 @@ def test_the_command_prints_lines_or_json(run: Run, tmp_path: Path) -> None:
     code, _, err = run("--check-setup", tmp_path)
     assert (code, "no results" in err) == (2, True)
     code, _, err = run("--check-setup", folder, "pope", "--questions", "q")
-    assert (code, "--compare stands alone, as do --check-setup" in err) == (2, True)
+    assert (code, "--compare stands alone, as do --check-setup, --plots" in err) == (2, True)
 
 
 def test_lists_of_images_are_told_apart_whatever_names_they_go_by() -> None:

@@ -71,24 +71,33 @@ def main(
             "--check-setup", metavar="DIR", help="Is a result's set-up that of published figures?"
         ),
     ] = None,
+    plots: Annotated[
+        list[Path] | None,
+        typer.Option("--plots", metavar="DIR", help="Result folders to draw; repeat it."),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the comparison's tables.")
+        Path | None, typer.Option("--out", help="Folder for the comparison's tables, or the plots.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
 ) -> None:
     """Compare two models, list the benchmarks, or choose one."""
     if context.invoked_subcommand is not None and (
-        compare or show_list or check or output or as_json or seed
+        compare or show_list or check or plots or output or as_json or seed
     ):
         raise ConfigError(
-            "--compare stands alone, as do --check-setup and --list, and options of a benchmark "
-            f"after its name: fgaif eval {context.invoked_subcommand} ... --json"
+            "--compare stands alone, as do --check-setup, --plots and --list, and options of a "
+            f"benchmark after its name: fgaif eval {context.invoked_subcommand} ... --json"
         )
     if compare is not None:
         from cluster.evaluation.run import run_comparison
 
         run_comparison(*compare, output, seed=seed, as_json=as_json, console=out)
+        raise typer.Exit
+    if plots:
+        from cluster.evaluation.run import run_plots
+
+        run_plots(plots, output, seed=seed, console=out)
         raise typer.Exit
     if check is not None:
         from cluster.evaluation.run import run_check

@@ -199,6 +199,30 @@ def run_check(folder: Path, *, as_json: bool, console: Console) -> None:
         console.print(line, style=style or None, highlight=False, markup=False, soft_wrap=True)
 
 
+def run_plots(folders: Sequence[Path], out: Path | None, *, seed: int, console: Console) -> None:
+    """Draw the benchmarks that all folders hold, a colour per folder, into ``plots`` or ``out``.
+
+    Raises:
+        ConfigError, DataError: two folders of one name, or no benchmark in all of them.
+    """
+    from fgaif.eval.paper_plots import draw_all, save_all  # matplotlib
+
+    names = [folder.name or str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--plots: two folders are named alike ({', '.join(names)}); rename one")
+    shared = [b for b in benchmarks_in(folders[0]) if all(b in benchmarks_in(f) for f in folders)]
+    if not shared:
+        raise DataError(f"{', '.join(map(str, folders))}: no benchmark is in all of them")
+    target = out or folders[0] / "plots"
+    for benchmark in shared:
+        models = {
+            name: read_scored(folder, benchmark)
+            for name, folder in zip(names, folders, strict=True)
+        }
+        for path in save_all(draw_all(models, seed), target):
+            console.print(str(path), highlight=False, soft_wrap=True)
+
+
 def shared_prompt(prompts: Iterable[str]) -> str:
     """Return the prompt of all questions, or where they differ the last lines that all end in."""
     texts = set(prompts)
