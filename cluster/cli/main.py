@@ -483,6 +483,7 @@ def _run(
     )
     from cluster.memory.devices import devices_of
     from cluster.memory.plan import show_memory
+    from cluster.memory.seconds import show_seconds
     from cluster.pipeline.dry_run import print_plan, stage_roles
     from cluster.pipeline.stages import run_stages
 
@@ -491,10 +492,13 @@ def _run(
             out.print(dump_config(settings), highlight=False, markup=False)
         print_plan(settings, stages or ORDER, force, out, full=full)
         roles = stage_roles(settings, stages or ORDER)
-        show_memory(settings, roles, devices_of(settings, assume), out, full=full)
+        devices = devices_of(settings, assume)
+        show_memory(settings, roles, devices, out, full=full)
+        if full:
+            show_seconds(settings, roles, devices, out)
         if not full:
             out.print(
-                "--full adds configuration, placement, each actor's memory, requests by model"
+                "--full adds configuration, placement, each actor's memory, time, requests by model"
             )
     else:
         run_stages(settings, stages or ORDER, force, out)
