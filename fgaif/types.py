@@ -52,11 +52,15 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A question about an image. ``text`` is the user's text without template and image token."""
+    """A question about an image. ``text`` is the user's text without template and image token.
+
+    ``answer`` is the right one where one word tells it (yes, no, a letter); empty elsewhere.
+    """
 
     id: str
     image: ImageRef
     text: str
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Dense rewards, checked by hand."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -274,3 +275,26 @@ def test_on_the_last_token_one_wrong_segment_holds_back_the_whole_response() -> 
 def test_centres_without_a_mean_for_each_kind_are_refused() -> None:
     with pytest.raises(DataError, match="2 means for the kinds object, attribute, relation"):
         RewardCenters(means=(0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "reward"),
+    [
+        ("yes", "Yes, there is a dog.", 2.0),
+        ("yes", "No.", -0.5),
+        ("No", "no", 2.0),
+        ("B", "(B) a house", 2.0),
+        ("B", "A house is B.", -0.5),
+        ("yes", "", -0.5),
+        ("", "Yes.", 0.0),
+    ],
+)
+def test_an_answer_that_one_word_tells_is_paid_for(answer: str, said: str, reward: float) -> None:
+    prompt = Prompt(id="p", image=ImageRef(path="x.png", sha256="0"), text="?", answer=answer)
+    asked = replace(response(3, said), prompt=prompt)
+    symbolic = shape(correct_bonus=2.0, wrong_penalty=0.5)
+    assert terminal_reward(asked, symbolic) == reward
+    assert terminal_reward(asked, PLAIN) == 0
+    found = dense_rewards([asked], [[]], [SegmentScores(probs=probs()[:0].reshape(0, 3, 3))], [()],
+                          symbolic, FRESH)  # fmt: skip
+    assert found.tokens[0].tolist() == [0.0, 0.0, reward]

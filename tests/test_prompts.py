@@ -186,3 +186,17 @@ def test_scenes_are_written_and_then_read_like_any_files(tmp_path: Path) -> None
     assert all(Path(prompt.image.path).is_relative_to(tmp_path) for prompt in loaded.prompts)
     assert load_prompts("scenes:val", limit=3, cache=tmp_path).digest == loaded.digest
     assert load_prompts("scenes:test", limit=3, cache=tmp_path).digest != loaded.digest
+
+
+def test_answers_are_read_and_change_the_digest(folder: Path) -> None:
+    plain = load_prompts(jsonl(folder, *ROWS))
+    asked = load_prompts(jsonl(folder, {**ROWS[0], "answer": " yes "}, {**ROWS[1], "answer": None}))
+    assert [prompt.answer for prompt in asked.prompts] == ["yes", ""]
+    assert PromptSet(source="", prompts=plain.prompts[1:2]).digest == (
+        PromptSet(source="", prompts=asked.prompts[1:2]).digest
+    )
+    assert PromptSet(source="", prompts=plain.prompts[:1]).digest != (
+        PromptSet(source="", prompts=asked.prompts[:1]).digest
+    )
+    with pytest.raises(DataError, match=r"rows\.jsonl:1.*answer"):
+        load_prompts(jsonl(folder, {**ROWS[0], "answer": 5}))

@@ -26,13 +26,18 @@ def settings(folder: Path, *overrides: str) -> Config:
     return load_config(None, [f"dir={folder}", "tracking.rollouts=2", *overrides])
 
 
-def write_step(config: Config, step: int = 4) -> tuple[Path, list[Response], list[SegmentScores]]:
-    """Three responses of 4, 5 and 4 tokens with random numbers; the second segment is malformed."""
+def write_step(
+    config: Config, step: int = 4, *, answer: str = "", reward: float = 0.0
+) -> tuple[Path, list[Response], list[SegmentScores]]:
+    """Three responses of 4, 5 and 4 tokens with random numbers; the second segment is malformed.
+    Each prompt has the ``answer``, each response the ``reward`` of a preference model."""
     rng = np.random.default_rng(0)
-    responses = [response(prompt, tokens=4 + i % 2) for i, prompt in enumerate(prompts(3))]
+    asked = [replace(prompt, answer=answer) for prompt in prompts(3)]
+    responses = [response(prompt, tokens=4 + i % 2) for i, prompt in enumerate(asked)]
     segments = [two_segments(one) for one in responses]
     scores = [
-        SegmentScores(probs=rng.dirichlet([1, 1, 1], (2, 3)).astype(np.float32)) for _ in responses
+        SegmentScores(probs=rng.dirichlet([1, 1, 1], (2, 3)).astype(np.float32), reward=reward)
+        for _ in responses
     ]
     malformed = [(), (1,), ()]
     rewards = dense_rewards(responses, segments, scores, malformed, config.ppo.shape, CENTERS)
@@ -101,6 +106,19 @@ def test_the_same_configuration_computes_the_same_again(tmp_path: Path) -> None:
     for name in COMPUTED:
         for row, array in zip(dump.rows, fresh[name], strict=True):
             np.testing.assert_array_equal(array, row.tokens[name])
+
+
+def test_rewards_of_whole_responses_are_kept_and_computed_again(tmp_path: Path) -> None:
+    config = settings(tmp_path, "ppo.shape.wrong_penalty=0.5")
+    dump = read_dump(write_step(config, answer="no such word", reward=1.75)[0])
+    assert [row.reward for row in dump.rows] == [1.75] * 3
+    assert {row.response.prompt.answer for row in dump.rows} == {"no such word"}
+    fresh = recompute(dump, config.ppo)
+    for row, array in zip(dump.rows, fresh["task_rewards"], strict=True):
+        np.testing.assert_array_equal(array, row.tokens["task_rewards"])
+    without = recompute(dump, settings(tmp_path).ppo)["task_rewards"]
+    for row, array in zip(dump.rows, without, strict=True):
+        assert array[-1] - row.tokens["task_rewards"][-1] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_numbers_that_are_not_finite_come_back_as_nan(tmp_path: Path) -> None:

@@ -207,3 +207,11 @@ def test_a_killed_writer_leaves_whole_batches(tmp_path: Path) -> None:
     assert list(store)[: complete * 50] == [n for n in range(complete) for _ in range(50)]
     store.append([-1])
     assert list(numbers(path))[-1] == -1
+
+
+def test_a_prompts_answer_is_kept_and_none_leaves_rows_as_they_were() -> None:
+    plain = respond()
+    assert set(encode_response(plain)["prompt"]) == {"id", "image", "text"}
+    asked = replace(plain, prompt=replace(plain.prompt, answer="yes"))
+    again = decode_response(json.loads(json.dumps(encode_response(asked))))
+    assert again.prompt == asked.prompt

@@ -108,6 +108,7 @@ TABLE: tuple[tuple[str, str, Place], ...] = (
     ("ppo.shape", "center center_offset center_momentum placement order", _result("train")),
     ("ppo.shape", "repeat_penalty no_stop_penalty", _result("train")),
     ("ppo.shape", "length_penalty length_target", _result("train")),
+    ("ppo.shape", "correct_bonus wrong_penalty", _result("train")),
     ("ppo.anchor", "weight prompts batch_size", _result("train")),
     ("ppo", "micro_batch micro_tokens zero_stage max_staleness", _EXECUTION),
     ("ppo", "checkpoint_every keep_checkpoints resume", _EXECUTION),

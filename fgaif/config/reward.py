@@ -163,6 +163,11 @@ class RewardShapeConfig(Section):
     length_penalty: float = Field(0.0, ge=0)
     """Subtracted per token beyond `length_target`, at the last token."""
     length_target: int = Field(0, ge=0)
+    correct_bonus: float = Field(0.0, ge=0)
+    """Added at the last token where the prompt has an `answer` and the response begins with it:
+    yes, no, a letter of a choice (LLaVA-RLHF's symbolic reward)."""
+    wrong_penalty: float = Field(0.0, ge=0)
+    """Subtracted where it begins with another word."""
     """Tokens of a response that cost nothing."""
     placement: Literal["segment", "spread", "last"] = "segment"
     """`segment`: at each segment's last token (the method); `spread`: in equal parts on all of its

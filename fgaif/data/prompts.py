@@ -29,7 +29,7 @@ FIRST_ROWS = 64
 
 CheckImage = Callable[[str, Path | None, int], ImageRef]
 """From path, root and most pixels, as :func:`check_image`."""
-_COLUMNS = ("image", "images", "prompt", "id")
+_COLUMNS = ("image", "images", "prompt", "id", "answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +50,11 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over ids, image contents and texts; where the images lie does not matter."""
-        rows = [[prompt.id, prompt.image.sha256, prompt.text] for prompt in self.prompts]
+        """SHA-256 over ids, image contents, texts and answers; where images lie does not matter."""
+        rows = [
+            [prompt.id, prompt.image.sha256, prompt.text, *([prompt.answer] * bool(prompt.answer))]
+            for prompt in self.prompts
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def warning(self, examples: int = 3) -> str:
@@ -94,6 +97,7 @@ class _Row:
     id: str
     image: str
     text: str
+    answer: str = ""
 
 
 def load_prompts(
@@ -108,7 +112,8 @@ def load_prompts(
 ) -> PromptSet:
     """Read prompts and check their images (in threads; each distinct path once).
 
-    Rows hold ``image`` (a path; or ``images``, a list of one), ``prompt`` and optionally ``id``. A
+    Rows hold ``image`` (a path; or ``images``, a list of one), ``prompt`` and optionally ``id`` and
+    ``answer``. A
     malformed row or a wrong column is an error; a row whose image is missing or broken is skipped
     and returned as such.
 
@@ -149,7 +154,7 @@ def load_prompts(
             for row in chunk:
                 image = checked[row.image]
                 if isinstance(image, ImageRef):
-                    prompts.append(Prompt(id=row.id, image=image, text=row.text))
+                    prompts.append(Prompt(id=row.id, image=image, text=row.text, answer=row.answer))
                 else:
                     skipped.append(Skipped(row=row.where, reason=image))
     loaded = PromptSet(source=source, prompts=tuple(prompts), skipped=tuple(skipped))
@@ -260,4 +265,5 @@ def _parse_row(path: Path, number: int, row: Any) -> _Row:
         id=row_id(where, row, f"{path.stem}-{number}"),
         image=text_of(where, row, "image"),
         text=text_of(where, row, "prompt"),
+        answer="" if row.get("answer") is None else text_of(where, row, "answer").strip(),
     )

@@ -202,7 +202,7 @@ def label_store(path: Path, kinds: Sequence[Kind] | None = None) -> JsonlStore[L
 def encode_response(response: Response) -> Json:
     """Return a JSON object that ``decode_response`` turns back into the same response."""
     return {
-        "prompt": asdict(response.prompt),
+        "prompt": _encode_prompt(response.prompt),
         "sample": response.sample,
         "text": response.text,
         "token_ids": response.token_ids.tolist(),
@@ -212,6 +212,13 @@ def encode_response(response: Response) -> Json:
     }
 
 
+def _encode_prompt(prompt: Prompt) -> Json:
+    row = asdict(prompt)
+    if not prompt.answer:  # as earlier versions wrote it
+        del row["answer"]
+    return row
+
+
 def decode_response(row: Json) -> Response:
     """Return the response of a stored row."""
     prompt = row["prompt"]
@@ -219,7 +226,12 @@ def decode_response(row: Json) -> Response:
     if finish not in get_args(FinishReason):
         raise ValueError(f"finish = {finish!r}")
     return Response(
-        prompt=Prompt(id=prompt["id"], image=ImageRef(**prompt["image"]), text=prompt["text"]),
+        prompt=Prompt(
+            id=prompt["id"],
+            image=ImageRef(**prompt["image"]),
+            text=prompt["text"],
+            answer=prompt.get("answer", ""),
+        ),
         sample=row["sample"],
         text=row["text"],
         token_ids=np.array(row["token_ids"], dtype=np.int64),

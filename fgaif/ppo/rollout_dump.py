@@ -238,7 +238,8 @@ def _row(
     }
     return (
         {
-            "prompt": {"id": response.prompt.id, "text": response.prompt.text},
+            "prompt": {"id": response.prompt.id, "text": response.prompt.text}
+            | ({"answer": response.prompt.answer} if response.prompt.answer else {}),
             "image": {"path": response.prompt.image.path, "sha256": response.prompt.image.sha256},
             "sample": response.sample,
             "version": response.policy_version,
@@ -308,7 +309,12 @@ def _read_row(row: Json, kinds: Sequence[Kind], names: Sequence[str]) -> Row:
     length, count = len(row["token_ids"]), len(row["segments"])
     tokens = {name: _array(row[name], length) for name in names}
     response = Response(
-        prompt=Prompt(id=row["prompt"]["id"], image=image, text=row["prompt"]["text"]),
+        prompt=Prompt(
+            id=row["prompt"]["id"],
+            image=image,
+            text=row["prompt"]["text"],
+            answer=row["prompt"].get("answer", ""),
+        ),
         sample=row["sample"],
         text=row["text"],
         token_ids=np.array(row["token_ids"], dtype=np.int64),

@@ -255,14 +255,26 @@ def segment_penalties(
 
 
 def terminal_reward(response: Response, shape: RewardShapeConfig) -> float:
-    """e = -no_stop [the response never ended] - length_penalty max(0, T - length_target)."""
-    return end_reward(response.finish == "stop", len(response.token_ids), shape)
+    """e = -no_stop [the response never ended] - length_penalty max(0, T - length_target), and what
+    :func:`answer_reward` gives."""
+    ended = end_reward(response.finish == "stop", len(response.token_ids), shape)
+    return ended + answer_reward(response, shape)
 
 
 def end_reward(ended: bool, length: int, shape: RewardShapeConfig) -> float:
     """As :func:`terminal_reward`, of a response of ``length`` tokens."""
     excess = max(0, length - shape.length_target)
     return -shape.no_stop_penalty * (not ended) - shape.length_penalty * excess
+
+
+def answer_reward(response: Response, shape: RewardShapeConfig) -> float:
+    """Correctness of an answer that one word tells: bonus where the response begins with it, minus
+    the penalty where it begins otherwise, 0 where the prompt has none."""
+    wanted = re.findall(r"\w+", response.prompt.answer.lower())
+    if not wanted:
+        return 0.0
+    said = re.findall(r"\w+", response.text.lower())[: len(wanted)]
+    return shape.correct_bonus if said == wanted else -shape.wrong_penalty
 
 
 def token_rewards(
