@@ -82,7 +82,7 @@ def proposal(said: str) -> list[str]:
 
 @pytest.mark.parametrize("command", ["doctor", "run"])
 def test_a_run_that_fits_is_said_to(say: Say, tmp_path: Path, command: str) -> None:
-    dry = ["--dry-run"] if command == "run" else []
+    dry = ["--dry-run", "--full"] if command == "run" else []
     code, said = say(command, *dry, "--assume", "1x80", f"dir={tmp_path}")
     assert code == 0, said
     assert "the GPUs have room (assumed: 1x80)" in said
@@ -94,7 +94,7 @@ def test_a_run_that_fits_is_said_to(say: Say, tmp_path: Path, command: str) -> N
 def test_a_run_that_does_not_is_refused_with_the_setting_that_does(
     say: Say, tmp_path: Path, command: str
 ) -> None:
-    dry = ["--dry-run"] if command == "run" else []
+    dry = ["--dry-run", "--full"] if command == "run" else []
     large = ["ppo.micro_batch=16", f"dir={tmp_path}"]
     code, said = say(command, *dry, "--assume", "1x80", *large)
     assert code == (1 if command == "doctor" else 2)
