@@ -178,6 +178,15 @@ def test_every_segment_is_coloured_by_its_worst_kind_and_probability(
     assert request.facts
     found = segments(page)
     assert " ".join(piece.text for piece in found) == BEFORE
+    rewards = page.locator(".whole").evaluate_all(
+        "all => all.map((s) => [s.dataset.reward, getComputedStyle(s, '::after').content])"
+    )
+    assert len(rewards) == len(found)
+    for piece, (reward, drawn) in zip(found, rewards, strict=True):
+        assert drawn == f'"{reward}"'  # without pointing at anything
+        own = [probabilities(piece.text, kind) for kind in DEFAULT_KINDS]
+        worth = sum(probs[1] - probs[2] for probs in own)
+        assert float(reward.replace("−", "-")) == pytest.approx(worth, abs=0.02)
     colours = {}
     for piece in found:
         wrong = [kind for kind in DEFAULT_KINDS if likely(piece.text, kind) == 2]
@@ -250,6 +259,11 @@ def test_two_texts_are_compared(visit: Open, image: Path, stub: Stub) -> None:
         assert float(number.translate(signs)) == pytest.approx(difference, abs=0.011)
         assert verdict == ("better" if difference > 0 else "worse")
     counts = [[int(n) for n in row[0].split(" of ")] for row in values[:2]]
+    means = [[float(value.translate(signs)) for value in row[1:]] for row in values[3:5]]
+    for total, mean, (_, count) in zip(totals, means, counts, strict=True):
+        assert mean == pytest.approx([value / count for value in total], abs=0.011)
+    assert [row[0] for row in values[3:5]] == [f"{round(100 * n / of)}%" for n, of in counts]
+    assert len(values) == 6
     boxes = page.locator(".read")
     for i in range(2):
         assert boxes.nth(i).locator(".segment").count() == counts[i][1]
@@ -539,7 +553,7 @@ def test_it_works_on_the_application_itself(
 
 def test_the_files_are_small_and_name_no_other_place() -> None:
     files = [FILES / name for name in ("index.html", "page.css", "page.js")]
-    assert sum(path.stat().st_size for path in files) < 36_000
+    assert sum(path.stat().st_size for path in files) < 38_000
     for path in files:
         source = path.read_text()
         assert not re.search(r"https?://|innerHTML|insertAdjacent|eval\(| on\w+=| style=", source)

@@ -1,5 +1,6 @@
 """`fgaif serve` before anything starts: the plan, the Serve config file, and who may be let in."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,13 @@ import yaml
 from rich.console import Console
 
 from cluster.serving.deployments import ServeArgs, deployment_options
-from cluster.serving.start import check_models, may_be_open, print_service, serve_yaml
+from cluster.serving.start import (
+    check_models,
+    may_be_open,
+    print_service,
+    require_free_port,
+    serve_yaml,
+)
 from fgaif.config import load_config, with_overrides
 from fgaif.errors import CheckpointError, ConfigError
 
@@ -91,3 +98,17 @@ def test_shipped_serve_files_name_what_exists(name: str) -> None:
     assert application.import_path == "cluster.serving.deployments:app"
     args = ServeArgs.model_validate(application.args)
     load_config(None, args.set)
+
+
+def test_a_port_in_use_is_refused_and_another_one_is_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port {port}: something listens.*another --port"):
+            require_free_port("127.0.0.1", port)
+    require_free_port("127.0.0.1", port)
+    require_free_port("localhost", port)
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--host 203\.0\.113\.7 .*nothing can listen there"):
+        require_free_port("203.0.113.7", 8000)

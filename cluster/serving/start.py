@@ -1,9 +1,11 @@
 """``fgaif serve``: start the service, show its plan, stop it without dropping a request."""
 
+import errno
 import ipaddress
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -49,6 +51,8 @@ def run_service(config: Config, args: ServeArgs, host: str, port: int, out: Cons
     out.print(_shape_note(config, args), markup=False, soft_wrap=True)
     chosen = {"anonymous": may_be_open(config, host), "rewards": args.rewards.resolve()}
     args = args.model_copy(update=chosen)
+    if not joined_cluster(config):
+        require_free_port(host, port)
     os.environ.update(CALLBACK)  # for the proxies, where Ray is started here
     connect(config)
     try:
@@ -90,7 +94,7 @@ def may_be_open(config: Config, host: str) -> bool:
     """
     if read_serve_key(config.serve) is not None:
         return False
-    joined = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    joined = joined_cluster(config)
     if is_loopback(host) and not joined:
         return True
     where = f"the Ray cluster {joined}" if joined else f"--host {host}"
@@ -98,6 +102,32 @@ def may_be_open(config: Config, host: str) -> bool:
         f"{where}: others could reach the service, which has no key; set {config.serve.key_env} "
         "(openssl rand -hex 32) or serve.key_file, or serve on 127.0.0.1"
     )
+
+
+def joined_cluster(config: Config) -> str | None:
+    """The address of the Ray cluster that the service joins; None where it starts its own Ray."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Refuse a port on which something listens: Serve would share it, and each get some requests.
+
+    Raises:
+        ConfigError: it is in use, or nothing can listen there.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"--port {port}: something listens on {host}:{port} already, perhaps another "
+                "`fgaif serve`; stop it, or give another --port"
+            ) from error
+        raise ConfigError(
+            f"--host {host} --port {port}: nothing can listen there ({error.strerror or error}); "
+            "give an address of this machine and a port above 1023"
+        ) from error
 
 
 def is_loopback(host: str) -> bool:

@@ -334,11 +334,12 @@ function piece(segment, text, j) {
   const worst = (wrong.length ? wrong : among).reduce((a, b) => (hallu(b) > hallu(a) ? b : a));
   const none = among.every((kind) => likely(segment.kinds[kind]) === "none");
   const said = among.map((kind) => `${kind} ${CLASSES[likely(segment.kinds[kind])]}, hallucination ${percent(hallu(kind))}`);
+  const reward = number(among.length === 1 ? segment.kinds[among[0]].reward : segment.reward, 2, true);
   const element = el("span", {
     class: `segment${wrong.length ? " flagged" : none ? " none" : ""}`,
     role: "option",
     tabindex: j === 0 ? "0" : "-1",
-    "aria-label": `${text} (${said.join("; ")})`,
+    "aria-label": `${text} (${said.join("; ")}; reward ${reward})`,
     "aria-describedby": "tip",
   });
   inked(element, worst);
@@ -347,7 +348,7 @@ function piece(segment, text, j) {
   // The last word and the chips stay on one line.
   const cut = wrong.length && text.length - text.search(/\S+$/) <= 24 ? text.search(/\S+$/) : text.length;
   const chips = wrong.map((kind) => chip(kind, ` ${percent(hallu(kind))}`));
-  element.append(text.slice(0, cut), el("span", { class: "whole" }, text.slice(cut), ...chips));
+  element.append(text.slice(0, cut), el("span", { class: "whole", "data-reward": reward }, text.slice(cut), ...chips));
   return element;
 }
 
@@ -357,14 +358,8 @@ function paintTotals() {
   const head = (name, ...before) => el("th", { scope: "col" }, ...before, el("span", before.length ? { class: "word" } : {}, name));
   const costs = shown.results.some((result) => result.penalty);
   const heads = [head(""), head("Flagged"), ...kinds.map((kind) => head(title(kind), chip(kind))), ...(costs ? [head("Penalty")] : []), head("Total")];
-  const rows = shown.results.map((result, i) =>
-    row(names()[i], [
-      cell(`${flagged(result)} of ${result.segments.length}`),
-      ...kinds.map((kind) => cell(number(result.rewards[kind]))),
-      ...(costs ? [cell(number(-result.penalty))] : []),
-      cell(number(result.total)),
-    ]),
-  );
+  const figures = ({ rewards, penalty, total }, count = 1) => [...kinds.map((kind) => rewards[kind]), ...(costs ? [-penalty] : []), total].map((value) => value / count);
+  const rows = shown.results.map((result, i) => row(names()[i], [cell(`${flagged(result)} of ${result.segments.length}`), ...figures(result).map((value) => cell(number(value)))]));
   if (shown.results.length === 2) {
     const [a, b] = shown.results;
     const change = (value, digits, better) => {
@@ -373,7 +368,16 @@ function paintTotals() {
     };
     const gain = (value) => change(value, 2, value > 0);
     const fewer = flagged(b) - flagged(a);
-    rows.push(row("Change", [change(fewer, 0, fewer < 0), ...kinds.map((kind) => gain(b.rewards[kind] - a.rewards[kind])), ...(costs ? [gain(a.penalty - b.penalty)] : []), gain(b.total - a.total)]));
+    const changes = ([old, now]) => now.map((value, i) => gain(value - old[i]));
+    rows.push(row("Change", [change(fewer, 0, fewer < 0), ...changes(shown.results.map((result) => figures(result)))]));
+    // Sums grow with a text; means compare texts of different lengths.
+    const counts = shown.results.map((result) => Math.max(1, result.segments.length));
+    const means = shown.results.map((result, i) => figures(result, counts[i]));
+    const shares = shown.results.map((result, i) => flagged(result) / counts[i]);
+    means.forEach((mean, i) => rows.push(row(`${names()[i]}, mean of a sub-sentence`, [cell(percent(shares[i])), ...mean.map((value) => cell(number(value)))])));
+    const share = shares[1] - shares[0];
+    const points = el("td", { class: Math.abs(share) < 0.005 ? "same" : share < 0 ? "better" : "worse" }, `${number(100 * share, 0, true)} points`);
+    rows.push(row("Change of the mean", [points, ...changes(means)]));
   }
   $("totals").replaceChildren(el("caption", { class: "hidden" }, "Rewards"), el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows));
 }
