@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import cluster.pipeline.feedback_report as feedback_report
 from cluster.cli.main import main
 
 COMMANDS = [
@@ -158,3 +159,37 @@ def test_something_is_said_before_torch_and_ray_are_loaded(tmp_path: Path) -> No
     )
     assert done.stdout.startswith(f"{tmp_path}/scenes: train; loading")
     assert "ModuleNotFoundError" in done.stderr
+
+
+def test_an_export_looks_for_the_adapter_before_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    where = [str(tmp_path / "out"), f"dir={tmp_path}", "policy.model=nowhere"]
+    assert fgaif(monkeypatch, "export", *where) == 2
+    said = capsys.readouterr().err
+    assert "no adapter there" in said
+    assert "run `fgaif train`" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_audits_next_command_is_that_of_the_same_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        feedback_report, "prepare_audit", lambda config, size, then, out: said.append(then)
+    )
+    file = tmp_path / "my own.yaml"
+    file.write_text(f"dir: {tmp_path}\n")
+    assert fgaif(monkeypatch, "annotate", "-c", str(file), "name=a", "--audit") == 0
+    assert said == [f"fgaif annotate --config '{file}' name=a --audit --answers FILE"]
+
+
+def test_questions_alone_ask_for_answers_or_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question_id": 1, "image": "a.jpg", "text": "?", "label": "yes"}\n')
+    assert fgaif(monkeypatch, "eval", "pope", "--questions", str(questions)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "give --answers FILE, or --model CHECKPOINT" in said

@@ -249,3 +249,19 @@ def test_responses_without_segments_survive(tmp_path: Path) -> None:
     header = replace(dump.header, centers=RewardCenters.empty(DEFAULT_KINDS))
     assert len(recompute(replace(dump, header=header), config.ppo)["rewards"]) == 1
     run(path)
+
+
+def test_a_run_without_rollouts_says_how_to_keep_some_and_one_with_shows_the_last(
+    tmp_path: Path,
+) -> None:
+    step = write_step(settings(tmp_path / "other"))[0]
+    for missing in (tmp_path, tmp_path / "policy" / "rollouts" / "step_000010.jsonl"):
+        result = CliRunner().invoke(app, ["replay", str(missing)])
+        assert "train with tracking.rollouts=10" in str(result.exception)
+    folder = tmp_path / "policy" / "rollouts"
+    folder.mkdir(parents=True)
+    for name in ("step_000010.jsonl", "step_000020.jsonl"):
+        (folder / name).write_bytes(step.read_bytes())
+    assert CliRunner().invoke(app, ["replay", str(tmp_path)]).exit_code == 0
+    result = CliRunner().invoke(app, ["replay", str(folder / "step_000015.jsonl")])
+    assert "has step_000010.jsonl to step_000020.jsonl" in str(result.exception)

@@ -36,6 +36,10 @@ def test_replicas_resources_and_queues_come_from_the_configuration() -> None:
     assert set(options) == {"scorer-object", "scorer-attribute", "scorer-relation", "api"}
     assert options["scorer-object"]["autoscaling_config"]["max_replicas"] == 3
     assert options["scorer-object"]["ray_actor_options"]["num_gpus"] == 0.5
+    own = load_config(None, ["cluster.reward.gpus=0.2"])
+    assert deployment_options(own, args)["scorer"]["ray_actor_options"]["num_gpus"] == 0.2
+    none = load_config(None, ["cluster.reward.gpus=0.2", "serve.replicas.gpus=0"])
+    assert deployment_options(none, args)["scorer"]["ray_actor_options"]["num_gpus"] == 0
     with pytest.raises(ConfigError, match=r"serve\.replicas\.min = 3"):
         load_config(None, ["serve.replicas={min: 3, max: 2}"])
 

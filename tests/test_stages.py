@@ -377,6 +377,13 @@ def test_the_advice_after_a_loss_that_is_no_number_can_be_followed(
     assert (runs.folder / "aside" / "train-1" / "policy" / "checkpoints" / "step_000002").is_dir()
 
 
+def test_a_finished_training_does_not_pass_by_a_checkpoint_that_is_not_there(runs: Runs) -> None:
+    before = everything(runs.folder)
+    with pytest.raises(CheckpointError, match="nope"):
+        runs("ppo.resume=nope", only=["train"])
+    assert everything(runs.folder) == before
+
+
 def test_nothing_aside_is_ever_overwritten(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "policy").mkdir()

@@ -1,6 +1,7 @@
 """The ``fgaif`` command."""
 
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -171,7 +172,9 @@ def annotate(
 
     settings = _load(config, overrides)
     if answers is None:
-        prepare_audit(settings, size, out)
+        named = ["--config", str(config)] if config else []
+        same = shlex.join(["fgaif", "annotate", *named, *(overrides or [])])
+        prepare_audit(settings, size, f"{same} --audit --answers FILE", out)
     else:
         report_audit(settings, answers, second, out)
 
@@ -279,6 +282,9 @@ def export(
 
     settings = _load(config, overrides)
     source = adapter or settings.run_dir / "policy" / "adapter"
+    if not (source / "adapter_config.json").is_file():
+        fix = "give the folder of a PEFT adapter" if adapter else "run `fgaif train`, or --adapter"
+        raise CheckpointError(f"{source}: no adapter there (adapter_config.json); {fix}")
     if adapter_only:
         export_adapter(source, output)
         out.print(f"wrote {output}: the adapter, to be loaded on {settings.policy.model}")
@@ -317,7 +323,6 @@ def openai_server(
     VLLM_API_KEY if that is set, which any address but loopback needs.
     """
     import os
-    import shlex
 
     from actors.openai_server import server_command, server_environment
     from fgaif.lvlm.hub import model_name

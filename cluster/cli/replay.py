@@ -26,7 +26,9 @@ _HTML_WIDTH = 140
 
 
 def replay(
-    file: Annotated[Path, typer.Argument(help="RUN/policy/rollouts/step_*.jsonl.")],
+    file: Annotated[
+        Path, typer.Argument(help="RUN/policy/rollouts/step_*.jsonl, or RUN: the last of it.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="With --recompute: dotted overrides."),
@@ -50,6 +52,7 @@ def replay(
     not, and dim without facts. --recompute shows what another reward shape, gamma or lambda would
     have made of the same scores.
     """
+    file = _dump_file(file)
     dump = read_dump(file)
     if row is not None and row >= len(dump.rows):
         raise DataError(f"--row {row}: {file} has responses 0 to {len(dump.rows) - 1}")
@@ -70,6 +73,26 @@ def replay(
             console.print(f"{len(dump.rows) - limit} more: --limit, --row", style="dim")
     if page and out:
         write_whole(out, page.export_html())
+
+
+def _dump_file(path: Path) -> Path:
+    """The file, or the last one of a run's folder.
+
+    Raises:
+        DataError: the run has kept none; says how to keep some.
+    """
+    if path.is_file():
+        return path
+    folder = path / "policy" / "rollouts" if path.is_dir() else path.parent
+    kept = sorted(folder.glob("step_*.jsonl"))
+    if path.is_dir() and kept:
+        return kept[-1]
+    if kept:
+        raise DataError(f"{path}: no such file; {folder} has {kept[0].name} to {kept[-1].name}")
+    raise DataError(
+        f"{path}: no rollouts are kept there; train with tracking.rollouts=10, which keeps those "
+        "of every tenth step from then on"
+    )
 
 
 def heading(dump: Dump) -> Text:

@@ -172,6 +172,14 @@ class AllOptions:
         Path | None, typer.Option(help="Folder with the official files under their names.")
     ] = None
     count: Annotated[int, typer.Option(min=1, help="Images for CHAIR and FaithScore.")] = 500
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most tokens of an answer, where a benchmark allows more; default: with --config "
+            "its policy.max_new_tokens.",
+        ),
+    ] = None
 
 
 def run_all(own: AllOptions, common: CommonOptions, judge: JudgeOptions) -> None:
@@ -180,7 +188,10 @@ def run_all(own: AllOptions, common: CommonOptions, judge: JudgeOptions) -> None
     from cluster.evaluation.settings import eval_context, make_settings
 
     settings = make_settings(common, judge)
-    context = eval_context(settings)
+    longest = own.max_new_tokens
+    if longest is None and common.config is not None:
+        longest = settings.config.policy.max_new_tokens
+    context = eval_context(settings, longest)
     if context.builder is None or own.data is None:
         raise ConfigError("fgaif eval all needs --model and --data")
     prepared, missing = prepare_all(own.data, context, own.count, judged=bool(settings.judge))

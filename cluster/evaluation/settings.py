@@ -102,8 +102,11 @@ def judge_settings(config: Config, entry: str | None) -> EndpointConfig:
     return config.endpoints[entry]
 
 
-def eval_context(settings: Settings) -> EvalContext:
+def eval_context(settings: Settings, longest_answer: int | None = None) -> EvalContext:
     """Return what the call's benchmarks are prepared with.
+
+    Args:
+        longest_answer: most new tokens, where a benchmark would allow more.
 
     Raises:
         ConfigError: the corruption cannot be read.
@@ -114,7 +117,10 @@ def eval_context(settings: Settings) -> EvalContext:
         assert settings.out is not None, "checked with the options"
         corruption = settings.corruption and Corruption.parse(settings.corruption, settings.seed)
         builder = QuestionBuilder(
-            images=settings.images, out=settings.out, corruption=corruption or None
+            images=settings.images,
+            out=settings.out,
+            corruption=corruption or None,
+            longest_answer=longest_answer,
         )
     return EvalContext(
         builder=builder,

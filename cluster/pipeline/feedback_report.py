@@ -82,13 +82,14 @@ def open_labels(config: Config) -> JsonlStore[LabeledResponse]:
     return label_store(path, config.kind_names)
 
 
-def prepare_audit(config: Config, size: int, console: Console) -> None:
-    """Write the page with a sample of the run's verdicts, drawn by the run's seed."""
+def prepare_audit(config: Config, size: int, then: str, console: Console) -> None:
+    """Write the page with a sample of the run's verdicts, drawn by the run's seed; say what is
+    ``then`` to be run."""
     page = write_audit(audit_folder(config), audit_sample(open_labels(config), size, config.seed))
     console.print(
-        f"wrote {page}\nOpen it in a browser, answer, download the answers, then: "
-        "fgaif annotate --audit --answers FILE",
+        f"wrote {page}\nOpen it in a browser, answer, download the answers, then: {then}",
         markup=False,
+        soft_wrap=True,
     )
 
 

@@ -259,6 +259,7 @@ def deployment_options(config: Config, args: ServeArgs) -> dict[str, dict[str, A
         "max_constructor_retry_count": _STARTS,
     }  # fmt: skip
     replicas = settings.replicas
+    gpus = config.cluster.reward.gpus if replicas.gpus is None else replicas.gpus
     scaling: dict[str, Any] = {"num_replicas": replicas.min}
     if replicas.min != replicas.max:
         scaling = {
@@ -269,7 +270,7 @@ def deployment_options(config: Config, args: ServeArgs) -> dict[str, dict[str, A
             }
         }
     scorer = common | scaling | {
-        "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        "ray_actor_options": {"num_cpus": replicas.cpus, "num_gpus": gpus},
         # A full replica is asked again only after a pause: room for the next batch, and to wait.
         "max_ongoing_requests": max(2 * settings.batch.size, _ROOM),
         "max_queued_requests": 8 * settings.queue,

@@ -28,8 +28,8 @@ class ServeReplicasConfig(Section):
     """Requests per replica that autoscaling aims at."""
     cpus: float = Field(1.0, ge=0)
     """CPUs that Ray reserves for each."""
-    gpus: float = Field(0.0, ge=0)
-    """GPUs that Ray reserves for each, or a fraction of one."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs that Ray reserves for each, or a fraction of one; default: `cluster.reward.gpus`."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:

@@ -37,6 +37,8 @@ class QuestionBuilder:
     images: Path
     out: Path
     corruption: Corruption | None = None
+    longest_answer: int | None = None
+    """Most new tokens, where a benchmark would allow more."""
 
     def answers_file(self, name: str) -> Path:
         """Return the file that takes the answers to the set of this name."""
@@ -75,7 +77,7 @@ class QuestionBuilder:
         return QuestionSet(
             prompts=tuple(prompts),
             images=tuple(names),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, self.longest_answer or max_new_tokens),
             file=file,
             skipped=tuple(skipped),
         )

@@ -345,6 +345,11 @@ def paired_splits(asked: Mapping[str, Path], answered: Mapping[str, Path]) -> di
     """
     if len(asked) == len(answered) == 1:
         return dict(zip(asked, answered.values(), strict=True))
+    if asked and not answered:
+        raise ConfigError(
+            "--questions alone leave nothing to score: give --answers FILE, or --model CHECKPOINT "
+            "with --images and --out to generate them"
+        )
     if asked.keys() != answered.keys():
         raise ConfigError(
             f"--questions are of {', '.join(asked) or 'no split'}, --answers of "
