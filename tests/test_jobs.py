@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,15 @@ import ray
 import ray.autoscaler
 import yaml
 from ray.cluster_utils import Cluster as RayCluster
-from typer.testing import CliRunner
+from ray.dashboard.modules.job.pydantic_models import JobType
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails
+from rich.console import Console
+from typer.testing import CliRunner, Result
 
 from actors.deepspeed_setup import free_port
 from cluster.cli.main import app
-from cluster.monitoring.ray_jobs import Jobs, job_request
+from cluster.monitoring.ray_jobs import JobRequest, Jobs, job_request
 from cluster.monitoring.upload import choose
 from fgaif.config import Config, load_config
 from fgaif.errors import ActorError, ConfigError
@@ -154,3 +159,71 @@ def test_a_job_is_submitted_followed_and_listed(dashboard: str, tmp_path: Path) 
     assert jobs.stop(job) is False
     with pytest.raises(ActorError, match="does not exist"):
         jobs.status("raysubmit_gone")
+
+
+class FakeJobs:
+    """A cluster's jobs of which one ends as told after two looks."""
+
+    def __init__(self, ends: str, log: str) -> None:
+        self.ends, self.log, self.looks = ends, log, 0
+        self.entrypoint = ""
+
+    def submit(self, request: JobRequest) -> str:
+        self.entrypoint = request.entrypoint
+        return "raysubmit_1"
+
+    def status(self, job: str) -> JobDetails:
+        self.looks += 1
+        status = "RUNNING" if self.looks < 3 else self.ends
+        return JobDetails(type=JobType.SUBMISSION, entrypoint=self.entrypoint, status=status)
+
+    def logs(self, job: str) -> str:
+        return self.log
+
+    def follow(self, job: str) -> Iterator[str]:
+        self.looks = 9
+        yield self.log
+
+
+def submitted(monkeypatch: pytest.MonkeyPatch, folder: Path, jobs: FakeJobs, *flags: str) -> Result:
+    monkeypatch.setattr("cluster.monitoring.ray_jobs.Jobs", lambda address: jobs)
+    monkeypatch.setattr("cluster.cli.jobs.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("cluster.cli.jobs.out", Console(width=200))
+    call = ["submit", "train", "-c", str(SCENES), f"dir={folder}", *flags]
+    return CliRunner().invoke(app, call)
+
+
+@pytest.mark.parametrize("flag", ["--follow", "--no-follow"])
+def test_a_job_whose_python_lacks_fgaif_is_seen_and_the_advice_works(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str
+) -> None:
+    log = "Running entrypoint\n/usr/bin/python: No module named fgaif\n"
+    result = submitted(monkeypatch, tmp_path, FakeJobs("FAILED", log), flag)
+    assert result.exit_code == 1
+    assert "raysubmit_1: failed" in result.stdout
+    assert result.stdout.count("No module named fgaif") == 1
+    told = re.search(r"such as --python (\S+), or", result.stdout)
+    assert told is not None
+    jobs = FakeJobs("SUCCEEDED", "done\n")
+    assert submitted(monkeypatch, tmp_path, jobs, flag, "--python", told[1]).exit_code == 0
+    assert jobs.entrypoint == f"{told[1]} -m fgaif train --config fgaif.yaml"
+
+
+def test_a_job_that_goes_on_is_left_alone_after_some_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cluster.cli.jobs._LOOK_S", 0.0)
+    result = submitted(monkeypatch, tmp_path, FakeJobs("RUNNING", ""), "--no-follow")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "submitted raysubmit_1")
+    other = submitted(monkeypatch, tmp_path, FakeJobs("FAILED", "ValueError: no\n"), "--follow")
+    assert "--python" not in other.stdout
+
+
+def test_a_cluster_that_wants_its_token_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str) -> None:
+        raise AuthenticationError("Token authentication is enabled " * 20)
+
+    monkeypatch.setattr("cluster.monitoring.ray_jobs.JobSubmissionClient", refuse)
+    with pytest.raises(ActorError, match=r"RAY_AUTH_MODE=token .*~/\.ray/auth_token") as refused:
+        Jobs("http://127.0.0.1:1")
+    assert len(str(refused.value)) < 400

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,11 @@ from rich.table import Table
 
 from cluster.cli.options import ConfigFile, Overrides
 from fgaif.config import SCENES_CONFIG, dump_config, load_config
+
+if TYPE_CHECKING:  # Ray takes a second to import
+    from ray.job_submission import JobDetails
+
+    from cluster.monitoring.ray_jobs import Jobs
 
 Address = Annotated[
     str | None,
@@ -24,6 +29,9 @@ JobId = Annotated[str, typer.Argument(help="Id that `fgaif submit` printed.")]
 jobs_app = typer.Typer(name="jobs", no_args_is_help=True, help="Jobs that were submitted.")
 out = Console()
 _LISTED = 100
+_LAST_LINES = 15
+_LOOK_S = 8.0
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def submit(
@@ -35,6 +43,9 @@ def submit(
         Path | None,
         typer.Option(help="Folder to upload with it (your code, prompts); never weights or data."),
     ] = None,
+    python: Annotated[
+        str, typer.Option(metavar="PATH", help="Interpreter on the head that has fgaif.")
+    ] = "python",
     follow: Annotated[bool, typer.Option(help="Print the job's log until it ends.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the job; submit nothing.")
@@ -45,14 +56,21 @@ def submit(
     fgaif must be installed on the nodes. `dir`, checkpoints and data are paths that all nodes see.
     The same by hand: ray job submit --working-dir FOLDER -- python -m fgaif run --config FILE
     """
-    from cluster.monitoring.ray_jobs import Jobs, job_request, temporary_folder
+    from cluster.monitoring.ray_jobs import (
+        Jobs,
+        job_request,
+        temporary_folder,
+        why_it_failed,
+    )
 
     if "=" in command:  # overrides alone: everything is run
         overrides, command = [command, *(overrides or [])], "run"
     settings = load_config(config or SCENES_CONFIG, overrides or [])
     folder = temporary_folder()
     try:
-        request = job_request(settings, command, folder=folder, working_dir=working_dir)
+        request = job_request(
+            settings, command, folder=folder, working_dir=working_dir, python=python
+        )
         if dry_run:
             out.print(dump_config(settings), highlight=False)
         out.print(request.entrypoint, markup=False, highlight=False)
@@ -68,9 +86,25 @@ def submit(
     if follow:
         for text in jobs.follow(job):
             out.print(text, end="", markup=False, highlight=False)
-        details = jobs.status(job)
+    details = jobs.status(job) if follow else _first_seconds(jobs, job)
+    if follow or details.status in _ENDED:
         out.print(f"{job}: {details.status.lower()}", markup=False)
+    if details.status == "FAILED":
+        log = jobs.logs(job)
+        if not follow:
+            out.print("\n".join(log.splitlines()[-_LAST_LINES:]), markup=False, highlight=False)
+        if fix := why_it_failed(log):
+            out.print(fix, style="yellow", markup=False, soft_wrap=True)
+    if follow or details.status in _ENDED:
         raise typer.Exit(0 if details.status == "SUCCEEDED" else 1)
+
+
+def _first_seconds(jobs: "Jobs", job: str) -> "JobDetails":
+    """What becomes of a job at once: one that cannot start ends in its first seconds."""
+    end = time.monotonic() + _LOOK_S
+    while (details := jobs.status(job)).status not in _ENDED and time.monotonic() < end:
+        time.sleep(0.5)
+    return details
 
 
 def _uploaded(folder: Path, left_out: Mapping[Path, str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Runs as Ray jobs: what is submitted, and what became of it, over Ray's job submission API."""
 
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.monitoring.upload import choose, copy
@@ -39,12 +41,14 @@ def job_request(
     folder: Path,
     working_dir: Path | None = None,
     flags: Sequence[str] = (),
+    python: str = "python",
 ) -> JobRequest:
     """Make the job that runs ``fgaif COMMAND`` with this configuration on a cluster.
 
     The resolved configuration is written to ``folder``, which alone is uploaded; with
     ``working_dir`` a copy of that folder is, without weights, data, runs, links and whatever may
-    be secret (:mod:`cluster.monitoring.upload`).
+    be secret (:mod:`cluster.monitoring.upload`). ``python`` is the interpreter on the head that has
+    fgaif, a path or the name that its PATH finds.
 
     Raises:
         ConfigError: an unknown command, or a run folder that would vanish with the job.
@@ -66,7 +70,7 @@ def job_request(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     return JobRequest(
-        entrypoint=shlex.join(["python", "-m", "fgaif", command, "--config", _CONFIG, *flags]),
+        entrypoint=shlex.join([python, "-m", "fgaif", command, "--config", _CONFIG, *flags]),
         runtime_env={"working_dir": str(folder)},
         metadata={"fgaif": command, "run": config.name, "dir": str(config.run_dir)},
         left_out=left_out,
@@ -84,6 +88,8 @@ class Jobs:
         self._address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
         try:
             self._client = JobSubmissionClient(self._address)
+        except AuthenticationError as error:
+            raise _token_wanted(self._address) from error
         except (ConnectionError, RuntimeError) as error:
             raise ActorError(
                 f"--address {self._address}: no Ray dashboard answers ({first_line(error)}); give "
@@ -132,6 +138,8 @@ class Jobs:
     def _ask(self, call: Any) -> Any:
         try:
             return call()
+        except AuthenticationError as error:
+            raise _token_wanted(self._address) from error
         except (RuntimeError, ConnectionError) as error:
             hint = ""
             if "No available agent" in str(error):
@@ -140,6 +148,27 @@ class Jobs:
                     "--dashboard-agent-listen-port=PORT"
                 )
             raise ActorError(f"{self._address}: {first_line(error)}{hint}") from error
+
+
+def _token_wanted(address: str) -> ActorError:
+    return ActorError(
+        f"{address}: this Ray lets nobody in without its token: set RAY_AUTH_MODE=token here and "
+        "put the head's token, which `ray start` left there in ~/.ray/auth_token, into the same "
+        "file here, or into a file that RAY_AUTH_TOKEN_PATH names"
+    )
+
+
+def why_it_failed(log: str) -> str:
+    """What to do about a job whose python has no fgaif, or is not there; empty for other causes."""
+    if (
+        re.search(r"No module named '?(fgaif|cluster)\b|python\S*: (command )?not found", log)
+        is None
+    ):
+        return ""
+    return (
+        "the head's python has no fgaif: name the one that has with --python, such as "
+        "--python /opt/fgaif/.venv/bin/python, or start Ray in its environment"
+    )
 
 
 def temporary_folder() -> Path:
