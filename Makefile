@@ -1,6 +1,7 @@
 # make demo    install what is missing, then run the whole job on the embedded world
 # make test    the same, then the tests (PYTEST_ARGS="-k segment" narrows them)
 # make test-all  the same with the long ones too
+# make test-4bit  those of a base in 4 bits, with bitsandbytes installed
 # make lint    ruff and mypy
 # make docs    the documentation's site in build/site, with every link checked
 #
@@ -11,7 +12,7 @@ export PYTHON ?= python3
 PYTEST_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs format install clean
+.PHONY: demo test test-all test-4bit lint docs format install clean
 
 demo: install
 	$(BIN)/fgaif demo
@@ -21,6 +22,10 @@ test: install
 
 test-all: PYTEST_ARGS += -m ""
 test-all: test
+
+test-4bit: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[quantize]'
+	$(BIN)/pytest tests/test_quantized.py
 
 lint: install
 	$(BIN)/ruff check .
