@@ -293,6 +293,7 @@ def test_a_study_runs_what_is_missing_and_compares_with_the_first(
     assert matched["mean"] == pytest.approx(0.315)
     assert found["costs"]["fine"]["samples"]["mean"] == 4 * config.ppo.rollout_batch
     assert found["reward_models"]["coarse"] == {"object": 0.9}
+    assert set(found["made_with"]) == {"fgaif", "commit", "system"}
     run_study(config, Console(quiet=True))
     assert len(stages.done) == 5  # nothing is done twice
     assert len(stages.evaluated) == 2
@@ -366,7 +367,9 @@ def test_trainings_run_side_by_side_as_processes_of_their_own(
     class Done:
         returncode = 0
 
-    def run(line: list[str], check: bool, stdout: Any, stderr: Any) -> Done:
+    def run(line: list[str], check: bool, **_: Any) -> Done:
+        if line[0] == "git":
+            raise FileNotFoundError("no git here")
         assert line[1:4] == ["-m", "fgaif", "study"]
         both.wait(timeout=30)  # two are there at the same time
         seen.add(line[-1])
@@ -408,7 +411,9 @@ def test_a_variant_may_be_made_by_commands(
     class Done:
         returncode = 0
 
-    def run(line: list[str], check: bool) -> Done:
+    def run(line: list[str], check: bool, **_: Any) -> Done:
+        if line[0] == "git":
+            raise FileNotFoundError("no git here")
         ran.append(line[2:])
         adapter = Path(line[-1]).parent / "baselines" / "dpo" / "adapter"
         if "dpo" in line:

@@ -9,12 +9,14 @@ names. Everything can be stopped and goes on where it was; a run that fails is a
 
 import hashlib
 import json
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -92,7 +94,7 @@ def run_study(
         results = {key: _result(config, key, run) for key, run in runs.items()}
     ordered = [results[variant, seed] for variant in study.variants for seed in study.seeds]
     before = read_eval(config.run_dir / "eval", "before")
-    found = study_json(before, ordered, matched, _reward_f1(config))
+    found = study_json(before, ordered, matched, _reward_f1(config)) | {"made_with": _made_with()}
     path = config.run_dir / "study.json"
     write_json(path, found)
     page = write_page(config.run_dir, config.name, found)
@@ -100,6 +102,17 @@ def run_study(
         console.print(table)
     console.print(f"study: {path}\npage: {page}", soft_wrap=True, markup=False)
     return path
+
+
+def _made_with() -> Json:
+    """Version, commit where this is a checkout, and machine of the summary."""
+    line = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        asked = subprocess.run(line, check=False, capture_output=True, text=True)
+        commit = asked.stdout.strip() if asked.returncode == 0 else None
+    except OSError:  # no git here
+        commit = None
+    return {"fgaif": version("fgaif"), "commit": commit, "system": platform.platform()}
 
 
 def variant_config(config: Config, variant: str, seed: int) -> Config:
