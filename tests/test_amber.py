@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cli_calls import eval_command
+from PIL import Image
 
 from fgaif.eval.amber_files import AmberAnswer, AmberRow, AmberWords
 from fgaif.eval.amber_rules import describe_stats
@@ -238,3 +239,17 @@ def test_the_official_files(run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert (found["existence"]["accuracy"], found["attribute"]["accuracy"]) == (1, 0.5)
     assert found["relation"]["accuracy"] == 689 / 1664
+
+
+def test_a_model_is_asked_both_halves(run: Run, files: Path) -> None:
+    for name, colour in (("AMBER_1.jpg", "red"), ("AMBER_2.jpg", "blue")):
+        Image.new("RGB", (40, 40), colour).save(files.parent / name)
+    call = ("amber", "--annotations", files, "--model", "scenes:policy", "--dry-run")
+    code, out, err = run(*call, "--images", files.parent, "--out", "o")
+    assert code == 0, err
+    assert "amber: 10 items" in out
+    assert "10 answers to generate" in out
+    assert "amber_discriminative_answers.jsonl (to be written)" in " ".join(out.split())
+    (files.parent / "query_all.json").unlink()
+    code, _, err = run(*call, "--images", files.parent, "--out", "o")
+    assert (code, "needs --queries" in err) == (2, True)

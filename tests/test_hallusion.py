@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cli_calls import eval_command
+from PIL import Image
 
 from fgaif.eval.benchmarks.hallusion import read_answer
 from fgaif.types import Json
@@ -104,3 +105,18 @@ def test_rows_that_cannot_be_used_are_named(run: Run) -> None:
     Path("a.json").write_text(json.dumps([QUESTIONS[5] | {"model_prediction": "yes"}]))
     code, _, err = run("hallusion", "--questions", "q.json", "--answers", "a.json")
     assert (code, "no answer is to one of the questions (VS_map_7_1_0)" in err) == (2, True)
+
+
+def test_images_are_found_by_their_path_alone(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """VD/map/7_0.png is there; VS/map/7_1.png and VD/map/7_1.png are not, though 7_1.png
+    is. The two questions about the first have the same words."""
+    Path("q.json").write_text(json.dumps(QUESTIONS))
+    for name in ("VD/map/7_0.png", "VD/other/7_1.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(name)
+    call = ("hallusion", "--questions", "q.json", "--model", "scenes:policy", "--out", "o")
+    code, out, err = run(*call, "--images", ".", "--dry-run")
+    assert (code, "1 answers to generate" in out) == (0, True), err
+    assert "3 of 5 questions are left out" in caplog.text
+    code, _, err = run(*call, "--images", "VD", "--dry-run")
+    assert (code, "VD: holds no VD/map/7_0.png" in err) == (2, True)

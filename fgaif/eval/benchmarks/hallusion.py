@@ -317,7 +317,7 @@ def prepare_hallusion(options: HallusionOptions, context: EvalContext) -> Prepar
     questions = read_hallusion_questions(file)
     sets: tuple[QuestionSet, ...] = ()
     if builder is not None:
-        rows = [(q.id, q.file, q.text) for q in questions if q.file is not None]
+        rows = [(q.id, file, q.text) for q, file in _with_image(questions, builder.images)]
         sets = (builder.build("hallusion", rows, options.max_new_tokens, options.suffix),)
     answers = sets[0].file if sets else needed(options.answers, "hallusion", "--answers")
 
@@ -331,6 +331,27 @@ def prepare_hallusion(options: HallusionOptions, context: EvalContext) -> Prepar
         files={"questions": file, "answers": answers},
         items=len(questions),
     )
+
+
+def _with_image(
+    questions: Sequence[HallusionQuestion], folder: Path
+) -> list[tuple[HallusionQuestion, str]]:
+    """Questions whose image lies where its path says; by name alone, ``0_1.png`` is many images."""
+    shown = [(question, question.file) for question in questions if question.file is not None]
+    found = [(question, file) for question, file in shown if (folder / file).is_file()]
+    if not found:
+        raise DataError(
+            f"{folder}: holds no {shown[0][1] if shown else 'image'}; give the folder that the "
+            "paths of the questions start from"
+        )
+    if len(found) < len(shown):
+        log.warning(
+            "HallusionBench: %d of %d questions are left out, %s does not hold their image",
+            len(shown) - len(found),
+            len(shown),
+            folder,
+        )
+    return found
 
 
 def prepare_official(data: Path, context: EvalContext, count: int) -> PreparedBenchmark | Path:
