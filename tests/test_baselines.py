@@ -34,6 +34,7 @@ from fgaif.data.scenes.files import read_scenes, write_split
 from fgaif.data.scenes.questions import DESCRIBE
 from fgaif.errors import DataError, DivergedError
 from fgaif.feedback.external import given_response
+from fgaif.lvlm.export import export_merged
 from fgaif.lvlm.inputs import Encoder, load_encoder
 from fgaif.lvlm.model import load_adapter, load_lvlm, resolve_checkpoint
 from fgaif.lvlm.weights import manifest_from_adapter
@@ -80,17 +81,21 @@ def config(**baseline: Any) -> Config:
     return parse_config({"policy": policy, "baseline": chosen})
 
 
+def sampled(encoder: Encoder, examples: Sequence[Example]) -> list[Response]:
+    """The chosen texts as the policy would have sampled them."""
+    found = []
+    for example in examples:
+        prompt = Prompt(id="x", image=example.image, text=example.turns[-1][1])
+        found.append(given_response("x", prompt, " " + example.chosen, encoder.tokenizer))
+    return found
+
+
 def logprobs(encoder: Encoder, examples: list[Example], adapter: Path | None) -> np.ndarray:
     """Log-probability of each example's chosen text, by our engine's own path."""
     model: Any = load_lvlm(POLICY)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    responses = []
-    for example in examples:
-        prompt = Prompt(id="x", image=example.image, text=example.turns[-1][1])
-        text = " " + example.chosen
-        responses.append(given_response("x", prompt, text, encoder.tokenizer))
-    return hf_logprobs(model, POLICY, responses).sum(1).numpy()
+    return hf_logprobs(model, POLICY, sampled(encoder, examples)).sum(1).numpy()
 
 
 def test_trl_reads_the_ids_that_the_policy_is_given_and_samples(
@@ -135,6 +140,12 @@ def test_dpo_lowers_its_loss_and_our_engine_reads_the_adapter(
     margin_after = logprobs(encoder, examples, adapter) - logprobs(encoder, swapped, adapter)
     assert (margin_after > margin_before).mean() > 0.8
     assert not (tmp_path / "dpo" / "checkpoints").exists()
+    export_merged(POLICY, adapter, tmp_path / "merged", dtype="float32")
+    merged = hf_logprobs(load_lvlm(tmp_path / "merged"), POLICY, sampled(encoder, examples[:2]))
+    served = hf_logprobs(
+        load_adapter(load_lvlm(POLICY), adapter), POLICY, sampled(encoder, examples[:2])
+    )
+    np.testing.assert_allclose(merged.numpy(), served.numpy(), atol=1e-4)
 
 
 def test_an_interrupted_training_goes_on_and_ends_the_same(
