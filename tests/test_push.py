@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from fake_hub import FakeHub, online
+from safetensors.torch import load_file, save_file
 from serving_samples import TEXT, png, write_rewards
 
 from cluster.cli.main import main
@@ -109,6 +111,20 @@ def test_an_export_takes_licence_and_base_from_its_base(
     assert "licence `llama2`" in found.card
     assert "| any error | 40.0 % | 10.0 % |" in found.card
     assert "data and settings are not known" in prepare(out, "me/merged").card
+
+
+def test_figures_are_of_the_adapter_that_was_evaluated_alone(run_dir: Path) -> None:
+    """One of a baseline in the same run does not get PPO's."""
+    other = run_dir / "baselines" / "dpo" / "adapter"
+    shutil.copytree(run_dir / "policy" / "adapter", other)
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {name: 2 * value for name, value in weights.items()}, other / "adapter_model.safetensors"
+    )
+    found = prepare(other, "me/dpo").card
+    assert "Not known: no run was found" in found
+    assert "any error" not in found
+    assert "The run `photos`, seed 0." in found
 
 
 def test_all_goes_in_one_commit(

@@ -5,6 +5,7 @@ read from the folder and the run it belongs to, and what is not known is said. P
 machine are left out.
 """
 
+import filecmp
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -82,10 +83,11 @@ def prepare(
     if (folder / ADAPTER_FILES[0]).is_file():
         found = _adapter_base(folder, base)
         read_adapter(folder)
-        card = _card(name, _policy(found, merged=False), found, run, _changes(run))
+        figures = _changes(run if _was_evaluated(folder, run_dir) else None)
+        card = _card(name, _policy(found, merged=False), found, run, figures)
         return Publication(base=found, files=_adapter_files(folder, "", found), card=card)
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        return _export(folder, name, run, base)
+        return _export(folder, name, run_dir, base)
     raise CheckpointError(
         f"{folder}: neither an adapter, nor reward models, nor an export: give RUN/policy/adapter, "
         "RUN/rewards, or what `fgaif export` wrote"
@@ -149,8 +151,9 @@ def _rewards(folder: Path, name: str, run: RunOutcome | None, base: str | None) 
     return Publication(base=found, files=files, card=text)
 
 
-def _export(folder: Path, name: str, run: RunOutcome | None, base: str | None) -> Publication:
+def _export(folder: Path, name: str, run_dir: Path | None, base: str | None) -> Publication:
     check_weights(folder)
+    run = None if run_dir is None else read_run(run_dir)
     adapter = folder / "adapter"
     if not (adapter / ADAPTER_FILES[0]).is_file():
         raise CheckpointError(
@@ -162,7 +165,8 @@ def _export(folder: Path, name: str, run: RunOutcome | None, base: str | None) -
         file.name: file for pattern in FILES for file in sorted(folder.glob(pattern))
     }
     files |= _adapter_files(adapter, "adapter/", found)
-    card = _card(name, _policy(found, merged=True), found, run, _changes(run), merged=True)
+    figures = _changes(run if _was_evaluated(adapter, run_dir) else None)
+    card = _card(name, _policy(found, merged=True), found, run, figures, merged=True)
     return Publication(base=found, files=files, card=card)
 
 
@@ -289,7 +293,7 @@ def _made_from(run: RunOutcome | None) -> str:
 def _changes(run: RunOutcome | None) -> str:
     """The evaluation before and after, as a table."""
     if run is None or set(run.evals) != {"before", "after"}:
-        return "Not known: there was no evaluation before and after training."
+        return "Not known: no run was found that was evaluated before and after training it."
     sides = [run.evals["before"], run.evals["after"]]
     rows = [
         f"| {row.figure.title} | {row.before} | {row.after} |"
@@ -329,6 +333,16 @@ def _shown(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if value.is_integer() else f"{value:.4f}"  # counts are among them
+
+
+def _was_evaluated(adapter: Path, run_dir: Path | None) -> bool:
+    """Whether the run's figures are of this adapter: a run may hold others, of baselines and
+    earlier steps."""
+    if run_dir is None:
+        return False
+    name = ADAPTER_FILES[1]
+    own = run_dir / "policy" / "adapter" / name
+    return own.is_file() and filecmp.cmp(own, adapter / name, shallow=False)
 
 
 def _run_of(folder: Path) -> Path | None:
