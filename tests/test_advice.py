@@ -204,6 +204,8 @@ def texts() -> Iterator[tuple[str, str]]:
 def is_key(name: str) -> bool:
     """Whether a dotted name is a key or a section; ``{}`` and names in capitals are any entry."""
     parts = name.removesuffix(".{}").split(".")
+    if parts[-1].endswith("_"):  # keys that begin so
+        return any(key.startswith(name) for key in leaf_keys())
     return any(
         len(known) >= len(parts)
         and all(
@@ -216,7 +218,7 @@ def is_key(name: str) -> bool:
 def is_file(name: str) -> bool:
     """A file's name, or that of a module or of something in one."""
     modules = (ROOT / name.replace(".", "/"), (ROOT / name.replace(".", "/")).parent)
-    if Path(name).suffix in (".html", ".tex", ".json", ".jsonl", ".md", ".png", ".txt"):
+    if Path(name).suffix in (".html", ".tex", ".json", ".jsonl", ".md", ".png", ".txt", ".yaml"):
         return True
     return any(path.with_suffix(".py").is_file() for path in modules)
 

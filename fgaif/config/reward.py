@@ -163,6 +163,7 @@ class RewardShapeConfig(Section):
     length_penalty: float = Field(0.0, ge=0)
     """Subtracted per token beyond `length_target`, at the last token."""
     length_target: int = Field(0, ge=0)
+    """Tokens of a response that cost nothing."""
     correct_bonus: float = Field(0.0, ge=0)
     """Added at the last token where the prompt has an `answer` and the response begins with it:
     yes, no, a letter of a choice (LLaVA-RLHF's symbolic reward)."""

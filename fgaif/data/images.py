@@ -352,7 +352,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """
     if not image.mode.startswith("I") and image.mode != "F":
         return image
-    pixels = np.asarray(image).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a NaN is refused below
+        pixels = np.asarray(image).astype(np.float64)
     if image.mode == "F":
         top = 1.0 if pixels.max(initial=0.0) <= 1 else 255.0
         scaled = pixels * (255 / top)

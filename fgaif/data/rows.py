@@ -70,7 +70,8 @@ def read_parquet(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, An
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, row
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError) as error:
+        # The second also from names that are no text, which pyarrow leaves to Python.
         raise DataError(f"{path}: not a whole Parquet file ({error}); write it again") from error
 
 
