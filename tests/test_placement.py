@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from cluster.pipeline.dry_run import stage_roles
-from cluster.placement import check_fits, plan_roles, plan_table
-from fgaif.config import Config, LoraConfig, load_config
+from cluster.placement import check_fits, held_roles, plan_roles, plan_table
+from fgaif.config import Config, LoraConfig, load_config, with_overrides
 from fgaif.errors import CheckpointError, ConfigError
 from fgaif.lvlm.sizes import read_facts
 
@@ -104,3 +104,32 @@ def test_the_table_names_every_actor(config: Config) -> None:
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="pickled weights are not loaded"):
         read_facts(tmp_path)
+
+
+def test_shared_roles_are_one_process_for_each_rank() -> None:
+    """With their CPUs together, and the largest of their shares of a GPU."""
+    config = load_config(
+        None,
+        [
+            "cluster.layout=shared", "cluster.learner={replicas: 2, cpus: 1, gpus: 1}",
+            "cluster.reference={cpus: 0.5, gpus: 0.5}", "cluster.reward={cpus: 0.25, gpus: 0.5}",
+        ],
+    )  # fmt: skip
+    bundles = plan_roles(config)
+    shared = [bundle for bundle in bundles if bundle.role == "shared"]
+    assert [bundle.name for bundle in shared] == ["shared-0", "shared-1"]
+    assert {(bundle.cpus, bundle.gpus) for bundle in shared} == {(1.75, 1.0)}
+    assert shared[0].holds == ("learner", "reference", "reward")
+    assert not {"learner", "reference", "reward"} & {bundle.role for bundle in bundles}
+    assert {"learner", "reference", "reward"} <= held_roles(bundles)
+
+
+def test_a_role_that_is_asked_for_alone_shares_with_nobody() -> None:
+    """As for the evaluation, which scores and does not train."""
+    config = load_config(None, ["cluster.layout=shared"])
+    names = [bundle.name for bundle in plan_roles(config, ["rollout", "reward"])]
+    assert names == ["rollout-0", *(f"reward-{kind}-0" for kind in config.kind_names)]
+    pair = with_overrides(config, ["cluster.shared_roles=[learner, reference]"])
+    held = [bundle.holds for bundle in plan_roles(pair) if bundle.role == "shared"]
+    assert held == [("learner", "reference")]
+    assert sum(bundle.role == "reward" for bundle in plan_roles(pair)) == 3

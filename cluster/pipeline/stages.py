@@ -26,7 +26,7 @@ from cluster.pipeline.dry_run import (
     say_split,
     stage_roles,
 )
-from cluster.pipeline.evaluate import CaptionJudges, truth_known, verifier_judges
+from cluster.pipeline.evaluate import CaptionJudges, judging_engines, truth_known
 from cluster.pipeline.feedback_report import write_summary
 from cluster.pipeline.inputs import refuse_inputs, wrong_inputs
 from cluster.pipeline.keys import ORDER, Stage, stage_values
@@ -135,7 +135,7 @@ def _run_over_cluster(
         if config.feedback.local_verifier and annotating and not config.cluster.engine.sleep:
             cluster.judges()  # loads while the policy samples
         training = any(plan.stage == "train" for plan in plans)
-        training &= config.ppo.reward_source == "models" and not verifier_judges(config)
+        training &= config.ppo.reward_source == "models" and not judging_engines(config)
         for plan in plans:
             run.prepare(plan, stage_status)
             if plan.stage == "eval-before" and training:
