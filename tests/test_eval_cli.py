@@ -105,7 +105,10 @@ def test_splits_are_paired_by_name_and_averaged(run: Run, tmp_path: Path) -> Non
     ("arguments", "words"),
     [
         (["pope"], ["--questions", "build-pope"]),
-        (["pope", "--questions", "q.jsonl"], ["--answers of no split"]),
+        (
+            ["pope", "--questions", "q.jsonl"],
+            ["--questions alone leave nothing to score", "--answers FILE"],
+        ),
         (["pope", "--questions", "a=q.jsonl", "--questions", "a=q.jsonl"], ["given before"]),
         (["pope", "--questions", "no.jsonl", "--answers", "a.jsonl"], ["no.jsonl"]),
         (["pope", "--questions", "q.jsonl", "--answers", "broken.jsonl"], ["broken.jsonl:2"]),
