@@ -4,6 +4,7 @@ Learner's side against transformers, then the engine's side against the learner'
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from fgaif.lvlm.export import export_merged
 from fgaif.lvlm.families import FAMILIES, family_of
 from fgaif.lvlm.features import FeatureCache, set_vision_aside
 from fgaif.lvlm.inputs import Encoder, load_encoder
-from fgaif.lvlm.model import attach_lora, load_lvlm, resolve_checkpoint
+from fgaif.lvlm.model import attach_lora, load_lvlm, project, resolve_checkpoint
 from fgaif.lvlm.sizes import config_facts, read_facts
 from fgaif.lvlm.weights import make_manifest, manifest_from_adapter, tensor_name
 from fgaif.reward import local
@@ -131,6 +132,13 @@ def test_padding_company_and_order_change_nothing(
     assert len(cache) == 3
 
 
+def test_marks_of_other_models_data_are_taken_out(encoder: Encoder, prompts: list[Prompt]) -> None:
+    plain = encoder.prompt_ids(prompts[0])
+    for text in ("<image>\n{}", "{}\n<image>", "<image>{}", f"{encoder.image_token}{{}}"):
+        marked = replace(prompts[0], text=text.format(prompts[0].text))
+        assert encoder.prompt_ids(marked) == plain
+
+
 def test_the_image_is_seen(checkpoint: Path, responses: list[Response]) -> None:
     model = load_lvlm(checkpoint)
     first, second = responses[0], responses[1]
@@ -165,14 +173,54 @@ def test_lora_goes_on_the_language_model_and_its_names_map_both_ways(checkpoint:
     assert all(family.is_language(name) for name in left)
 
 
-def test_a_projector_that_stays_frozen_is_refused_to_training(checkpoint: Path) -> None:
+def test_a_projector_is_trained_or_refused(
+    checkpoint: Path, encoder: Encoder, responses: list[Response], tmp_path: Path
+) -> None:
     model = load_lvlm(checkpoint)
-    if family_of(model.config).project is not None:
-        adapted = attach_lora(model, LoraConfig(r=4), seed=0, projector=True)
-        assert any("modules_to_save" in n for n, p in adapted.named_parameters() if p.requires_grad)
+    family = family_of(model.config)
+    if family.project is None:
+        with pytest.raises(ConfigError, match=r"policy\.train_projector: the projector of"):
+            attach_lora(model, LoraConfig(r=4), seed=0, projector=True)
         return
-    with pytest.raises(ConfigError, match=r"policy\.train_projector: the projector of"):
-        attach_lora(model, LoraConfig(r=4), seed=0, projector=True)
+    images = [response.prompt.image for response in responses[:3]]
+    with torch.no_grad():
+        found = project(model, FeatureCache(model, encoder, projected=False)(images))
+    torch.testing.assert_close(found.rows, FeatureCache(model, encoder)(images).rows)
+    config = tiny_config(checkpoint, tmp_path, lr=3e-2)
+    policy = config.policy.model_copy(update={"train_projector": True, "temperature": 1.0})
+    learner = one_rank(config.model_copy(update={"policy": policy}))
+    assert np.isfinite(list(step(learner, responses, 0).values())).all()
+    whole = [name for name in learner.publish(1).tensors if "lora_" not in name]
+    assert whole
+    assert all(name.startswith(f"{family.projector}.") for name in whole)
+    learner.save_adapter(tmp_path / "adapter")
+    export_merged(checkpoint, tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    rows = hf_logprobs(load_lvlm(tmp_path / "out"), tmp_path / "out", responses).numpy()
+    expected = np.concatenate(learner.logprobs(responses))
+    np.testing.assert_allclose(flat(rows, responses), expected, atol=5e-5)
+
+
+@pytest.mark.long
+def test_a_projector_travels_to_an_engine(
+    checkpoint: Path, actor: RolloutActor, responses: list[Response]
+) -> None:
+    model = load_lvlm(checkpoint)
+    family = family_of(model.config)
+    if family.project is None:
+        pytest.skip("it stays frozen")
+    base = flat(hf_logprobs(model, checkpoint, responses).numpy(), responses)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, value in model.named_parameters():
+        if name.startswith(f"{family.projector}."):
+            value.add_(0.3 * torch.randn(value.shape, generator=generator))
+            tensors[name] = value.numpy().copy()
+    expected = flat(hf_logprobs(model, checkpoint, responses).numpy(), responses)
+    assert np.abs(expected - base).max() > 1e-2
+    actor.load_weights(make_manifest(tensors, scaling=1.0, version=1))
+    np.testing.assert_allclose(engine_logprobs(actor, responses), expected, atol=2e-4)
+    actor.load_weights(make_manifest({}, scaling=1.0, version=0))
+    np.testing.assert_allclose(engine_logprobs(actor, responses), base, atol=1e-4)
 
 
 def reward_settings(checkpoint: Path) -> Config:
@@ -355,6 +403,10 @@ def test_an_engine_serves_the_adapter_unmerged(
             "policy": config.policy.model_copy(update={"lora": lora}),
         }
     )
+    if not load_encoder(checkpoint).family.serves_adapters:
+        with pytest.raises(ConfigError, match="vLLM serves no adapters on"):
+            RolloutActor(checkpoint, config)
+        return
     served = RolloutActor(checkpoint, config)
     KEPT.append(served)
     loaded = served.load_weights(manifest_from_adapter(trained[0], version=2))

@@ -232,6 +232,10 @@ ONEVISION_TEMPLATE = (
 )
 
 
+SQUARES = [[56, 56], [28, 84], [84, 28], [112, 112]]
+"""Up to sixteen tiles: more than nine are pooled."""
+
+
 def llava_onevision(directory: Path) -> Path:
     """LLaVA-OneVision on Qwen2: a SigLIP tower without a head, all of its layers."""
     specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
@@ -242,18 +246,20 @@ def llava_onevision(directory: Path) -> Path:
     )  # fmt: skip
     config = LlavaOnevisionConfig(
         vision_config=vision, text_config=Qwen2Config(**text_config(tokenizer)),
-        image_grid_pinpoints=PINPOINTS, vision_aspect_ratio="anyres_max_2",
+        image_grid_pinpoints=SQUARES, vision_aspect_ratio="anyres_max_9",
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
     )  # fmt: skip
     processor = LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessor(**TILES | {"size": {"height": 28, "width": 28}}),
+        LlavaOnevisionImageProcessor(
+            image_grid_pinpoints=SQUARES, size={"height": 28, "width": 28}
+        ),
         tokenizer,
         LlavaOnevisionVideoProcessor(),
         num_image_tokens=4,
         vision_feature_select_strategy="full",
         chat_template=ONEVISION_TEMPLATE,
-        vision_aspect_ratio="anyres_max_2",
+        vision_aspect_ratio="anyres_max_9",
     )
     return save(directory, config, processor)
 
@@ -360,6 +366,7 @@ def gemma3(directory: Path) -> Path:
         specials, bos_token="<bos>", eos_token="<end_of_turn>", pad_token="<pad>",
         extra_special_tokens=named,
     )  # fmt: skip
+    tokenizer.add_tokens(["\n", "\n\n", "\n\n\n", "\n\n\n\n"])  # runs of them are one token
     vision = SiglipVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         image_size=32, patch_size=8, vision_use_head=False,

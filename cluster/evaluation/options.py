@@ -74,7 +74,7 @@ class VerifierOptions:
 
     verifier: Annotated[
         str | None,
-        typer.Option(help="LLaVA checkpoint on our engines that verifies; default: the judge."),
+        typer.Option(help="Checkpoint on our engines that verifies; default: the judge."),
     ] = None
 
 

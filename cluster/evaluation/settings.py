@@ -175,7 +175,7 @@ async def open_judge(
 
 
 def local_verifier(cluster: "Cluster", checkpoint: Path, store: ReplyStore) -> ChatModel:
-    """A LLaVA checkpoint on the cluster's judge engines, as a chat model over the store."""
+    """A checkpoint on the cluster's judge engines, as a chat model over the store."""
     from fgaif.reward.checkpoint import checkpoint_digest  # torch: not for scoring
 
     judges = cluster.judges()

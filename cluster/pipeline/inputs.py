@@ -24,7 +24,7 @@ from fgaif.feedback.models import check_prompts
 from fgaif.lvlm.checkpoint_files import read_json
 from fgaif.lvlm.families import family_of_type
 from fgaif.lvlm.families.base import Family, require_served_adapters
-from fgaif.lvlm.model import load_processor, resolve_checkpoint
+from fgaif.lvlm.model import check_head, load_processor, resolve_checkpoint
 
 _LEAST_FREE = 256 * 2**20
 """Bytes; results, logs and stores of the smallest run fit."""
@@ -105,6 +105,7 @@ def _looks(config: Config, stage: Stage) -> dict[str, Look]:
 def _look_at_model(name: str) -> Family:
     path = resolve_checkpoint(name)
     load_processor(path)
+    check_head(path)
     return family_of_type(read_json(path / "config.json")["model_type"])
 
 

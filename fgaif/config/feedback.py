@@ -78,7 +78,7 @@ class FeedbackConfig(Section):
     extract_per: Literal["response", "segment"] = "response"
     """One request for all segments of a response, or one per segment, with the response around."""
     verifier: str | tuple[str, ...] = "scenes:verifier"
-    """Who answers yes or no for each fact: a LLaVA checkpoint, as in `policy.model`, or `api:NAME`;
+    """Who answers yes or no for each fact: a checkpoint, as in `policy.model`, or `api:NAME`;
     of a list, at most one checkpoint, and the majority decides."""
     prompt: str = "statement"
     """Verification prompt: a file name in fgaif/feedback/prompts, or a path."""

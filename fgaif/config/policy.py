@@ -27,8 +27,8 @@ class PolicyConfig(Section):
     """The LVLM to align."""
 
     model: str = "scenes:policy"
-    """A LLaVA checkpoint: a directory, `ORG/NAME@REVISION` of the Hugging Face Hub (`@main`: its
-    newest, which a run pins), or `scenes:policy`."""
+    """A checkpoint of a family in docs/families.md: a directory, `ORG/NAME@REVISION` of the Hugging
+    Face Hub (`@main`: its newest, which a run pins), or `scenes:policy`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Training and sampling precision."""
     quantization: Literal["none", "nf4"] = "none"

@@ -54,7 +54,7 @@ class RewardConfig(Section):
     """Of `preference`: captions that the model reads with every response (factual augmentation): a
     COCO captions file, rows with `image` and `captions`, or `scenes`, the scene graphs."""
     backbone: str | None = None
-    """LLaVA checkpoint of the reward models, as in `policy.model`; default: the policy's."""
+    """Checkpoint of the reward models, as in `policy.model`; default: the policy's."""
     lora: LoraConfig = LoraConfig()
     lr: float = Field(2e-5, gt=0)
     """Learning rate of adapter and head."""

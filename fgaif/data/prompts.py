@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 
 from fgaif.data.coco import find_coco, read_coco
 from fgaif.data.images import MAX_PIXELS, check_image
+from fgaif.data.messages import as_question
 from fgaif.data.rows import read_rows, row_id, text_of
 from fgaif.data.scenes.files import write_split
 from fgaif.data.scenes.questions import DESCRIBE
@@ -29,7 +30,7 @@ FIRST_ROWS = 64
 
 CheckImage = Callable[[str, Path | None, int], ImageRef]
 """From path, root and most pixels, as :func:`check_image`."""
-_COLUMNS = ("image", "images", "prompt", "id", "answer")
+_COLUMNS = ("image", "images", "prompt", "messages", "video", "videos", "id", "answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +114,7 @@ def load_prompts(
     """Read prompts and check their images (in threads; each distinct path once).
 
     Rows hold ``image`` (a path; or ``images``, a list of one), ``prompt`` and optionally ``id`` and
-    ``answer``. A
+    ``answer``, or a question as messages (``fgaif/data/messages.py``). A
     malformed row or a wrong column is an error; a row whose image is missing or broken is skipped
     and returned as such.
 
@@ -258,6 +259,7 @@ def _parse_row(path: Path, number: int, row: Any) -> _Row:
     where = f"{path}:{number}"
     if not isinstance(row, dict):
         raise DataError(f"{where}: {row!r:.80}: a row must be an object with `image` and `prompt`")
+    row = as_question(where, row)
     if row.get("image") is None and isinstance(row.get("images"), list):
         row = {**row, "image": row["images"][0] if len(row["images"]) == 1 else row["images"]}
     return _Row(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fgaif.data.images import PixelCache, image_size, load_image
+from fgaif.data.messages import MARK
 from fgaif.errors import DataError
 from fgaif.lvlm.families import family_of
 from fgaif.lvlm.families.base import Pixels, Tensors
@@ -72,8 +73,9 @@ class Encoder:
     def render(self, text: str) -> str:
         """Apply the chat template to a user's text and one image.
 
-        Image tokens in the text are removed, with a line break beside them: LLaVA's data begins
-        prompts with them, and the image comes anyway. Other special tokens become plain text.
+        Image tokens in the text are removed, with a line break beside them: data of many models
+        begin prompts with "<image>", and the image comes anyway. Other special tokens become plain
+        text.
         """
         said = {"type": "text", "text": self.said(text)}
         message = {"role": "user", "content": [{"type": "image"}, said]}
@@ -121,9 +123,9 @@ class Encoder:
         return self.plain(self._without_image_token(text))
 
     def _without_image_token(self, text: str) -> str:
-        token = self.image_token
-        while token in text:  # what is left may form another, as in "<<image>image>"
-            for form in (f"{token}\n", f"\n{token}", token):
+        # What is left may form another, as in "<<image>image>".
+        while found := [token for token in (self.image_token, MARK) if token in text]:
+            for form in (f"{found[0]}\n", f"\n{found[0]}", found[0]):
                 text = text.replace(form, "")
         return text
 

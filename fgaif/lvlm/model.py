@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,7 +26,13 @@ from fgaif.lvlm.adapters import (
     read_adapter_config,
 )
 from fgaif.lvlm.allocator import set_allocator
-from fgaif.lvlm.checkpoint_files import EMBEDDED, SCENES, check_weights, read_json
+from fgaif.lvlm.checkpoint_files import (
+    EMBEDDED,
+    SCENES,
+    check_weights,
+    read_header,
+    read_json,
+)
 from fgaif.lvlm.families import family_of, family_of_type, in_original_layout
 from fgaif.lvlm.families.base import Family, ImageFeatures, Tensors
 
@@ -133,6 +139,13 @@ def load_processor(path: str | Path) -> Any:
             f"{path}: image token {token!r} has id {found} in the tokenizer but config.json says "
             f"{config.image_token_id}; add the token or correct the config"
         )
+    largest, rows = max(processor.tokenizer.get_vocab().values()), config.text_config.vocab_size
+    if largest >= rows:
+        raise CheckpointError(
+            f"{path}: the tokenizer has a token of id {largest}, but by config.json the weights "
+            f"have rows for {rows} (vocab_size); tokens were added without resizing the "
+            "embeddings, or the tokenizer is another model's: copy both from one place"
+        )
     if not processor.chat_template:
         raise CheckpointError(
             f"{path}: no chat template; save one with the processor (chat_template.jinja)"
@@ -143,6 +156,40 @@ def load_processor(path: str | Path) -> Any:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return processor
+
+
+def check_head(path: Path) -> None:
+    """See by a few rows that the output layer is what config.json says: tied to the embeddings, or
+    a matrix of its own.
+
+    Raises:
+        CheckpointError: it says tied and there is another matrix, which would not be loaded; or it
+            says untied and there is none.
+    """
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    family = family_of(config)
+    places: dict[str, tuple[Path, str]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        places |= {family.public_of_file(name): (file, name) for name in read_header(file)}
+    head = places.get(family.public_name("lm_head.weight"))
+    words = places.get(family.public_name(f"{family.language}.embed_tokens.weight"))
+    if not config.tie_word_embeddings and head is None:
+        raise CheckpointError(
+            f"{path}: config.json says tie_word_embeddings = false, but the weights have no output "
+            "layer of their own (lm_head.weight); set it to true, or copy the checkpoint again"
+        )
+    if config.tie_word_embeddings and head is not None and words is not None:
+        own, shared = (_first_rows(*place) for place in (head, words))
+        if not torch.equal(own, shared):
+            raise CheckpointError(
+                f"{path}: config.json says tie_word_embeddings = true, but lm_head.weight differs "
+                "from the embeddings and would not be loaded; set it to false"
+            )
+
+
+def _first_rows(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_slice(name)[:8]
 
 
 def _check_template(path: Path, processor: Any, image_token: str) -> None:

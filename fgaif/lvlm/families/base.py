@@ -145,7 +145,8 @@ class Family:
     serves_adapters: bool = True
     """Whether vLLM serves LoRA adapters on such a model; else engines merge them."""
     unprojected: Callable[[Any, Sequence[Tensors]], list[ImageFeatures]] | None = None
-    """What a projector in training is given, from model and images; None where it stays frozen."""
+    """What a projector in training is given, from model and images; None where it stays frozen.
+    Rows may be cut into tiles (tiles, tokens, W), to be joined along the first axis."""
     project: Callable[[Any, ImageFeatures], ImageFeatures] | None = None
     """Project those, with gradient."""
 
@@ -212,3 +213,20 @@ def projected(model: Any, tensors: Tensors) -> Tensor:
     """``get_image_features`` of one image: its rows (N, W)."""
     rows = model.get_image_features(**tensors, return_dict=True).pooler_output
     return torch.cat(list(rows)) if isinstance(rows, list | tuple) else rows.flatten(0, -2)
+
+
+def into_projector(model: Any, projector: str, tensors: Tensors) -> Tensor:
+    """What ``get_image_features`` of one image gives its projector: (tiles, tokens, width)."""
+    given: list[Tensor] = []
+    module = model.get_submodule(projector)
+    hook = module.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    try:
+        model.get_image_features(**tensors, return_dict=True)
+    finally:
+        hook.remove()
+    return given[0]
+
+
+def project_tiles(model: Any, projector: str, features: ImageFeatures) -> ImageFeatures:
+    """Rows (tiles, tokens, width) of :func:`into_projector` in the language model's space."""
+    return ImageFeatures(rows=model.get_submodule(projector)(features.rows).flatten(0, -2))

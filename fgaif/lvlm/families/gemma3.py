@@ -9,7 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from fgaif.errors import CheckpointError
-from fgaif.lvlm.families.base import Family, ImageFeatures, Shown, Tensors, VisionFacts, projected
+from fgaif.lvlm.families.base import (
+    Family,
+    ImageFeatures,
+    Shown,
+    Tensors,
+    VisionFacts,
+    into_projector,
+    project_tiles,
+    projected,
+)
+
+PROJECTOR = "model.multi_modal_projector"
 
 
 def _expand(processor: Any, config: Any, image: Shown) -> str:
@@ -17,10 +28,21 @@ def _expand(processor: Any, config: Any, image: Shown) -> str:
 
 
 def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
+    return [ImageFeatures(rows=projected(model, _tensors(image))) for image in images]
+
+
+def _unprojected(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
     return [
-        ImageFeatures(rows=projected(model, {"pixel_values": image["pixel_values"]}))
-        for image in images
+        ImageFeatures(rows=into_projector(model, PROJECTOR, _tensors(image))) for image in images
     ]
+
+
+def _project(model: Any, features: ImageFeatures) -> ImageFeatures:
+    return project_tiles(model, PROJECTOR, features)
+
+
+def _tensors(image: Tensors) -> Tensors:
+    return {"pixel_values": image["pixel_values"]}
 
 
 def _positions(model: Any, input_ids: Tensor, features: ImageFeatures) -> dict[str, Any]:
@@ -79,4 +101,6 @@ GEMMA3 = Family(
     expand=_expand,
     positions=_positions,
     check=_check,
+    unprojected=_unprojected,
+    project=_project,
 )

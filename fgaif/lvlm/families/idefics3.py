@@ -11,8 +11,18 @@ import numpy as np
 from PIL import Image
 
 from fgaif.errors import CheckpointError
-from fgaif.lvlm.families.base import Family, ImageFeatures, Pixels, Tensors, VisionFacts, projected
+from fgaif.lvlm.families.base import (
+    Family,
+    ImageFeatures,
+    Pixels,
+    Tensors,
+    VisionFacts,
+    into_projector,
+    project_tiles,
+    projected,
+)
 
+PROJECTOR = "model.connector"
 MOST_TILES = 16
 """Into which the published processors cut a large image, beside the whole of it."""
 
@@ -28,11 +38,21 @@ def _preprocess(processor: Any, image: Image.Image) -> Pixels:
 
 
 def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
-    names = ("pixel_values", "pixel_attention_mask")
+    return [ImageFeatures(rows=projected(model, _tensors(image))) for image in images]
+
+
+def _unprojected(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
     return [
-        ImageFeatures(rows=projected(model, {name: image[name][None] for name in names}))
-        for image in images
+        ImageFeatures(rows=into_projector(model, PROJECTOR, _tensors(image))) for image in images
     ]
+
+
+def _project(model: Any, features: ImageFeatures) -> ImageFeatures:
+    return project_tiles(model, PROJECTOR, features)
+
+
+def _tensors(image: Tensors) -> Tensors:
+    return {name: image[name][None] for name in ("pixel_values", "pixel_attention_mask")}
 
 
 def _tile_tokens(config: Any) -> int:
@@ -74,7 +94,9 @@ IDEFICS3 = Family(
     vision=_vision,
     language="model.text_model",
     tower="model.vision_model",
-    projector="model.connector",
+    projector=PROJECTOR,
     preprocess=_preprocess,
     check=_check,
+    unprojected=_unprojected,
+    project=_project,
 )

@@ -17,9 +17,12 @@ from fgaif.lvlm.families.base import (
     Shown,
     Tensors,
     VisionFacts,
+    into_projector,
+    project_tiles,
     projected,
 )
 
+PROJECTOR = "model.multi_modal_projector"
 MOST_TILES = 12
 """Into which the published processors cut a large image, beside the whole of it."""
 
@@ -28,7 +31,8 @@ def _preprocess(processor: Any, image: Image.Image) -> Pixels:
     made = processor.image_processor(images=[image], crop_to_patches=True, return_tensors="np")
     pixels = np.asarray(made["pixel_values"])
     tiles = np.array([len(pixels)])
-    return {"pixel_values": pixels, "num_patches": tiles, "image_num_patches": tiles}
+    named = {"image_num_patches": tiles, "image_token_id": np.array(processor.image_token_id)}
+    return {"pixel_values": pixels, "num_patches": tiles} | named  # those of vLLM last
 
 
 def _expand(processor: Any, config: Any, image: Shown) -> str:
@@ -40,10 +44,21 @@ def _expand(processor: Any, config: Any, image: Shown) -> str:
 
 
 def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
+    return [ImageFeatures(rows=projected(model, _tensors(image))) for image in images]
+
+
+def _unprojected(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
     return [
-        ImageFeatures(rows=projected(model, {"pixel_values": image["pixel_values"]}))
-        for image in images
+        ImageFeatures(rows=into_projector(model, PROJECTOR, _tensors(image))) for image in images
     ]
+
+
+def _project(model: Any, features: ImageFeatures) -> ImageFeatures:
+    return project_tiles(model, PROJECTOR, features)
+
+
+def _tensors(image: Tensors) -> Tensors:
+    return {"pixel_values": image["pixel_values"]}
 
 
 def _tile_patches(config: Any) -> int:
@@ -91,4 +106,6 @@ INTERNVL = Family(
     preprocess=_preprocess,
     expand=_expand,
     check=_check,
+    unprojected=_unprojected,
+    project=_project,
 )

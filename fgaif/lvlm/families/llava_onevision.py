@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import Family, VisionFacts
 from fgaif.lvlm.families.llava_next import (
     PUBLIC,
@@ -13,6 +14,7 @@ from fgaif.lvlm.families.llava_next import (
     tower_facts,
 )
 
+_ASPECT = "anyres_max_9"
 _POOLED_FROM = 1.1
 """Tokens are pooled where their number is larger than the square of this times the limit's."""
 
@@ -24,6 +26,18 @@ def _vision(config: Any, pixels: int | None) -> VisionFacts:
     return tower_facts(config, most + rows + patches(config) ** 2)
 
 
+def _check(processor: Any, config: Any) -> None:
+    """As LLaVA-NeXT's, and that images are pooled as vLLM pools them."""
+    check(processor, config)
+    for file, found in (("config.json", config), ("processor_config.json", processor)):
+        if found.vision_aspect_ratio != _ASPECT:
+            raise CheckpointError(
+                f"{file}: vision_aspect_ratio = {found.vision_aspect_ratio!r}; vLLM counts the "
+                f"tokens of an image for {_ASPECT!r} alone (_get_num_unpadded_features), so "
+                "engines would read other prompts than are trained on: use a checkpoint with that"
+            )
+
+
 LLAVA_ONEVISION = Family(
     name="LLaVA-OneVision",
     model_types=("llava_onevision",),
@@ -32,6 +46,6 @@ LLAVA_ONEVISION = Family(
     vision=_vision,
     loose=("model.image_newline",),
     expand=expand,
-    check=check,
+    check=_check,
     serves_adapters=False,
 )
