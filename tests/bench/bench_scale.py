@@ -135,7 +135,9 @@ def draw(scaled: Sequence[Json], endured: Sequence[Json]) -> Figure:
             paced.plot(actors, ratios, **look)
         used.set(title="share of time that engines sample", ylim=(0, 1))
         paced.set(title="iteration time / slowest stage", ylim=(0.9, 2.4))
-        paced.axhline(1.15, color=INK, alpha=0.5, linewidth=1, linestyle="--")
+        paced.axhline(
+            1.15, color=INK, alpha=0.5, linewidth=1, linestyle="--", label="allowed: 1.15"
+        )
         paced.legend(title="ppo.async_depth", title_fontsize=8)
         rows = [row for row in scaled if row["depth"] == 1]
         dots: Json = {"marker": "o", "markersize": 3}
