@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny_families import BUILDERS
 from transformers import AutoProcessor
 
+from cluster.pipeline import baselines
 from cluster.pipeline.baselines import run_rounds, train_in
 from fgaif.baselines.chat_text import ChatText
 from fgaif.baselines.files import (
@@ -27,7 +28,7 @@ from fgaif.baselines.files import (
 )
 from fgaif.baselines.pairs import Pairing, ScoredText, make_pairs
 from fgaif.baselines.trainer import make_dataset, read_result, settings_of, train_baseline
-from fgaif.config import Config, parse_config, with_overrides
+from fgaif.config import Config, load_config, parse_config, with_overrides
 from fgaif.data.images import image_ref
 from fgaif.data.scenes.captions import BROAD, write_caption
 from fgaif.data.scenes.files import read_scenes, write_split
@@ -392,3 +393,26 @@ def test_every_family_is_trained_on_the_ids_of_its_engine(family: str, tmp_path:
     result = train_baseline("dpo", examples, settings, tmp_path / "out")
     assert result["first"]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert manifest_from_adapter(tmp_path / "out" / "adapter", version=1).tensors
+
+
+def test_iterative_dpo_begins_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's lock comes before the embedded world is drawn: a folder without is nobody's."""
+    seen: list[int] = []
+
+    def rounds(config: Config, prompts: Sequence[Prompt], *_: object) -> None:
+        seen.append(len(prompts))
+
+    monkeypatch.setattr(baselines, "run_rounds", rounds)
+    monkeypatch.setattr(baselines, "read_cards", lambda *_: {})
+    sizes = ["data.feedback_prompts=2", "data.ppo_prompts=3"]
+    settings = load_config(None, [f"dir={tmp_path}", "name=it", *sizes])
+    plan = baselines.BaselineOptions(rewards=tmp_path, dry_run=True)
+    baselines.run_baseline(settings, "dpo-iterative", plan, Console(quiet=True))
+    assert not (tmp_path / "it").exists()
+    for _ in range(2):
+        baselines.run_baseline(
+            settings, "dpo-iterative", replace(plan, dry_run=False), Console(quiet=True)
+        )
+    assert seen == [3, 3]

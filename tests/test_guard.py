@@ -253,6 +253,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     told = call("--out", str(out), "--dry-run")
     assert "2 prompts of scenes:test, greedy, policy ->" in told
     assert not out.exists()
+    assert not any(tmp_path.iterdir())  # nothing in the folder of a run, either
     (out / "parts").mkdir(parents=True)
     (out / "parts" / "settings.json").write_text(json.dumps({"seed": 5}))
     with pytest.raises(DataError, match="answers of another model, prompts"):

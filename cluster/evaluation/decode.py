@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from cluster.console import progress_bars
 from cluster.evaluation.generate import ModelSpec, generation_config, policy_engines
-from fgaif.config import Config
+from fgaif.config import Config, with_overrides
 from fgaif.data.order import request_seed
 from fgaif.data.prompts import SCENES
 from fgaif.data.sources import Source, open_source
@@ -89,7 +90,11 @@ def run_generate(
     settings = generation_config(config, model)
     drawn = options.prompts.startswith(SCENES)
     limit = options.limit or (settings.data.eval_prompts if drawn else _ALL)
-    source = open_source(options.prompts, settings, limit)
+    _check_own(options.out)
+    # The embedded world is drawn into the answers' folder, not into that of a run.
+    with TemporaryDirectory() if options.dry_run else nullcontext(options.out) as drawn_to:
+        place = [f"dir={json.dumps(str(drawn_to))}", "name=parts"]
+        source = open_source(options.prompts, with_overrides(settings, place), limit)
     if warning := source.prompts.warning():
         console.print(warning, style="yellow", markup=False)
     prompts = source.prompts.prompts[:limit]
@@ -385,11 +390,17 @@ def _made_with(
     }
 
 
+def _check_own(out: Path) -> None:
+    """Refuse a folder that holds something but no answers of ours."""
+    if (out / "parts" / "settings.json").is_file() or not out.exists():
+        return
+    if any(path.name != "parts" for path in out.iterdir()):
+        raise DataError(f"{out}: holds other files; give --out a folder of its own")
+
+
 def _check_folder(out: Path, made_with: Json) -> None:
     file = out / "parts" / "settings.json"
     if not file.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise DataError(f"{out}: holds other files; give --out a folder of its own")
         return
     there = json.loads(file.read_text(encoding="utf-8"))
     if differ := [key for key, value in made_with.items() if there.get(key) != value]:

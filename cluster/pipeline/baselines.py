@@ -179,11 +179,10 @@ def _run_iterative(
     settings = config.baseline
     rewards = options.rewards or config.run_dir / "rewards"
     read_cards(rewards, config.kind_names)
-    wanted = config.data.feedback_prompts + config.data.ppo_prompts
-    _, prompts = split_prompts(open_source(config.data.train, config, wanted), config)
+    count = min(settings.round_prompts, config.data.ppo_prompts)
     console.print(
-        f"dpo-iterative: {settings.rounds} rounds of {settings.samples} responses to "
-        f"{min(settings.round_prompts, len(prompts))} prompts, scored with {rewards} -> {folder}",
+        f"dpo-iterative: {settings.rounds} rounds of {settings.samples} responses to {count} "
+        f"prompts, scored with {rewards} -> {folder}",
         markup=False,
         highlight=False,
     )
@@ -203,7 +202,9 @@ def _run_iterative(
     def score(responses: Sequence[Response]) -> Iterable[float]:
         return reward_scores(open_rewards(config, rewards), console)(responses)
 
-    with driver_lock(config.run_dir):
+    with driver_lock(config.run_dir):  # before the embedded world is drawn into the folder
+        wanted = config.data.feedback_prompts + config.data.ppo_prompts
+        _, prompts = split_prompts(open_source(config.data.train, config, wanted), config)
         run_rounds(config, prompts, folder, options.start, sample, score, console)
 
 
