@@ -156,6 +156,7 @@ def test_a_damaged_file_of_a_run_is_put_right_as_proposed(
 FOREIGN = {
     "--head", "--dashboard-agent-listen-port",  # of ray
     "--revision", "--include",  # of hf
+    "--short",  # of git
     "--query-gpu", "--format",  # of nvidia-smi
     "--shm-size",  # of docker
     "--enable-lora",  # of vllm
