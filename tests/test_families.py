@@ -36,7 +36,8 @@ from fgaif.reward.inputs import load_reward_encoder
 from fgaif.reward.model import segment_probs
 from fgaif.types import FloatArray, Prompt, Response
 
-QUICK = ("llava", "qwen2_5_vl")
+NOT_CONFIRMED = ("gemma3",)
+QUICK = ("qwen2_5_vl",)  # others are `long`: LLaVA has tests of its own
 NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in BUILDERS]
 WIDE = ("motorcycle", "astronaut", "rocket")  # wide, square, high
 
@@ -326,7 +327,13 @@ def test_the_export_loads_in_transformers(
 
 
 @pytest.fixture(scope="module")
-def actor(checkpoint: Path) -> Iterator[RolloutActor]:
+def engine_runs(checkpoint: Path) -> None:
+    if checkpoint.name in NOT_CONFIRMED:
+        pytest.skip("engine and learner have not been held against each other; docs/families.md")
+
+
+@pytest.fixture(scope="module")
+def actor(checkpoint: Path, engine_runs: None) -> Iterator[RolloutActor]:
     actor = rollout_actor(checkpoint)
     yield actor
     actor.load_weights(make_manifest({}, scaling=1.0, version=0))
@@ -392,7 +399,10 @@ def test_what_the_engine_samples_the_learner_scores_alike(
 
 @pytest.mark.long
 def test_an_engine_serves_the_adapter_unmerged(
-    checkpoint: Path, trained: tuple[Path, FloatArray], responses: list[Response]
+    checkpoint: Path,
+    engine_runs: None,
+    trained: tuple[Path, FloatArray],
+    responses: list[Response],
 ) -> None:
     config = engine_config()
     engine = config.cluster.engine.model_copy(update={"adapters": "unmerged"})
@@ -420,7 +430,10 @@ KEPT: list[RolloutActor] = []
 
 @pytest.mark.long
 def test_the_export_loads_in_vllm(
-    exported: Path, trained: tuple[Path, FloatArray], responses: list[Response]
+    exported: Path,
+    engine_runs: None,
+    trained: tuple[Path, FloatArray],
+    responses: list[Response],
 ) -> None:
     fresh = rollout_actor(exported)
     np.testing.assert_allclose(engine_logprobs(fresh, responses), trained[1], atol=1e-4)

@@ -6,21 +6,29 @@ Images are not cut into tiles ("pan and scan" stays off, as in the published pro
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import (
     Family,
     ImageFeatures,
+    Pixels,
     Shown,
     Tensors,
     VisionFacts,
     into_projector,
+    preprocess,
     project_tiles,
     projected,
 )
 
 PROJECTOR = "model.multi_modal_projector"
+
+
+def _preprocess(processor: Any, image: Image.Image) -> Pixels:
+    made = preprocess(processor, image)
+    return {**made, "num_patches": made["num_crops"] + 1}  # vLLM's name, for vLLM's count
 
 
 def _expand(processor: Any, config: Any, image: Shown) -> str:
@@ -98,6 +106,7 @@ GEMMA3 = Family(
     ),
     features=_features,
     vision=_vision,
+    preprocess=_preprocess,
     expand=_expand,
     positions=_positions,
     check=_check,
