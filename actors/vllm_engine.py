@@ -403,7 +403,13 @@ def engine_settings(config: EngineSettings, max_model_len: int, on_gpu: bool) ->
     device: Json = (
         {"gpu_memory_utilization": engine.gpu_memory_utilization}
         if on_gpu
-        else {"kv_cache_memory_bytes": engine.kv_cache_mib * 2**20, "block_size": _CPU_BLOCK}
+        else {
+            "kv_cache_memory_bytes": engine.kv_cache_mib * 2**20,
+            "block_size": _CPU_BLOCK,
+            # A prompt that is cut has vLLM set its random generator back, which torch can only do
+            # on GPUs: with long prompts a seeded batch would end in an error.
+            "enable_chunked_prefill": False,
+        }
     )
     # By itself vLLM takes Ray's executor inside a placement group, and looks there for a bundle of
     # one GPU per rank. Processes beside the actor use the GPUs that the actor was given.
