@@ -70,7 +70,7 @@ class ScoringActor:
     def __init__(
         self, rewards_dir: Path, config: Config, kinds: Sequence[Kind] | None = None
     ) -> None:
-        cards = read_cards(rewards_dir, kinds or config.kind_names)
+        cards = read_cards(rewards_dir, config.kind_names)
         limit = {
             "max_image_pixels": config.serve.max_image_pixels,
             "image_pixels": common_image_pixels(list(cards.values())),
