@@ -600,6 +600,9 @@ def test_the_examples_of_the_documentation_run(
     loads = SimpleNamespace(load_dataset=lambda *_, **__: rows)
     monkeypatch.setitem(sys.modules, "datasets", loads)
     monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(GRPOTrainer=FakeTrainer))
+    monkeypatch.setitem(sys.modules, "swift", SimpleNamespace())
+    orms: dict[str, object] = {}
+    monkeypatch.setitem(sys.modules, "swift.rewards", SimpleNamespace(orms=orms))
     monkeypatch.chdir(tmp_path)
     Path("photo.png").write_bytes(png())
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -611,8 +614,11 @@ def test_the_examples_of_the_documentation_run(
     shown = capsys.readouterr().out
     assert "0.25 object    There is a red circle. " in shown
     assert "total 10.0" in shown
-    assert spaces[-2]["trainer"].rewards == [[2.0], [0.5], [-0.5]]
-    rewards = spaces[-1]["reward_func"](["Q: A dog."], ["Q:"], ["photo.png"])
+    (trained,) = [space for space in spaces if "trainer" in space]
+    assert trained["trainer"].rewards == [[2.0], [0.5], [-0.5]]
+    (openrlhf,) = [space for space in spaces if "reward_func" in space]
+    rewards = openrlhf["reward_func"](["Q: A dog."], ["Q:"], ["photo.png"])
     assert rewards["rewards"].tolist() == [2.0]
-    for space in spaces[-2:]:
+    assert "fgaif" in orms
+    for space in (trained, openrlhf):
         space["client"].close()

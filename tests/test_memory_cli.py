@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from cluster.cli import doctor
-from cluster.cli.main import main
+from cluster.cli import main as cli
 from fgaif.lvlm.families.llava import LLAVA
 from fgaif.lvlm.model import resolve_checkpoint
 
@@ -50,7 +51,8 @@ def say(
     llava7b: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> "Say":
     monkeypatch.setattr(doctor, "findings", list)  # the machine's own are tested elsewhere
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "out", Console(width=200))
+    monkeypatch.setattr(cli, "err", Console(width=200, stderr=True))
     return Say(llava7b, monkeypatch, capsys)
 
 
@@ -69,7 +71,7 @@ class Say:
         told = ["fgaif", command, "--config", str(RECIPE), *given, *arguments[1:]]
         self._patch.setattr(sys, "argv", told)
         with pytest.raises(SystemExit) as stop:
-            main()
+            cli.main()
         said = self._caught.readouterr()
         return int(stop.value.code or 0), said.out + said.err
 

@@ -490,8 +490,10 @@ def adapters(bench: Bench) -> list[Row]:
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_B")}
     batch = make_batch(shape, 2, device, bench.dtype)
     first = EncodedBatch(**{key: value[:1] for key, value in asdict(batch).items()})
-    base = response_logprobs(model, batch, temperature=1.0)
-    alone = response_logprobs(model, first, temperature=1.0)
+    features = see(model, shape, 2)
+    half = ImageFeatures(rows=features.rows[: len(features.rows) // 2])
+    base = response_logprobs(model, batch, temperature=1.0, features=features)
+    alone = response_logprobs(model, first, temperature=1.0, features=half)
     noise = (alone - base[:1]).abs().mean().item()
     weights = {name: layer.weight.clone() for name, layer in layers.items()}
     rows = []
@@ -505,7 +507,7 @@ def adapters(bench: Bench) -> list[Row]:
             b.copy_(published)
             held = (b * scaling).to(bench.dtype)
             served[name] = factor_sums(a, published, a.to(bench.dtype), held, scaling)
-        unmerged = response_logprobs(model, batch, temperature=1.0)
+        unmerged = response_logprobs(model, batch, temperature=1.0, features=features)
         sums = {}
         for name, layer in layers.items():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -513,7 +515,7 @@ def adapters(bench: Bench) -> list[Row]:
             layer.weight.copy_(weights[name].float() + update)
             sums[name] = merged_sums(weights[name], layer.weight, update)
         with model.disable_adapter():
-            merged = response_logprobs(model, batch, temperature=1.0)
+            merged = response_logprobs(model, batch, temperature=1.0, features=features)
         for name, layer in layers.items():
             layer.weight.copy_(weights[name])
         rows.append(
