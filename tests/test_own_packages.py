@@ -63,7 +63,8 @@ def test_the_command_line_is_ours(foreign: Path) -> None:
     assert fgaif.__version__ in run(foreign, "-m", "fgaif", "version")
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.ci
 def test_workers_of_ray_import_ours(foreign: Path) -> None:
     """And of what such a Ray starts only this machine reaches anything."""
     lines = [line.split() for line in run(foreign, "-c", IN_A_WORKER).splitlines()]

@@ -275,7 +275,10 @@ def test_a_bfloat16_run_killed_in_ppo_and_run_again_equals_the_straight_one(
     assert len({path.read_text() for path in after}) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "finished", [pytest.param("bfloat16", marks=pytest.mark.ci), "float32"], indirect=True
+)
 def test_killed_and_resumed_gives_the_same_parameters(finished: Finished) -> None:
     """The run of the fixture went through; the same training is killed -9 and resumed here."""
     run, _, dtype = finished

@@ -165,7 +165,8 @@ def test_two_ranks_start_again_when_one_is_killed(tiny_llava_dir: Path, tmp_path
     learner.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.ci
 def test_two_ranks_under_zero_3_equal_one(wide_llava_dir: Path, tmp_path: Path) -> None:
     """Sync, update, checkpoint and resume of a policy whose weights no rank holds alone.
 
