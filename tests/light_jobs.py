@@ -44,6 +44,7 @@ def submit(jobs: Jobs, config: Config, folder: Path) -> str:
             entrypoint="python nodes_job.py fgaif.yaml",
             runtime_env={"working_dir": str(folder)},
             metadata={"fgaif": "train", "run": config.name, "dir": str(config.run_dir)},
+            left_out={},
         )
     )
 

@@ -75,13 +75,15 @@ def finished(
     return folder / "photos", done.stdout
 
 
-def test_every_stage_runs_and_what_cannot_be_known_is_null(finished: tuple[Path, str]) -> None:
+def test_every_stage_runs_and_what_cannot_be_known_is_null(
+    finished: tuple[Path, str], llava15_dir: Path
+) -> None:
     run, _ = finished
     report = json.loads((run / "report" / "report.json").read_text())
     assert set(report["rewards"]) == set(DEFAULT_KINDS)
     assert report["after"]["sampled"]["length"] > 0
     assert report["after"]["sampled"]["recall"] is None
-    assert report["judge"] == "the verifier llava15"
+    assert report["judge"] == f"the verifier {llava15_dir.name}"
     assert list(report["before"]["others"]) == [REWARDS]
     assert report["before"]["judging"]["requests"] > 0
     assert report["after"]["pope"] is None
