@@ -59,7 +59,8 @@ def test_every_rank_of_reward_training_computes_on_the_gpu_it_was_given(
         for kind in DEFAULT_KINDS[:tasks]
     ]  # fmt: skip
     seen: list[dict[str, Any]] = []
-    train_rewards._run_tasks(made, queue, lambda *told: seen.append(told[3]))
+    fits = [partial(train_rewards._fit, task) for task in made]
+    train_rewards._follow(fits, queue, lambda *told: seen.append(told[3]))
     queue.shutdown(force=True)
     assert len(seen) == tasks * workers
     for rank in seen:

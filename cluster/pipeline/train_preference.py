@@ -1,20 +1,16 @@
 """Train a preference reward model (``reward.form=preference``) on Ray Train, in one worker."""
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import ray
-import ray.train
-from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from cluster.pipeline.keys import kind_of, leaf_keys
 from cluster.pipeline.preference_worker import PreferenceTask
-from cluster.pipeline.train_rewards import RAY_TRAIN_ENV, follow
+from cluster.pipeline.train_rewards import fit_in_ray_train, run_trainings
 from fgaif.baselines.choices import Choices, choices_of_labels, read_choices
 from fgaif.config import Config
 from fgaif.data.captions import ImageCaptions
@@ -81,22 +77,20 @@ def train_preference_model(
         if card.input_digest == digest:
             progress(PREFERENCE, 1, 1, card.metrics)
             return card
-    os.environ.update(RAY_TRAIN_ENV)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
-    queue = Queue(actor_options={"num_cpus": 0})
-    task = PreferenceTask(
-        choices=ray.put(list(choices.rows)),
-        counts=choices.counts(),
-        backbone_digest=backbone,
-        input_digest=digest,
-        config=config,
-        out_dir=out_dir,
-        queue=queue,
-    )
-    try:
-        follow([lambda: _fit(task)], queue, progress)
-    finally:
-        queue.shutdown(force=True)
+
+    def fits(queue: Queue) -> list[Callable[[], None]]:
+        task = PreferenceTask(
+            choices=ray.put(list(choices.rows)),
+            counts=choices.counts(),
+            backbone_digest=backbone,
+            input_digest=digest,
+            config=config,
+            out_dir=out_dir,
+            queue=queue,
+        )
+        return [partial(_fit, task)]
+
+    run_trainings(config, fits, progress)
     return read_preference_card(folder)
 
 
@@ -125,25 +119,4 @@ def _fit(task: PreferenceTask) -> None:
 
         run_preference_task(settings["task"])
 
-    settings = task.config.reward
-    scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=task.out_dir)
-    resources = {"CPU": settings.cpus_per_worker}
-    if settings.gpus_per_worker:
-        resources["GPU"] = settings.gpus_per_worker
-    try:
-        TorchTrainer(
-            train,
-            train_loop_config={"task": task},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=1,
-                use_gpu=settings.gpus_per_worker > 0,
-                resources_per_worker=resources,
-            ),
-            run_config=ray.train.RunConfig(
-                name=PREFERENCE,
-                storage_path=scratch,
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        ).fit()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    fit_in_ray_train(train, task, task.config, task.out_dir, name=PREFERENCE, workers=1)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -35,7 +36,7 @@ Progress = Callable[[Kind, int, int, dict[str, float]], None]
 stopping, reports done == planned."""
 
 _POLL_S = 0.2
-RAY_TRAIN_ENV = {
+_RAY_TRAIN_ENV = {
     # Relative image paths must mean the same in the workers as here.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Runs of a minute should not wait 2 s for the controller to notice that they have ended.
@@ -73,26 +74,27 @@ def train_rewards(
     for kind in pending:  # data that cannot be trained on is found before anything is started
         read_data(kind, rows, config)
     if pending:
-        os.environ.update(RAY_TRAIN_ENV)
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
         slim = ray.put([replace(row, facts=(), verdicts={}) for row in rows])
-        queue = Queue(actor_options={"num_cpus": 0})
-        tasks = [
-            RewardTask(
-                kinds=tuple(str(kind) for kind in part),
-                digests=digests,
-                backbone_digest=backbone,
-                rows=slim,
-                config=config,
-                out_dir=out_dir,
-                queue=queue,
-            )
-            for part in np.array_split(pending, min(config.reward.parallel, len(pending)))
-        ]
-        try:
-            follow([partial(_fit, task) for task in tasks], queue, progress)
-        finally:
-            queue.shutdown(force=True)
+        parts = np.array_split(pending, min(config.reward.parallel, len(pending)))
+
+        def fits(queue: Queue) -> list[Callable[[], None]]:
+            return [
+                partial(
+                    _fit,
+                    RewardTask(
+                        kinds=tuple(str(kind) for kind in part),
+                        digests=digests,
+                        backbone_digest=backbone,
+                        rows=slim,
+                        config=config,
+                        out_dir=out_dir,
+                        queue=queue,
+                    ),
+                )
+                for part in parts
+            ]
+
+        run_trainings(config, fits, progress)
     return {kind: read_card(out_dir / kind).metrics for kind in kinds}
 
 
@@ -134,7 +136,24 @@ def _is_done(directory: Path, digests: Collection[str]) -> bool:
     return (directory / CARD).is_file() and read_card(directory).input_digest in digests
 
 
-def follow(fits: Sequence[Callable[[], None]], queue: Queue, progress: Progress) -> None:
+def run_trainings(
+    config: Config, fits: Callable[[Queue], Sequence[Callable[[], None]]], progress: Progress
+) -> None:
+    """Run Ray Train runs at the same time, which ``fits`` makes of the queue they report to.
+
+    Raises:
+        FgaifError: the first cause of the first that failed.
+    """
+    os.environ.update(_RAY_TRAIN_ENV)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
+    queue = Queue(actor_options={"num_cpus": 0})
+    try:
+        _follow(fits(queue), queue, progress)
+    finally:
+        queue.shutdown(force=True)
+
+
+def _follow(fits: Sequence[Callable[[], None]], queue: Queue, progress: Progress) -> None:
     """Run trainings at the same time and pass on what they report, until all have ended.
 
     Raises:
@@ -172,8 +191,24 @@ def _fit(task: RewardTask) -> None:
 
         run_reward_task(settings["task"])
 
-    settings = task.config.reward
-    scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=task.out_dir)
+    fit_in_ray_train(
+        train, task, task.config, task.out_dir,
+        name="-".join(task.kinds), workers=task.config.reward.workers,
+    )  # fmt: skip
+
+
+def fit_in_ray_train(
+    train: Callable[[dict[str, Any]], None],
+    task: Any,
+    config: Config,
+    out_dir: Path,
+    *,
+    name: str,
+    workers: int,
+) -> None:
+    """Run ``train({"task": task})`` in workers of Ray Train with the resources of ``reward``."""
+    settings = config.reward
+    scratch = tempfile.mkdtemp(prefix=".ray-train-", dir=out_dir)
     resources = {"CPU": settings.cpus_per_worker}
     if settings.gpus_per_worker:
         resources["GPU"] = settings.gpus_per_worker
@@ -182,12 +217,12 @@ def _fit(task: RewardTask) -> None:
             train,
             train_loop_config={"task": task},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=settings.workers,
+                num_workers=workers,
                 use_gpu=settings.gpus_per_worker > 0,
                 resources_per_worker=resources,
             ),
             run_config=ray.train.RunConfig(
-                name="-".join(task.kinds),
+                name=name,
                 storage_path=scratch,
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),

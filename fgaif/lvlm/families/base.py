@@ -227,6 +227,27 @@ def into_projector(model: Any, projector: str, tensors: Tensors) -> Tensor:
     return given[0]
 
 
-def project_tiles(model: Any, projector: str, features: ImageFeatures) -> ImageFeatures:
-    """Rows (tiles, tokens, width) of :func:`into_projector` in the language model's space."""
+def tile_features(
+    model: Any, images: Sequence[Tensors], *, tensors: Callable[[Tensors], Tensors]
+) -> list[ImageFeatures]:
+    """Features of images one by one; ``tensors`` are what the model is called with for one."""
+    return [ImageFeatures(rows=projected(model, tensors(image))) for image in images]
+
+
+def tile_inputs(
+    model: Any, images: Sequence[Tensors], *, projector: str, tensors: Callable[[Tensors], Tensors]
+) -> list[ImageFeatures]:
+    """What a projector in training is given for each of the images."""
+    return [
+        ImageFeatures(rows=into_projector(model, projector, tensors(image))) for image in images
+    ]
+
+
+def project_tiles(model: Any, features: ImageFeatures, *, projector: str) -> ImageFeatures:
+    """Rows (tiles, tokens, width) of :func:`tile_inputs` in the language model's space."""
     return ImageFeatures(rows=model.get_submodule(projector)(features.rows).flatten(0, -2))
+
+
+def pixels_alone(image: Tensors) -> Tensors:
+    """Of an image's tensors only the pixels."""
+    return {"pixel_values": image["pixel_values"]}

@@ -3,7 +3,7 @@
 Images are not cut into tiles ("pan and scan" stays off, as in the published processors).
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -15,12 +15,12 @@ from fgaif.lvlm.families.base import (
     ImageFeatures,
     Pixels,
     Shown,
-    Tensors,
     VisionFacts,
-    into_projector,
+    pixels_alone,
     preprocess,
     project_tiles,
-    projected,
+    tile_features,
+    tile_inputs,
 )
 
 PROJECTOR = "model.multi_modal_projector"
@@ -33,24 +33,6 @@ def _preprocess(processor: Any, image: Image.Image) -> Pixels:
 
 def _expand(processor: Any, config: Any, image: Shown) -> str:
     return str(processor.full_image_sequence)
-
-
-def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
-    return [ImageFeatures(rows=projected(model, _tensors(image))) for image in images]
-
-
-def _unprojected(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
-    return [
-        ImageFeatures(rows=into_projector(model, PROJECTOR, _tensors(image))) for image in images
-    ]
-
-
-def _project(model: Any, features: ImageFeatures) -> ImageFeatures:
-    return project_tiles(model, PROJECTOR, features)
-
-
-def _tensors(image: Tensors) -> Tensors:
-    return {"pixel_values": image["pixel_values"]}
 
 
 def _positions(model: Any, input_ids: Tensor, features: ImageFeatures) -> dict[str, Any]:
@@ -104,12 +86,12 @@ GEMMA3 = Family(
         ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
         ("model.vision_tower.", "vision_tower.vision_model."),
     ),
-    features=_features,
+    features=partial(tile_features, tensors=pixels_alone),
     vision=_vision,
     preprocess=_preprocess,
     expand=_expand,
     positions=_positions,
     check=_check,
-    unprojected=_unprojected,
-    project=_project,
+    unprojected=partial(tile_inputs, projector=PROJECTOR, tensors=pixels_alone),
+    project=partial(project_tiles, projector=PROJECTOR),
 )

@@ -4,7 +4,7 @@
 many tokens as another. Tags and line breaks stand between placeholders.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,12 @@ from PIL import Image
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import (
     Family,
-    ImageFeatures,
     Pixels,
     Tensors,
     VisionFacts,
-    into_projector,
     project_tiles,
-    projected,
+    tile_features,
+    tile_inputs,
 )
 
 PROJECTOR = "model.connector"
@@ -35,20 +34,6 @@ def _preprocess(processor: Any, image: Image.Image) -> Pixels:
     for name in ("pixel_values", "pixel_attention_mask"):
         arrays[name] = arrays[name][0]
     return arrays | {"num_patches": np.array([len(arrays["pixel_values"])])}
-
-
-def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
-    return [ImageFeatures(rows=projected(model, _tensors(image))) for image in images]
-
-
-def _unprojected(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
-    return [
-        ImageFeatures(rows=into_projector(model, PROJECTOR, _tensors(image))) for image in images
-    ]
-
-
-def _project(model: Any, features: ImageFeatures) -> ImageFeatures:
-    return project_tiles(model, PROJECTOR, features)
 
 
 def _tensors(image: Tensors) -> Tensors:
@@ -90,13 +75,13 @@ IDEFICS3 = Family(
         ("model.connector.", "model.connector."),
         ("lm_head.", "lm_head."),
     ),
-    features=_features,
+    features=partial(tile_features, tensors=_tensors),
     vision=_vision,
     language="model.text_model",
     tower="model.vision_model",
     projector=PROJECTOR,
     preprocess=_preprocess,
     check=_check,
-    unprojected=_unprojected,
-    project=_project,
+    unprojected=partial(tile_inputs, projector=PROJECTOR, tensors=_tensors),
+    project=partial(project_tiles, projector=PROJECTOR),
 )

@@ -3,7 +3,7 @@
 ``pixel_values`` (tiles, 3, H, W) with ``num_patches`` (I,), the tiles of each image.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,13 @@ from PIL import Image
 from fgaif.errors import CheckpointError
 from fgaif.lvlm.families.base import (
     Family,
-    ImageFeatures,
     Pixels,
     Shown,
-    Tensors,
     VisionFacts,
-    into_projector,
+    pixels_alone,
     project_tiles,
-    projected,
+    tile_features,
+    tile_inputs,
 )
 
 PROJECTOR = "model.multi_modal_projector"
@@ -41,24 +40,6 @@ def _expand(processor: Any, config: Any, image: Shown) -> str:
     )
     placeholders = processor.image_token * (processor.image_seq_length * int(tiles))
     return f"{processor.start_image_token}{placeholders}{processor.end_image_token}"
-
-
-def _features(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
-    return [ImageFeatures(rows=projected(model, _tensors(image))) for image in images]
-
-
-def _unprojected(model: Any, images: Sequence[Tensors]) -> list[ImageFeatures]:
-    return [
-        ImageFeatures(rows=into_projector(model, PROJECTOR, _tensors(image))) for image in images
-    ]
-
-
-def _project(model: Any, features: ImageFeatures) -> ImageFeatures:
-    return project_tiles(model, PROJECTOR, features)
-
-
-def _tensors(image: Tensors) -> Tensors:
-    return {"pixel_values": image["pixel_values"]}
 
 
 def _tile_patches(config: Any) -> int:
@@ -101,11 +82,11 @@ INTERNVL = Family(
         ("model.multi_modal_projector.", "multi_modal_projector."),
         ("model.vision_tower.", "vision_tower."),
     ),
-    features=_features,
+    features=partial(tile_features, tensors=pixels_alone),
     vision=_vision,
     preprocess=_preprocess,
     expand=_expand,
     check=_check,
-    unprojected=_unprojected,
-    project=_project,
+    unprojected=partial(tile_inputs, projector=PROJECTOR, tensors=pixels_alone),
+    project=partial(project_tiles, projector=PROJECTOR),
 )
