@@ -69,6 +69,38 @@ class VisionFacts:
     layers: int
 
 
+def tower_facts(
+    config: Any, *, image_tokens: int, tiles: int = 1, class_tokens: int = 0
+) -> VisionFacts:
+    """Of a tower that sees square tiles, all of an image's at once; ``class_tokens`` has each tile
+    beside its patches."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return VisionFacts(
+        image_tokens=image_tokens,
+        pixel_values=tiles * 3 * vision.image_size**2,
+        tokens=tiles * (patches + class_tokens),
+        hidden=vision.hidden_size,
+        ffn=vision.intermediate_size,
+        layers=vision.num_hidden_layers,
+    )
+
+
+def check_feature_strategy(processor: Any, config: Any) -> None:
+    """Hold the processor's ``vision_feature_select_strategy`` against the model's.
+
+    Raises:
+        CheckpointError: they are not the same.
+    """
+    strategy = config.vision_feature_select_strategy
+    if processor.vision_feature_select_strategy != strategy:
+        raise CheckpointError(
+            "processor_config.json: vision_feature_select_strategy = "
+            f"{processor.vision_feature_select_strategy!r}, but config.json has {strategy!r}; set "
+            f"it to {strategy!r}"
+        )
+
+
 def join_features(parts: Sequence[ImageFeatures]) -> ImageFeatures:
     """Features of several images as one."""
     grids = [part.grids for part in parts if part.grids is not None]

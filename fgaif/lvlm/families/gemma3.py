@@ -21,6 +21,7 @@ from fgaif.lvlm.families.base import (
     project_tiles,
     tile_features,
     tile_inputs,
+    tower_facts,
 )
 
 PROJECTOR = "model.multi_modal_projector"
@@ -57,15 +58,7 @@ def _positions(model: Any, input_ids: Tensor, features: ImageFeatures) -> dict[s
 
 
 def _vision(config: Any, pixels: int | None) -> VisionFacts:
-    vision = config.vision_config
-    return VisionFacts(
-        image_tokens=config.mm_tokens_per_image,
-        pixel_values=3 * vision.image_size**2,
-        tokens=(vision.image_size // vision.patch_size) ** 2,
-        hidden=vision.hidden_size,
-        ffn=vision.intermediate_size,
-        layers=vision.num_hidden_layers,
-    )
+    return tower_facts(config, image_tokens=config.mm_tokens_per_image)
 
 
 def _check(processor: Any, config: Any) -> None:

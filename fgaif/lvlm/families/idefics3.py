@@ -19,6 +19,7 @@ from fgaif.lvlm.families.base import (
     project_tiles,
     tile_features,
     tile_inputs,
+    tower_facts,
 )
 
 PROJECTOR = "model.connector"
@@ -46,15 +47,8 @@ def _tile_tokens(config: Any) -> int:
 
 
 def _vision(config: Any, pixels: int | None) -> VisionFacts:
-    vision, tiles = config.vision_config, MOST_TILES + 1
-    return VisionFacts(
-        image_tokens=tiles * _tile_tokens(config),
-        pixel_values=tiles * 3 * vision.image_size**2,
-        tokens=tiles * (vision.image_size // vision.patch_size) ** 2,
-        hidden=vision.hidden_size,
-        ffn=vision.intermediate_size,
-        layers=vision.num_hidden_layers,
-    )
+    tiles = MOST_TILES + 1
+    return tower_facts(config, image_tokens=tiles * _tile_tokens(config), tiles=tiles)
 
 
 def _check(processor: Any, config: Any) -> None:

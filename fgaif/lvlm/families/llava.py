@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from fgaif.errors import CheckpointError
-from fgaif.lvlm.families.base import Family, ImageFeatures, Shown, Tensors, VisionFacts
+from fgaif.lvlm.families.base import (
+    Family,
+    ImageFeatures,
+    Shown,
+    Tensors,
+    VisionFacts,
+    check_feature_strategy,
+    tower_facts,
+)
 from fgaif.types import Json
 
 
@@ -31,15 +39,7 @@ def image_token_count(config: Any) -> int:
 
 
 def _vision(config: Any, pixels: int | None) -> VisionFacts:
-    vision = config.vision_config
-    return VisionFacts(
-        image_tokens=image_token_count(config),
-        pixel_values=3 * vision.image_size**2,
-        tokens=(vision.image_size // vision.patch_size) ** 2 + 1,
-        hidden=vision.hidden_size,
-        ffn=vision.intermediate_size,
-        layers=vision.num_hidden_layers,
-    )
+    return tower_facts(config, image_tokens=image_token_count(config), class_tokens=1)
 
 
 def _expand(processor: Any, config: Any, image: Shown) -> str:
@@ -75,13 +75,7 @@ def _check(processor: Any, config: Any) -> None:
             f"processor_config.json: patch_size = {processor.patch_size}, but the vision tower's "
             f"in config.json is {vision.patch_size}; set it to {vision.patch_size}"
         )
-    strategy = config.vision_feature_select_strategy
-    if processor.vision_feature_select_strategy != strategy:
-        raise CheckpointError(
-            "processor_config.json: vision_feature_select_strategy = "
-            f"{processor.vision_feature_select_strategy!r}, but config.json has {strategy!r}; set "
-            f"it to {strategy!r}"
-        )
+    check_feature_strategy(processor, config)
 
 
 OLD_NAMES = (

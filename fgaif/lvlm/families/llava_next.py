@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from fgaif.errors import CheckpointError
-from fgaif.lvlm.families.base import Family, ImageFeatures, Shown, Tensors, VisionFacts, projected
+from fgaif.lvlm.families.base import (
+    Family,
+    ImageFeatures,
+    Shown,
+    Tensors,
+    VisionFacts,
+    check_feature_strategy,
+    projected,
+    tower_facts,
+)
 
 
 def expand(processor: Any, config: Any, image: Shown) -> str:
@@ -39,22 +48,16 @@ def patches(config: Any) -> int:
     return int(config.vision_config.image_size // config.vision_config.patch_size)
 
 
-def tower_facts(config: Any, image_tokens: int) -> VisionFacts:
-    """A CLIP or SigLIP tower that sees all tiles at once."""
-    vision, count = config.vision_config, 1 + tiles(config)[0]
-    return VisionFacts(
-        image_tokens=image_tokens,
-        pixel_values=count * 3 * vision.image_size**2,
-        tokens=count * (patches(config) ** 2 + 1),
-        hidden=vision.hidden_size,
-        ffn=vision.intermediate_size,
-        layers=vision.num_hidden_layers,
+def seen_in_tiles(config: Any, image_tokens: int) -> VisionFacts:
+    """What a tower costs that sees the whole and all tiles at once."""
+    return tower_facts(
+        config, image_tokens=image_tokens, tiles=1 + tiles(config)[0], class_tokens=1
     )
 
 
 def _vision(config: Any, pixels: int | None) -> VisionFacts:
     _, tiled, rows = tiles(config)
-    return tower_facts(config, tiled + rows + patches(config) ** 2 + 1)
+    return seen_in_tiles(config, tiled + rows + patches(config) ** 2 + 1)
 
 
 def check(processor: Any, config: Any) -> None:
@@ -66,13 +69,7 @@ def check(processor: Any, config: Any) -> None:
             f"preprocessor_config.json: image_grid_pinpoints = {ours}, but config.json has "
             f"{theirs}; set them to those of config.json"
         )
-    strategy = config.vision_feature_select_strategy
-    if processor.vision_feature_select_strategy != strategy:
-        raise CheckpointError(
-            "processor_config.json: vision_feature_select_strategy = "
-            f"{processor.vision_feature_select_strategy!r}, but config.json has {strategy!r}; set "
-            f"it to {strategy!r}"
-        )
+    check_feature_strategy(processor, config)
 
 
 PUBLIC = (

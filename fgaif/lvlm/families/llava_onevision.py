@@ -10,8 +10,8 @@ from fgaif.lvlm.families.llava_next import (
     expand,
     features,
     patches,
+    seen_in_tiles,
     tiles,
-    tower_facts,
 )
 
 _ASPECT = "anyres_max_9"
@@ -23,7 +23,7 @@ def _vision(config: Any, pixels: int | None) -> VisionFacts:
     _, tiled, rows = tiles(config)
     limit = int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * patches(config) ** 2
     most = min(tiled, int(limit * _POOLED_FROM**2))
-    return tower_facts(config, most + rows + patches(config) ** 2)
+    return seen_in_tiles(config, most + rows + patches(config) ** 2)
 
 
 def _check(processor: Any, config: Any) -> None:
