@@ -91,7 +91,8 @@ def test_the_reward_by_hand_gives_the_same_numbers_everywhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["score_a_caption", pytest.param("whole_loop", marks=pytest.mark.long)]
+    "name",
+    ["score_a_caption", pytest.param("whole_loop", marks=[pytest.mark.long, pytest.mark.ci])],
 )
 def test_a_notebook_runs_and_gives_the_sorts_of_output_that_are_stored(name: str) -> None:
     """Its own assertions say that the models learn; digits differ from machine to machine."""
